@@ -1,0 +1,4681 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["waitress>=3.0"]
+# ///
+"""fnserve: your own Google Cloud Functions, in one file.
+
+Write ``functions/hello.py`` with a ``main(request)`` and it answers at ``/function/hello``. This file is the whole
+platform: the standard library, served by waitress. ``python3 fnserve.py`` starts it, ``--help`` lists the commands.
+
+Ground floor first; a section uses only what stands above it, and numbers left out are kept free.
+
+    01 errors        02 settings      03 http          04 sessions      05 store         06 journal
+    07 functions     08 function API  13 pipeline      15 assets        16 admin         17 app
+    18 server        19 command line
+
+The way of one call: waitress hands an environ to `App.__call__` (17), which makes a `Call` (08) and sends it through
+`handle` (13): resolve, gate, run, respond, record. Resolving asks `Functions` (07) for the newest good version of the
+file; recording appends one line to the `Journal` (06), which is folded into SQLite (05) in the background, and the
+pages (16) read only what was folded.
+"""
+from __future__ import annotations
+
+import builtins
+import contextlib
+import importlib.machinery
+import io
+import json
+import logging
+import os
+import re
+import sqlite3
+import stat
+import sys
+import threading
+import time
+import traceback
+import types
+from binascii import Error as Base64Error
+from binascii import a2b_base64, b2a_base64
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextvars import ContextVar
+from json.encoder import encode_basestring_ascii as quote_json
+from typing import Any, Callable, NamedTuple, Optional, Union
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("fnserve")
+
+# == 01 ERRORS ============================================================
+# Every exception of fnserve's own. One that reaches a client is an HTTPException and is turned into a response in
+# one place (13, `answer_error`); the others stop a start or a load and say what to mend.
+
+
+class SettingError(Exception):
+    """A setting that can't be used; the text names it and says what it takes. Exit status 2."""
+
+
+class StoreError(Exception):
+    """serverless.db is not usable (corrupt, not a database, no permission). Exit status 2 at start."""
+
+
+class LoadError(Exception):
+    """A function file that can't be served: why, and where (1-based `line` and `column`, 0 = unknown)."""
+
+    def __init__(self, message: str, line: int = 0, column: int = 0, trace: str = "") -> None:
+        super().__init__(message)
+        self.message, self.line, self.column, self.trace = message, line, column, trace
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.message}" if self.line else self.message
+
+
+class NoEntry(LoadError):
+    """The file loads, but has no main()."""
+
+
+class HTTPException(Exception):
+    """An answer that isn't the normal one: `code`, the JSON `body` sent, and extra `headers`.
+
+    `abort()` raises it; a function may catch it. `response` overrides everything else.
+    """
+
+    def __init__(self, code: int, description: Any = None, headers: Iterable[tuple[str, str]] = (),
+                 response: Optional[Response] = None, **fields: Any) -> None:
+        super().__init__(code, description)
+        self.code, self.headers, self.response = code, list(headers), response
+        self.description = description if description is not None else REASONS.get(code, "Error")
+        self.body = {"error": self.description, **fields}
+
+
+REASONS = {
+    100: "Continue", 101: "Switching Protocols", 102: "Processing", 103: "Early Hints", 200: "OK", 201: "Created",
+    202: "Accepted", 203: "Non-Authoritative Information", 204: "No Content", 205: "Reset Content",
+    206: "Partial Content", 207: "Multi-Status", 208: "Already Reported", 226: "IM Used", 300: "Multiple Choices",
+    301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified", 305: "Use Proxy",
+    307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized",
+    402: "Payment Required", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable",
+    407: "Proxy Authentication Required", 408: "Request Timeout", 409: "Conflict", 410: "Gone",
+    411: "Length Required", 412: "Precondition Failed", 413: "Request Entity Too Large", 414: "Request URI Too Long",
+    415: "Unsupported Media Type", 416: "Requested Range Not Satisfiable", 417: "Expectation Failed",
+    418: "I'm a teapot", 421: "Misdirected Request", 422: "Unprocessable Entity", 423: "Locked",
+    424: "Failed Dependency", 425: "Too Early", 426: "Upgrade Required", 428: "Precondition Required",
+    429: "Too Many Requests", 431: "Request Header Fields Too Large", 451: "Unavailable For Legal Reasons",
+    500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
+    504: "Gateway Timeout", 505: "HTTP Version Not Supported", 507: "Insufficient Storage",
+}  # RFC 9110 15 and IANA's registry; http.HTTPStatus says the same, but costs the import of enum and http
+
+# == 02 SETTINGS ==========================================================
+# What can be set, and where each value came from. Uses 01. The one table below makes the parsing, the --help text
+# and the README's table. `Settings` is read once at start; `Config` follows .env while the server runs.
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """Make a cast for a whole number in low..high."""
+    def cast(text: str) -> int:
+        if not text.isascii() or not text.lstrip("+-").isdigit() or not low <= int(text) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(text)
+    return cast
+
+
+def seconds(text: str) -> float:
+    """Cast a positive number of seconds."""
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or not 0 < float(text) <= 31_536_000:
+        raise ValueError("a number of seconds above 0")
+    return float(text)
+
+
+def size(text: str) -> int:
+    """Cast ``16MiB``, ``500kB`` or plain bytes to bytes."""
+    found = re.fullmatch(r"(\d+)\s*(?:([kKMG])(i?)B?|B)?", text, re.A)
+    if not found or int(found[1]) == 0:
+        raise ValueError("a size such as 16MiB, 500kB or 1048576")
+    power = " KMG".index(found[2].upper()) if found[2] else 0
+    return int(found[1]) * (1024 if found[3] else 1000) ** power
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """Make a cast for one of a few words, in any case."""
+    def cast(text: str) -> str:
+        for word in allowed:
+            if text.lower() == word.lower():
+                return word
+        raise ValueError("one of " + ", ".join(allowed))
+    return cast
+
+
+def switch(text: str) -> bool:
+    """Cast on/off, true/false, yes/no, 1/0."""
+    if text.lower() not in ("on", "true", "yes", "1", "off", "false", "no", "0"):
+        raise ValueError("on or off")
+    return text.lower() in ("on", "true", "yes", "1")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Cast a list separated by commas or spaces."""
+    return tuple(text.replace(",", " ").split())
+
+
+def timezone(text: str) -> str:
+    """Cast the name of a time zone; blank is the machine's own."""
+    if text:
+        import zoneinfo  # only where a zone is named: 320 kB
+        try:
+            zoneinfo.ZoneInfo(text)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError("a time zone such as Asia/Taipei") from None
+    return text
+
+
+def workers(text: str) -> int:
+    """Cast a number of processes; auto = one per core this process may run on (one where it can't fork)."""
+    if text.lower() != "auto":
+        return whole(0, 256)(text)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+
+
+class Setting(NamedTuple):
+    """One row of the table: name, how its text becomes a value, the default's text, what it is for."""
+    name: str
+    cast: Callable[[str], Any]
+    default: str
+    help: str
+    secret: bool = False
+
+
+SETTINGS_TABLE = (
+    Setting("SECRET_TOKEN", str, "", "password of the admin pages; made on first start where blank", True),
+    Setting("SECRET_KEY", str, "", "signs the session cookies; made on first start where blank", True),
+    Setting("HOST", str, "127.0.0.1", "address to listen on"),
+    Setting("PORT", whole(0, 65535), "8000", "port to listen on; 0 takes a free one"),
+    Setting("WORKERS", workers, "auto", "processes; auto is one per core, 0 one process without a supervisor"),
+    Setting("THREADS", whole(1, 256), "8", "threads in each process"),
+    Setting("FUNCTIONS_DIR", str, "functions", "directory of the function files"),
+    Setting("DB_PATH", str, "serverless.db", "SQLite database"),
+    Setting("LOG_FILE", str, "serverless_error.log", "error log"),
+    Setting("LOG_MAX_BYTES", size, "1MiB", "size at which the error log rotates"),
+    Setting("LOG_BACKUPS", whole(0, 100), "3", "rotated error logs kept"),
+    Setting("JOURNAL_DIR", str, "journal", "directory of the access journal"),
+    Setting("KEEP_INVOCATIONS", whole(0, 10_000_000), "10000", "calls kept for the logs"),
+    Setting("KEEP_DAYS", whole(0, 3650), "7", "days that folded journal segments and charts are kept"),
+    Setting("MAX_BODY", size, "16MiB", "largest request body"),
+    Setting("TIMEOUT", seconds, "60", "deadline of a call, seconds"),
+    Setting("GRACE", seconds, "30", "seconds that calls get to finish at a stop"),
+    Setting("SESSION_HOURS", seconds, "12", "hours that a login lasts"),
+    Setting("TRUSTED_PROXY", str, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
+    Setting("PROTECTED_FUNCTIONS", words, "", "further functions that only the admin may call"),
+    Setting("ADMIN", switch, "on", "off: all admin URLs answer 404"),
+    Setting("API_TOKENS", words, "", "tokens for functions whose SETTINGS say auth: token", True),
+    Setting("METRICS_TOKEN", str, "", "Bearer token that /metrics asks for", True),
+    Setting("DOCS", choice("private", "public"), "private", "public: everybody may read /docs and /openapi.json"),
+    Setting("LOKI_URL", str, "", "Grafana Loki that the journal is pushed to"),
+    Setting("LOKI_USER", str, "", "user for Loki"),
+    Setting("LOKI_PASSWORD", str, "", "password for Loki", True),
+    Setting("LOKI_TENANT", str, "", "X-Scope-OrgID for Loki"),
+    Setting("TIMEZONE", timezone, "", "time zone of schedules and pages, say Asia/Taipei; blank: the machine's"),
+    Setting("UI_LANG", choice("auto", "zh-TW", "en"), "auto", "language of the pages; auto: the browser's"),
+    Setting("SCHEDULER_ALLOWED_HOSTS", words, "", "hosts that run scheduled jobs; blank: every host"),
+    Setting("QUEUE_MAX", whole(1, 100_000_000), "100000", "waiting calls at which the queue refuses more"),
+)
+
+# python-dotenv's grammar (its parser.py is the reference; the tests compare the two): a binding is
+#   [export] key [= value] [# comment]
+#   key   = 'quoted' or any characters but = # and white space
+#   value = 'single \' quoted' | "double \n quoted" | unquoted, up to " #" or the end of the line
+_ENV_SPACE = re.compile(r"\s*")
+_ENV_KEY = re.compile(r"(?:export[^\S\r\n]+)?(?:'([^']+)'|([^=#\s]+))[^\S\r\n]*")
+_ENV_VALUE = re.compile(r"""=[^\S\r\n]*(?:'((?:\\'|[^'])*)'|"((?:\\"|[^"])*)"|([^\r\n]*))""")
+_ENV_END = re.compile(r"[^\S\r\n]*(?:#[^\r\n]*)?(?=\r\n|\n|\r|\Z)")
+_ENV_REST = re.compile(r"[^\r\n]*")
+_ENV_ESCAPE = re.compile(r"\\([\\'\"abfnrtv])")
+_ENV_VARIABLE = re.compile(r"\$\{(?P<name>[^}:]*)(?::-(?P<default>[^}]*))?\}")
+_ESCAPED = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+
+
+def parse_env(text: str, environ: Mapping[str, str]) -> dict[str, Optional[str]]:
+    """Read the text of a .env file as python-dotenv's dotenv_values() does.
+
+    A key without = has the value None; a line that is no binding is passed over; ``${NAME}`` and
+    ``${NAME:-default}`` take earlier keys, then `environ`.
+    """
+    values: dict[str, Optional[str]] = {}
+    for key, value in _env_bindings(text):
+        values[key] = value if value is None else _ENV_VARIABLE.sub(
+            lambda found: _lookup(found, values, environ), value)
+    return values
+
+
+def _lookup(found: re.Match[str], values: Mapping[str, Optional[str]], environ: Mapping[str, str]) -> str:
+    name, default = found["name"], found["default"] or ""
+    value = values[name] if name in values else environ.get(name, default)
+    return value if value is not None else ""
+
+
+def _env_bindings(text: str) -> Iterator[tuple[str, Optional[str]]]:
+    at = 0
+    while True:
+        at = _ENV_SPACE.match(text, at).end()  # type: ignore[union-attr]  # \s* always matches
+        if at >= len(text):
+            return
+        found = _env_binding(text, at)
+        if found is None:
+            at = _ENV_REST.match(text, at).end()  # type: ignore[union-attr]
+        else:
+            at, key, value = found
+            if key:
+                yield key, value
+
+
+def _env_binding(text: str, at: int) -> Optional[tuple[int, str, Optional[str]]]:
+    """Read one binding, or a comment (whose key is blank); None where the line is neither."""
+    if text[at] == "#":
+        return _ENV_REST.match(text, at).end(), "", None  # type: ignore[union-attr]
+    key = _ENV_KEY.match(text, at)
+    if not key:
+        return None
+    value: Optional[str] = None
+    at = key.end()
+    found = _ENV_VALUE.match(text, at)
+    if found and found[3] is not None and found[3][:1] in ("'", '"'):
+        return None  # a quote that is never closed
+    if found:
+        at = found.end()
+        if found[1] is not None:
+            value = re.sub(r"\\([\\'])", r"\1", found[1])
+        elif found[2] is not None:
+            value = _ENV_ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[1]), found[2])
+        else:
+            value = re.sub(r"\s+#.*", "", found[3]).rstrip()
+    end = _ENV_END.match(text, at)
+    return (end.end(), key[1] or key[2], value) if end else None
+
+
+def read_env(path: str) -> dict[str, Optional[str]]:
+    """Read a .env file; a missing one is empty, one that isn't UTF-8 or can't be read is a SettingError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # Notepad starts files with a byte order mark
+            return parse_env(file.read(), os.environ)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path}: {error}") from None
+
+
+class Settings:
+    """The settings, cast: ``settings.PORT``; `sources` says where each came from, `paths` of files are absolute.
+
+    Rising priority: default, .env, .env.local, FNSERVE_<NAME>, plain PORT, `options`. Raises SettingError.
+    """
+
+    def __init__(self, options: Mapping[str, Any] = types.MappingProxyType({}), directory: str = ".") -> None:
+        self.directory = os.path.abspath(directory)
+        self.sources: dict[str, str] = {}
+        unknown = [name for name in options if name not in {row.name for row in SETTINGS_TABLE}]
+        if unknown:
+            raise SettingError(f"{unknown[0]}: there is no such setting")
+        layers = [(name, read_env(os.path.join(self.directory, name))) for name in (".env", ".env.local")]
+        layers.append(("environment", {row.name: os.environ["FNSERVE_" + row.name] for row in SETTINGS_TABLE
+                                       if "FNSERVE_" + row.name in os.environ}))
+        layers.append(("environment", {"PORT": os.environ["PORT"]} if os.environ.get("PORT") else {}))
+        layers.append(("option", {name: str(value) for name, value in options.items()}))
+        for row in SETTINGS_TABLE:
+            setattr(self, row.name, self._value(row, layers))
+        for name in ("FUNCTIONS_DIR", "DB_PATH", "LOG_FILE", "JOURNAL_DIR"):
+            setattr(self, name, os.path.join(self.directory, getattr(self, name)))
+
+    def __getattr__(self, name: str) -> Any:  # for the type checker: every row is an attribute
+        raise AttributeError(name)
+
+    def _value(self, row: Setting, layers: list[tuple[str, dict[str, Optional[str]]]]) -> Any:
+        text, source = row.default, "default"
+        for name, values in layers:
+            given = values.get(row.name)
+            if given is not None and (given.strip() or not row.default):
+                text, source = given.strip(), name
+        self.sources[row.name] = source
+        try:
+            return row.cast(text)
+        except ValueError as error:
+            shown = "" if row.secret else f"={text!r}"
+            raise SettingError(f"{row.name}{shown} ({source}): must be {error}") from None
+
+
+class Config:
+    """The values of .env overlaid by .env.local, and the same in os.environ, as load_dotenv() leaves them.
+
+    `current()` costs two stats; a changed file is read again at once. One that can't be read keeps the old values.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._paths = [os.path.join(directory, name) for name in (".env", ".env.local")]
+        self._stamps: list[Any] = []
+        self._values: dict[str, Optional[str]] = {}
+        self._exported: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def current(self) -> dict[str, Optional[str]]:
+        """Return the values as they are now; the caller copies before handing them on."""
+        stamps = [file_stamp(path) for path in self._paths]
+        if stamps != self._stamps:
+            with self._lock:
+                self._load(stamps)
+        return self._values
+
+    def _load(self, stamps: list[Any]) -> None:
+        try:
+            values = {key: value for path in self._paths for key, value in read_env(path).items()}
+        except SettingError as error:
+            log.warning("%s: the values read before stay", error)
+        else:
+            self._export(values)
+            self._values = values
+        self._stamps = stamps
+
+    def _export(self, values: Mapping[str, Optional[str]]) -> None:
+        for key, old in self._exported.items():
+            if os.environ.get(key) == old:
+                del os.environ[key]
+        self._exported = {key: value for key, value in values.items()
+                          if value is not None and key not in os.environ and "\0" not in key + value}
+        os.environ.update(self._exported)
+
+
+def file_stamp(path: str) -> Optional[tuple[int, int, int, int]]:
+    """Tell one state of a file from another with one stat: times in ns, size, inode; None where there is no file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+
+
+def make_secrets(settings: Settings) -> dict[str, str]:
+    """Write a SECRET_TOKEN and SECRET_KEY that are missing into .env.local (mode 0600); return what was made."""
+    made = {name: b2a_base64(os.urandom(24), newline=False).decode().translate({43: "-", 47: "_"})
+            for name in ("SECRET_TOKEN", "SECRET_KEY") if not getattr(settings, name)}
+    if made:
+        path = os.path.join(settings.directory, ".env.local")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        with open(handle, "r+", encoding="utf-8") as file:
+            text = file.read()
+            os.chmod(path, 0o600)
+            file.write("\n" if text and not text.endswith("\n") else "")
+            file.write("".join(f"{name}={value}\n" for name, value in made.items()))
+        for name, value in made.items():
+            setattr(settings, name, value)
+            settings.sources[name] = ".env.local"
+    return made
+
+
+def exposed_files(settings: Settings) -> list[str]:
+    """Name the files that hold secrets and that other users of the machine can read."""
+    found = []
+    for name in (".env", ".env.local"):
+        path = os.path.join(settings.directory, name)
+        with contextlib.suppress(OSError, SettingError):
+            secret = any(row.secret and read_env(path).get(row.name) for row in SETTINGS_TABLE)
+            if secret and os.stat(path).st_mode & 0o044 and os.name == "posix":
+                found.append(path)
+    return found
+
+# == 03 HTTP ==============================================================
+# Requests and responses, as Flask and Werkzeug give them to functions. Uses 01. Nothing here has state; a Request
+# parses each part when it is first asked for it, so a call that reads only `args` parses nothing else.
+
+_MISSING = object()
+FORM_FIELDS = 1000  # parts of a multipart body, and bytes of its fields in memory: Werkzeug's own limits
+FORM_MEMORY = 500_000
+SPOOL = 512 * 1024  # an upload above this goes to disk, not to memory
+CHUNK = 64 * 1024
+
+
+class MultiDict(dict):  # a dict of lists inside, of first values outside
+    """Several values per key; the plain dict ways see the first. A KeyError of ``[]`` is a 400 to the client."""
+
+    def __init__(self, pairs: Union[Mapping[str, Any], Iterable[tuple[str, Any]]] = ()) -> None:
+        super().__init__()
+        for key, value in (pairs.items() if isinstance(pairs, Mapping) else pairs):
+            for item in value if isinstance(value, list) else [value]:
+                self.add(key, item)
+
+    def add(self, key: str, value: Any) -> None:
+        """Add one more value to `key`."""
+        super().setdefault(key, []).append(value)
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return super().__getitem__(key)[0]
+        except (KeyError, IndexError):
+            raise BadRequestKeyError(key) from None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, [value])
+
+    def __iter__(self) -> Iterator[str]:  # overridden so that dict(x) asks __getitem__ and gets first values
+        return super().__iter__()
+
+    def get(self, key: str, default: Any = None, type: Optional[Callable[[Any], Any]] = None) -> Any:
+        """Return the first value, made by `type`; the default where it is missing or `type` refuses it."""
+        try:
+            value = super().__getitem__(key)[0]
+            return value if type is None else type(value)
+        except (KeyError, IndexError, ValueError, TypeError):
+            return default
+
+    def getlist(self, key: str, type: Optional[Callable[[Any], Any]] = None) -> list[Any]:
+        """Return every value of `key`, those that `type` refuses left out."""
+        values = super().get(key, [])
+        if type is None:
+            return list(values)
+        kept = []
+        for value in values:
+            with contextlib.suppress(ValueError, TypeError):
+                kept.append(type(value))
+        return kept
+
+    def items(self, multi: bool = False) -> Any:
+        """Yield (key, first value), or every pair with `multi`."""
+        return ((key, value) for key, values in super().items() for value in (values if multi else values[:1]))
+
+    def lists(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield (key, all values)."""
+        return ((key, list(values)) for key, values in super().items())
+
+    def values(self) -> Any:
+        """Yield the first value of every key."""
+        return (values[0] for values in super().values())
+
+    def to_dict(self, flat: bool = True) -> dict[str, Any]:
+        """Return a plain dict of first values, or of lists with ``flat=False``."""
+        return dict(self.items()) if flat else dict(self.lists())
+
+    def pop(self, key: str, default: Any = _MISSING) -> Any:
+        """Take `key` out and return its first value."""
+        if key not in self and default is _MISSING:
+            raise BadRequestKeyError(key)
+        return super().pop(key)[0] if key in self else default
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """Return the first value of `key`, set to the default where it is missing."""
+        return super().setdefault(key, [default])[0]
+
+    def copy(self) -> MultiDict:
+        """Return a copy with lists of its own."""
+        return MultiDict({key: list(values) for key, values in super().items()})
+
+    def __repr__(self) -> str:
+        return f"MultiDict({list(self.items(multi=True))!r})"
+
+
+class BadRequestKeyError(HTTPException, KeyError):
+    """A key that the client had to send is missing: a 400, and a KeyError for who catches that."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(400, f"Missing key: {key}"[:200])
+
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+
+
+def header_value(name: str, value: Any) -> str:
+    """Check one header on its way out, the only door: RFC 9110 5.1 and 5.5; ValueError for line breaks and such."""
+    text = value if isinstance(value, str) else str(value)
+    if not _HEADER_NAME.fullmatch(name):
+        raise ValueError(f"header name {name!r} is not allowed")
+    if not _HEADER_VALUE.fullmatch(text):
+        raise ValueError(f"header {name}: the value has a character that HTTP does not allow")
+    return text
+
+
+class Headers(MutableMapping[str, str]):
+    """Header fields in order, names in any case; ``[]`` sets and gets one, `add` and `getlist` several."""
+
+    def __init__(self, pairs: Any = ()) -> None:
+        self._list: list[tuple[str, str]] = []
+        self.extend(pairs)
+
+    def add(self, name: str, value: Any, **parameters: Any) -> None:
+        """Append a field; keywords become ``; name="value"`` parameters."""
+        for key, item in parameters.items():
+            value = f'{value}; {key.replace("_", "-")}="{item}"'
+        self._list.append((name, header_value(name, value)))
+
+    def extend(self, pairs: Any) -> None:
+        """Append the fields of a mapping or of pairs; a list as value is several fields."""
+        for name, value in (pairs.items() if hasattr(pairs, "items") else pairs):
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                self.add(name, item)
+
+    def getlist(self, name: str) -> list[str]:
+        """Return every value of a field."""
+        return [value for key, value in self._list if key.lower() == name.lower()]
+
+    get_all = getlist
+
+    def get(self, name: str, default: Any = None, type: Optional[Callable[[str], Any]] = None) -> Any:
+        """Return the first value of a field, made by `type`."""
+        try:
+            value = self[name]
+            return value if type is None else type(value)
+        except (KeyError, ValueError, TypeError):
+            return default
+
+    def set(self, name: str, value: Any) -> None:
+        """Replace every field of this name by one."""
+        self[name] = value
+
+    def to_wsgi_list(self) -> list[tuple[str, str]]:
+        """Return the fields as start_response takes them."""
+        return self._list
+
+    def __getitem__(self, name: str) -> str:
+        lower = name.lower()
+        for key, value in self._list:
+            if key.lower() == lower:
+                return value
+        raise KeyError(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        checked, lower = header_value(name, value), name.lower()
+        self._list = [pair for pair in self._list if pair[0].lower() != lower] + [(name, checked)]
+
+    def __delitem__(self, name: str) -> None:
+        self._list = [pair for pair in self._list if pair[0].lower() != name.lower()]
+
+    def __contains__(self, name: object) -> bool:
+        return any(key.lower() == str(name).lower() for key, _ in self._list)
+
+    def __iter__(self) -> Iterator[Any]:  # like Werkzeug's: for name, value in headers
+        return iter(self._list)
+
+    def keys(self) -> Any:
+        """Return the names in order."""
+        return [key for key, _ in self._list]
+
+    def items(self) -> Any:
+        """Return the (name, value) pairs in order."""
+        return list(self._list)
+
+    def values(self) -> Any:
+        """Return the values in order."""
+        return [value for _, value in self._list]
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def __repr__(self) -> str:
+        return f"Headers({self._list!r})"
+
+
+class RequestHeaders(Headers):
+    """The header fields of a request, read from its environ."""
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        self._environ = environ
+
+    @property
+    def _list(self) -> list[tuple[str, str]]:  # type: ignore[override]
+        named = [(key[5:] if key.startswith("HTTP_") else key, value) for key, value in self._environ.items()
+                 if key.startswith("HTTP_") or key in ("CONTENT_TYPE", "CONTENT_LENGTH") and value]
+        return [(key.replace("_", "-").title(), value) for key, value in named]
+
+    def __getitem__(self, name: str) -> str:
+        key = name.replace("-", "_").upper()
+        if key in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+            return self._environ[key] or self._missing(name)
+        return self._environ["HTTP_" + key]
+
+    def _missing(self, name: str) -> str:
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            return bool(self[str(name)]) or True
+        except KeyError:
+            return False
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("the headers of a request can't be changed")
+
+    __setitem__ = __delitem__ = add = extend = _refuse
+
+
+_OPTION = re.compile(r";\s*([^\s=;]+)\s*=\s*(\"(?:[^\"\\]|\\.)*\"|[^;]*)")
+
+
+def parse_options(value: str) -> tuple[str, dict[str, str]]:
+    """Split ``form-data; name="a"`` into its value and parameters (RFC 9110 5.6.6; RFC 8187's ``name*=``)."""
+    main, rest = value.partition(";")[::2]
+    options = {}
+    for key, text in _OPTION.findall(";" + rest):
+        if text.startswith('"'):
+            text = re.sub(r"\\(.)", r"\1", text[1:-1]) if re.search(r'\\["\\]', text) else text[1:-1]
+        key = key.lower()
+        if key.endswith("*") and text.count("'") >= 2:
+            charset, _, text = text.split("'", 2)
+            with contextlib.suppress(LookupError):
+                key, text = key[:-1], unquote_to_bytes(text).decode(charset, "replace")
+        options[key] = text.strip()
+    return main.strip().lower(), options
+
+
+_COOKIE_QUOTED = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")
+_COOKIE_UNSAFE = re.compile(rb"[^\w!#$%&'()*+\-./:<=>?@\[\]^`{|}~]", re.ASCII)
+
+
+def parse_cookies(header: str) -> MultiDict:
+    """Read a Cookie header (RFC 6265 4.2.1), with the octal escapes that http.cookies and Werkzeug write."""
+    cookies = MultiDict()
+    for part in header.split(";"):
+        key, equals, value = part.strip().partition("=")
+        if not equals or not key.strip():
+            continue
+        value = value.strip()
+        if len(value) > 1 and value[0] == value[-1] == '"':
+            value = _COOKIE_QUOTED.sub(lambda m: chr(int(m[1], 8)) if m[1] else m[2], value[1:-1])
+        cookies.add(key.strip(), decode_wsgi(value))
+    return cookies
+
+
+def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = None, path: Optional[str] = "/",
+                domain: Optional[str] = None, secure: bool = False, httponly: bool = False,
+                samesite: Optional[str] = None, partitioned: bool = False) -> str:
+    """Write a Set-Cookie value; the arguments are Flask's. ValueError for a key or attribute that isn't allowed."""
+    if not _HEADER_NAME.fullmatch(key):
+        raise ValueError(f"cookie name {key!r} is not allowed")
+    raw = value.encode()
+    if _COOKIE_UNSAFE.search(raw):
+        text = "".join(f"\\{byte:03o}" if not 0x20 <= byte <= 0x7e or byte in b",;" else
+                       "\\" + chr(byte) if byte in b'"\\' else chr(byte) for byte in raw)
+        value = f'"{text}"'
+    parts = [f"{key}={value}"]
+    if max_age is not None:
+        max_age = int(max_age.total_seconds() if hasattr(max_age, "total_seconds") else max_age)
+    if expires is not None:
+        expires = expires if isinstance(expires, str) else http_date(expires)
+    if samesite is not None and samesite.title() not in ("Strict", "Lax", "None"):
+        raise ValueError("SameSite must be Strict, Lax or None")
+    for name, item in (("Domain", domain), ("Expires", expires), ("Max-Age", max_age), ("Secure", secure or partitioned),
+                       ("HttpOnly", httponly), ("Path", path), ("SameSite", samesite and samesite.title()),
+                       ("Partitioned", partitioned)):
+        if item is not None and item is not False:
+            if ";" in str(item):
+                raise ValueError(f"cookie attribute {name} has a semicolon")
+            parts.append(name if item is True else f"{name}={item}")
+    return "; ".join(parts)
+
+
+def http_date(moment: Any) -> str:
+    """Format a datetime, struct_time or Unix time as RFC 9110 5.6.7 says: ``Sun, 06 Nov 1994 08:49:37 GMT``."""
+    if hasattr(moment, "utctimetuple"):
+        moment = moment.utctimetuple()
+    elif hasattr(moment, "timetuple"):
+        moment = moment.timetuple()
+    elif not isinstance(moment, time.struct_time):
+        moment = time.gmtime(moment)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[moment.tm_wday]
+    month = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[moment.tm_mon - 1]
+    return (f"{day}, {moment.tm_mday:02} {month} {moment.tm_year:04} "
+            f"{moment.tm_hour:02}:{moment.tm_min:02}:{moment.tm_sec:02} GMT")
+
+
+def decode_wsgi(text: str) -> str:
+    """Turn WSGI's bytes-as-latin-1 into text; bytes that aren't UTF-8 become U+FFFD (PEP 3333)."""
+    return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "replace")
+
+
+class FileStorage:
+    """An uploaded file: filename, name, content_type, headers, stream; read() and save() as in Flask."""
+
+    def __init__(self, stream: Any, filename: str = "", name: str = "",
+                 headers: Optional[Headers] = None) -> None:
+        self.stream, self.filename, self.name = stream, filename, name
+        self.headers = headers if headers is not None else Headers()
+
+    @property
+    def content_type(self) -> str:
+        """The part's Content-Type, as sent."""
+        return self.headers.get("Content-Type", "")
+
+    @property
+    def mimetype(self) -> str:
+        """The content type without its parameters."""
+        return parse_options(self.content_type)[0]
+
+    @property
+    def content_length(self) -> int:
+        """The part's Content-Length, 0 where it has none."""
+        return self.headers.get("Content-Length", 0, type=int)
+
+    def save(self, destination: Any, buffer_size: int = CHUNK) -> None:
+        """Write the file to a path or an open file."""
+        with contextlib.ExitStack() as stack:
+            out = destination if hasattr(destination, "write") else stack.enter_context(open(destination, "wb"))
+            while chunk := self.stream.read(buffer_size):
+                out.write(chunk)
+
+    def close(self) -> None:
+        """Close the stream."""
+        self.stream.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.stream)
+
+    def __bool__(self) -> bool:
+        return bool(self.filename)
+
+
+class _Parts:
+    """Reads a multipart stream up to one mark after another, holding no more than a chunk and a mark."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._buffer = stream, b"\r\n"  # so that the first boundary looks like the others
+
+    def until(self, mark: bytes, write: Callable[[bytes], Any]) -> None:
+        """Hand the bytes before `mark` to `write`, and skip the mark; 400 where the stream ends first."""
+        while (at := self._buffer.find(mark)) < 0:
+            sure = max(0, len(self._buffer) - len(mark) + 1)
+            write(self._buffer[:sure])
+            chunk = self._stream.read(CHUNK)
+            if not chunk:
+                raise HTTPException(400, "The multipart body ends without its closing boundary")
+            self._buffer = self._buffer[sure:] + chunk
+        write(self._buffer[:at])
+        self._buffer = self._buffer[at + len(mark):]
+
+    def peek(self, count: int) -> bytes:
+        """Return the next bytes without taking them."""
+        while len(self._buffer) < count and (chunk := self._stream.read(CHUNK)):
+            self._buffer += chunk
+        return self._buffer[:count]
+
+
+class _Limited(io.BytesIO):
+    """A buffer that refuses more than `limit` bytes with a 413."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self.limit:
+            raise HTTPException(413)
+        return super().write(data)
+
+
+class _Spool:
+    """A file in memory that moves to disk once it is large; `file` is a real file object in both cases."""
+
+    def __init__(self) -> None:
+        self.file: Any = io.BytesIO()
+
+    def write(self, data: bytes) -> None:
+        if isinstance(self.file, io.BytesIO) and self.file.tell() + len(data) > SPOOL:
+            import tempfile  # only for large uploads: 900 kB
+            small, self.file = self.file, tempfile.TemporaryFile()
+            self.file.write(small.getvalue())
+        self.file.write(data)
+
+
+def parse_multipart(stream: Any, boundary: bytes) -> tuple[MultiDict, MultiDict]:
+    """Read multipart/form-data (RFC 7578) into fields and files.
+
+    Raises HTTPException 400 for a body that is cut off or malformed, 413 over FORM_FIELDS or FORM_MEMORY.
+    """
+    form, files, parts, memory, mark = MultiDict(), MultiDict(), _Parts(stream), FORM_MEMORY, b"\r\n--" + boundary
+    parts.until(mark, lambda data: None)
+    for _ in range(FORM_FIELDS + 1):
+        if parts.peek(2) == b"--":
+            return form, files
+        headers = _part_headers(parts)
+        options = parse_options(headers.get("Content-Disposition", ""))[1]
+        name = options.get("name", "")
+        if "filename" in options:
+            spool = _Spool()
+            parts.until(mark, spool.write)
+            spool.file.seek(0)
+            files.add(name, FileStorage(spool.file, options["filename"], name, headers))
+        else:
+            field = _Limited(memory)
+            parts.until(mark, field.write)
+            memory -= field.tell()
+            charset = parse_options(headers.get("Content-Type", ""))[1].get("charset", "utf-8")
+            form.add(name, decode_text(field.getvalue(), charset))
+    raise HTTPException(413)
+
+
+def _part_headers(parts: _Parts) -> Headers:
+    block = _Limited(16 * 1024)
+    parts.until(b"\r\n\r\n", block.write)
+    headers = Headers()
+    for line in block.getvalue().decode("utf-8", "replace").split("\r\n"):
+        name, colon, value = line.partition(":")
+        if colon and _HEADER_NAME.fullmatch(name.strip()):
+            headers._list.append((name.strip(), value.strip()))  # as sent: names of files are in any script
+    return headers
+
+
+def decode_text(data: bytes, charset: str = "utf-8") -> str:
+    """Decode what a client sent; what can't be decoded becomes U+FFFD, an unknown charset is read as UTF-8."""
+    try:
+        return data.decode(charset, "replace")
+    except LookupError:
+        return data.decode("utf-8", "replace")
+
+
+class Accept:
+    """An Accept header (RFC 9110 12.5.1): `best_match`, `quality`, ``in``, best first when iterated."""
+
+    def __init__(self, header: str) -> None:
+        self._values: list[tuple[str, float]] = []
+        for part in header.split(","):
+            value, options = parse_options(part)
+            with contextlib.suppress(ValueError):
+                if value:
+                    self._values.append((value, max(0.0, min(1.0, float(options.get("q", "1"))))))
+        self._values.sort(key=lambda pair: -pair[1])
+
+    def quality(self, value: str) -> float:
+        """Return how much `value` is wanted, 0.0 to 1.0; the most exact entry decides."""
+        group = value.partition("/")[0] + "/*"
+        for wanted in (value, group, "*/*", "*"):
+            for name, quality in self._values:
+                if name == wanted.lower():
+                    return quality
+        return 0.0
+
+    def best_match(self, matches: Iterable[str], default: Optional[str] = None) -> Optional[str]:
+        """Return the one of `matches` that the client wants most."""
+        best, best_quality = default, 0.0
+        for value in matches:
+            if self.quality(value) > best_quality:
+                best, best_quality = value, self.quality(value)
+        return best
+
+    @property
+    def accept_html(self) -> bool:
+        """Whether text/html is accepted."""
+        return "text/html" in self
+
+    @property
+    def accept_json(self) -> bool:
+        """Whether application/json is accepted."""
+        return "application/json" in self
+
+    @property
+    def best(self) -> Optional[str]:
+        """The value wanted most."""
+        return self._values[0][0] if self._values else None
+
+    def values(self) -> Iterator[str]:
+        """Yield the values, best first."""
+        return (value for value, _ in self._values)
+
+    def __contains__(self, value: str) -> bool:
+        return self.quality(value) > 0
+
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        return iter(self._values)
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+
+class Authorization:
+    """An Authorization header: `type` in lower case, `token`, or `username` and `password` for Basic (RFC 7617)."""
+
+    def __init__(self, header: str) -> None:
+        kind, _, rest = header.partition(" ")
+        self.type, self.token = kind.lower(), rest.strip()
+        self.username = self.password = None  # type: Optional[str]
+        if self.type == "basic":
+            with contextlib.suppress(Base64Error, ValueError):
+                text = a2b_base64(self.token).decode("utf-8", "replace")
+                self.username, _, self.password = text.partition(":")
+
+
+class UserAgent(str):
+    """The User-Agent header; `.string` as in Flask."""
+
+    @property
+    def string(self) -> str:
+        """The header as it is."""
+        return str(self)
+
+
+class lazy:
+    """A property that is computed once and then a plain attribute."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        value = instance.__dict__[self.name] = self.function(instance)
+        return value
+
+
+class _Input:
+    """The body stream: never more than `limit` bytes, 413 beyond; 400 where it ends before its Content-Length."""
+
+    def __init__(self, stream: Any, length: Optional[int], limit: int) -> None:
+        self._stream, self._left, self._limit, self._read = stream, length, limit, 0
+
+    def read(self, count: Optional[int] = -1) -> bytes:
+        """Read `count` bytes, or all."""
+        want = self._limit + 1 - self._read if count is None or count < 0 else count
+        if self._left is not None:
+            want = min(want, self._left)
+        data = self._stream.read(want) if want > 0 else b""
+        self._read += len(data)
+        if self._left is not None:
+            self._left -= len(data)
+            if want and not data:
+                raise HTTPException(400, "The body ends before its Content-Length")
+        if self._read > self._limit:
+            raise HTTPException(413)
+        return data
+
+    def readline(self, limit: int = -1) -> bytes:
+        """Read up to a line end."""
+        line = b""
+        while not line.endswith(b"\n") and (limit < 0 or len(line) < limit) and (byte := self.read(1)):
+            line += byte
+        return line
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+
+class Request:
+    """One HTTP request, with Flask's names. Parts are parsed when they are first asked for.
+
+    `max_content_length` bounds the body in bytes; `view_args` holds func_name and subpath.
+    """
+
+    def __init__(self, environ: dict[str, Any], max_content_length: int = 16 * 1024 * 1024) -> None:
+        self.environ, self.max_content_length = environ, max_content_length
+        self.method: str = environ["REQUEST_METHOD"]
+        self.path: str = "/" + decode_wsgi(environ.get("PATH_INFO", "")).lstrip("/")
+        self.view_args: dict[str, Any] = {}
+        self.endpoint: Optional[str] = None
+
+    @lazy
+    def headers(self) -> RequestHeaders:
+        """The header fields."""
+        return RequestHeaders(self.environ)
+
+    @lazy
+    def args(self) -> MultiDict:
+        """The parameters of the query string."""
+        return MultiDict(parse_query(self.environ.get("QUERY_STRING", "")))
+
+    @lazy
+    def cookies(self) -> MultiDict:
+        """The cookies."""
+        return parse_cookies(self.environ.get("HTTP_COOKIE", ""))
+
+    @lazy
+    def _content(self) -> tuple[str, dict[str, str]]:
+        return parse_options(self.environ.get("CONTENT_TYPE") or "")
+
+    @property
+    def content_type(self) -> Optional[str]:
+        """The Content-Type header, or None."""
+        return self.environ.get("CONTENT_TYPE") or None
+
+    @property
+    def mimetype(self) -> str:
+        """The content type in lower case, without parameters."""
+        return self._content[0]
+
+    @property
+    def mimetype_params(self) -> dict[str, str]:
+        """The parameters of the content type."""
+        return self._content[1]
+
+    @property
+    def content_length(self) -> Optional[int]:
+        """The Content-Length in bytes, None where there is none or it is nonsense."""
+        text = self.environ.get("CONTENT_LENGTH") or ""
+        return int(text) if text.isascii() and text.isdigit() else None
+
+    @lazy
+    def stream(self) -> Any:
+        """The body to be read piece by piece; empty once `data`, `form` or `json` have read it."""
+        length = self.content_length
+        if length is not None and length > self.max_content_length:
+            raise HTTPException(413)
+        if length is None and not self.environ.get("wsgi.input_terminated"):
+            length = 0  # PEP 3333: without a length reading could block for ever
+        return _Input(self.environ["wsgi.input"], length, self.max_content_length)
+
+    def get_data(self, cache: bool = True, as_text: bool = False, parse_form_data: bool = False) -> Any:
+        """Return the body as bytes, or as text; empty where a form was parsed before."""
+        data = self.__dict__.get("_data")
+        if data is None:
+            data = self.stream.read()
+            if cache:
+                self.__dict__["_data"] = data
+        return decode_text(data) if as_text else data
+
+    @property
+    def data(self) -> bytes:
+        """The body, unless it is a form."""
+        return b"" if self._is_form else self.get_data()
+
+    @property
+    def _is_form(self) -> bool:
+        return self.mimetype in ("application/x-www-form-urlencoded", "multipart/form-data")
+
+    @lazy
+    def _form_and_files(self) -> tuple[MultiDict, MultiDict]:
+        if self.mimetype == "application/x-www-form-urlencoded":
+            return MultiDict(parse_query(self.get_data().decode("latin-1"))), MultiDict()
+        if self.mimetype == "multipart/form-data":
+            boundary = self.mimetype_params.get("boundary", "").encode("latin-1", "replace")
+            if not boundary:
+                raise HTTPException(400, "The multipart body has no boundary")
+            data = self.__dict__.get("_data")
+            return parse_multipart(self.stream if data is None else io.BytesIO(data), boundary)
+        return MultiDict(), MultiDict()
+
+    @property
+    def form(self) -> MultiDict:
+        """The fields of a form."""
+        return self._form_and_files[0]
+
+    @property
+    def files(self) -> MultiDict:
+        """The uploaded files of a form."""
+        return self._form_and_files[1]
+
+    @lazy
+    def values(self) -> MultiDict:
+        """`args`, and for everything but GET and HEAD `form` too; args come first."""
+        both = self.args.copy()
+        if self.method not in ("GET", "HEAD"):
+            for key, value in self.form.items(multi=True):
+                both.add(key, value)
+        return both
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the content type is JSON's."""
+        kind = self.mimetype
+        return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+    @property
+    def json(self) -> Any:
+        """The parsed JSON body: 415 for another content type, 400 for bad JSON."""
+        return self.get_json()
+
+    def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
+        """Return the parsed JSON body; `silent` gives None for what would be 415 or 400."""
+        if not (force or self.is_json):
+            if silent:
+                return None
+            raise HTTPException(415, "Did not attempt to load JSON data because the request Content-Type was not "
+                                     "'application/json'.")
+        try:
+            return json.loads(self.get_data(cache=cache))
+        except (ValueError, RecursionError):
+            if silent:
+                return None
+            raise HTTPException(400, "The body is not valid JSON") from None
+
+    @property
+    def query_string(self) -> bytes:
+        """The raw query string."""
+        return self.environ.get("QUERY_STRING", "").encode("latin-1", "replace")
+
+    @property
+    def scheme(self) -> str:
+        """http or https."""
+        return self.environ.get("wsgi.url_scheme", "http")
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether the client came by https."""
+        return self.scheme == "https"
+
+    @property
+    def host(self) -> str:
+        """The Host header, a standard port left out; the server's name where the client sent none, or nonsense."""
+        host = self.environ.get("HTTP_HOST", "")
+        if not re.fullmatch(r"[\w.\-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", host, re.A):
+            host = f'{self.environ.get("SERVER_NAME", "localhost")}:{self.environ.get("SERVER_PORT", "80")}'
+        standard = ":443" if self.is_secure else ":80"
+        return host[:-len(standard)] if host.endswith(standard) else host
+
+    @property
+    def host_url(self) -> str:
+        """``http://host/``."""
+        return f"{self.scheme}://{self.host}/"
+
+    url_root = root_url = host_url
+
+    @property
+    def base_url(self) -> str:
+        """The URL without its query."""
+        return self.host_url + quote(self.path.lstrip("/"), safe="/:@!$&'()*+,;=~%")
+
+    @property
+    def url(self) -> str:
+        """The URL."""
+        query = self.environ.get("QUERY_STRING", "")
+        return self.base_url + ("?" + query if query else "")
+
+    @property
+    def full_path(self) -> str:
+        """The path, a question mark and the query."""
+        return f'{self.path}?{decode_wsgi(self.environ.get("QUERY_STRING", ""))}'
+
+    @property
+    def remote_addr(self) -> Optional[str]:
+        """The client's address; the proxy's word is taken only from TRUSTED_PROXY."""
+        return self.environ.get("REMOTE_ADDR")
+
+    @property
+    def access_route(self) -> list[str]:
+        """The client and the proxies behind it."""
+        forwarded = self.environ.get("HTTP_X_FORWARDED_FOR", "")
+        route = [part.strip() for part in forwarded.split(",") if part.strip()]
+        return route or [self.remote_addr] if self.remote_addr else route
+
+    @lazy
+    def user_agent(self) -> UserAgent:
+        """The User-Agent header."""
+        return UserAgent(self.environ.get("HTTP_USER_AGENT", ""))
+
+    @lazy
+    def authorization(self) -> Optional[Authorization]:
+        """The Authorization header, or None."""
+        header = self.environ.get("HTTP_AUTHORIZATION")
+        return Authorization(header) if header else None
+
+    @property
+    def referrer(self) -> Optional[str]:
+        """The Referer header."""
+        return self.environ.get("HTTP_REFERER")
+
+    @lazy
+    def accept_mimetypes(self) -> Accept:
+        """The Accept header."""
+        return Accept(self.environ.get("HTTP_ACCEPT", ""))
+
+    @lazy
+    def accept_languages(self) -> Accept:
+        """The Accept-Language header."""
+        return Accept(self.environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+
+    def close(self) -> None:
+        """Close the uploaded files."""
+        if "_form_and_files" in self.__dict__:
+            for _, upload in self.files.items(multi=True):
+                upload.close()
+
+    def __repr__(self) -> str:
+        return f"<Request {self.url!r} [{self.method}]>"
+
+
+def parse_query(text: str) -> list[tuple[str, str]]:
+    """Read key=value pairs of a query string or a urlencoded body given as latin-1 (WHATWG URL 5.1)."""
+    if not text:
+        return []
+    return parse_qsl(text if text.isascii() else decode_wsgi(text), keep_blank_values=True, errors="replace")
+
+
+def dump_json(value: Any, **options: Any) -> str:
+    """Write JSON as Flask's jsonify does, but for the line end: sorted keys, datetimes as HTTP dates."""
+    return json.dumps(value, default=_json_default, **{"sort_keys": True, "separators": (",", ":"), **options})
+
+
+def _json_default(value: Any) -> Any:
+    if hasattr(value, "timetuple"):  # date and datetime
+        return http_date(value)
+    if type(value).__name__ in ("Decimal", "UUID"):
+        return str(value)
+    if hasattr(type(value), "__dataclass_fields__"):
+        import dataclasses  # loaded already by whoever made one
+        return dataclasses.asdict(value)
+    if hasattr(value, "__html__"):
+        return str(value.__html__())
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+class Response:
+    """An HTTP response, with Flask's names: a body (str, bytes or an iterable of them), a status and headers."""
+
+    default_mimetype = "text/html"
+
+    def __init__(self, response: Any = None, status: Any = 200, headers: Any = None, mimetype: Optional[str] = None,
+                 content_type: Optional[str] = None, direct_passthrough: bool = False) -> None:
+        self.headers = Headers(headers or ())
+        self.status = status if status is not None else 200
+        self.direct_passthrough = direct_passthrough
+        if content_type is not None:
+            self.headers["Content-Type"] = content_type
+        elif mimetype is not None or "Content-Type" not in self.headers:
+            self.mimetype = mimetype or self.default_mimetype
+        self.response = response
+
+    @property
+    def response(self) -> Any:
+        """The body: bytes, or an iterable that is sent as it is made."""
+        return self._body
+
+    @response.setter
+    def response(self, value: Any) -> None:
+        if isinstance(value, str):
+            value = value.encode()
+        elif isinstance(value, (bytearray, memoryview)):
+            value = bytes(value)
+        elif value is None:
+            value = b""
+        elif isinstance(value, (list, tuple)):
+            value = b"".join(item.encode() if isinstance(item, str) else item for item in value)
+        self._body = value
+
+    @property
+    def status(self) -> str:
+        """``"200 OK"``; set by a number or such a text."""
+        return self._status
+
+    @status.setter
+    def status(self, value: Any) -> None:
+        text = str(int(value)) if not isinstance(value, str) else value
+        code, _, reason = text.partition(" ")
+        if not code.isdigit() or not 100 <= int(code) <= 999 or not _HEADER_VALUE.fullmatch(reason):
+            raise ValueError(f"status {value!r} is not an HTTP status")
+        self.code = int(code)
+        self._status = f"{code} {reason or REASONS.get(self.code, 'Unknown')}"
+
+    @property
+    def status_code(self) -> int:
+        """The status as a number."""
+        return self.code
+
+    @status_code.setter
+    def status_code(self, value: int) -> None:
+        self.status = value
+
+    @property
+    def mimetype(self) -> str:
+        """The content type without its parameters; text gets a charset when it is set."""
+        return parse_options(self.headers.get("Content-Type", ""))[0]
+
+    @mimetype.setter
+    def mimetype(self, value: str) -> None:
+        textual = value.startswith("text/") or value in ("application/xml", "application/javascript") \
+            or value.endswith("+xml")
+        self.headers["Content-Type"] = value + ("; charset=utf-8" if textual and "charset" not in value else "")
+
+    @property
+    def content_type(self) -> Optional[str]:
+        """The Content-Type header."""
+        return self.headers.get("Content-Type")
+
+    @content_type.setter
+    def content_type(self, value: str) -> None:
+        self.headers["Content-Type"] = value
+
+    @property
+    def content_length(self) -> Optional[int]:
+        """The Content-Length, where it is known."""
+        return len(self._body) if isinstance(self._body, bytes) else self.headers.get("Content-Length", type=int)
+
+    @property
+    def location(self) -> Optional[str]:
+        """The Location header."""
+        return self.headers.get("Location")
+
+    @location.setter
+    def location(self, value: str) -> None:
+        self.headers["Location"] = iri_to_uri(value)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the body is made while it is sent."""
+        return not isinstance(self._body, bytes)
+
+    def get_data(self, as_text: bool = False) -> Any:
+        """Return the whole body; a stream is read to its end."""
+        if self.is_streamed:
+            self.response = list(self._body)
+        return self._body.decode("utf-8", "replace") if as_text else self._body
+
+    def set_data(self, value: Any) -> None:
+        """Replace the body."""
+        self.response = value
+
+    data = property(get_data, set_data)
+
+    @property
+    def json(self) -> Any:
+        """The body parsed as JSON, None where it isn't JSON."""
+        return self.get_json()
+
+    def get_json(self, force: bool = False, silent: bool = False) -> Any:
+        """Return the body parsed as JSON."""
+        return json.loads(self.get_data()) if force or "json" in self.mimetype else None
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the content type is JSON's."""
+        return "json" in self.mimetype
+
+    def set_cookie(self, key: str, value: str = "", **options: Any) -> None:
+        """Add a Set-Cookie header; options are `dump_cookie`'s."""
+        self.headers.add("Set-Cookie", dump_cookie(key, value, **options))
+
+    def delete_cookie(self, key: str, path: Optional[str] = "/", domain: Optional[str] = None, **options: Any) -> None:
+        """Make the browser forget a cookie."""
+        self.set_cookie(key, expires=0, max_age=0, path=path, domain=domain, **options)
+
+    def close(self) -> None:
+        """Close the body, where it can be closed."""
+        if hasattr(self._body, "close"):
+            self._body.close()
+
+    def __repr__(self) -> str:
+        return f"<Response [{self.status}]>"
+
+
+def iri_to_uri(iri: str) -> str:
+    """Percent-encode what a URL in a header may not hold (RFC 3987 3.1)."""
+    return quote(iri, safe="%!#$&'()*+,/:;=?@[]~")
+
+
+_TUPLE_FORMS = "(body, status), (body, headers) or (body, status, headers)"
+
+
+def make_response(*values: Any) -> Response:
+    """Turn what a function returned into a Response (SPEC 3); TypeError says what it was instead."""
+    value = values[0] if len(values) == 1 else values
+    status, headers = None, None
+    if isinstance(value, tuple):
+        if len(value) == 3:
+            value, status, headers = value
+        elif len(value) == 2:
+            value, other = value
+            status, headers = (None, other) if isinstance(other, (dict, list, tuple, Headers)) else (other, None)
+        else:
+            raise TypeError(f"a tuple of {len(value)} was returned; it must be {_TUPLE_FORMS}")
+    response = _body_response(value)
+    if status is not None:
+        response.status = status
+    for name, item in (headers.items() if isinstance(headers, (Mapping, Headers)) else headers or ()):
+        del response.headers[name]
+        response.headers.extend([(name, item)])
+    return response
+
+
+def _body_response(value: Any) -> Response:
+    if isinstance(value, Response):
+        return value
+    if isinstance(value, (str, bytes, bytearray)):
+        return Response(value)
+    if isinstance(value, (dict, list)):
+        return Response(dump_json(value) + "\n", mimetype="application/json")
+    if value is None:
+        return Response(status=204)
+    if hasattr(value, "__next__"):
+        return Response(value)
+    if hasattr(value, "get_wsgi_headers") and hasattr(value, "status"):  # a Response of the real Werkzeug or Flask
+        return Response(value.response if value.is_streamed else value.get_data(), value.status, list(value.headers))
+    raise TypeError(f"{type(value).__name__} was returned; it must be str, bytes, dict, list, Response, an iterator, "
+                    f"None, {_TUPLE_FORMS}")
+
+# == 04 SESSIONS ==========================================================
+# The signed cookie, and the admin's login in it. Uses 01 and 03. A `Signer` holds the two secrets, nothing else has
+# state. hmac and hashlib cost 3.6 MB, so they are imported by the first call that needs a signature.
+
+SESSION_SECONDS = 31 * 86400
+
+
+def same_secret(one: str, other: str) -> bool:
+    """Compare two secrets in constant time."""
+    import hmac
+    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))
+
+
+class Signer:
+    """Signs with HMAC-SHA256 under SECRET_KEY: session cookies, and logins that SECRET_TOKEN is mixed into."""
+
+    def __init__(self, secret_key: str, secret_token: str) -> None:
+        self._key, self._token = secret_key.encode(), secret_token.encode()
+
+    def signature(self, purpose: str, payload: str) -> str:
+        """Return the signature of `payload` for one purpose, base64url without padding."""
+        import hmac
+        digest = hmac.new(self._key, f"fnserve {purpose}\0{payload}".encode("utf-8", "surrogatepass"), "sha256").digest()
+        return _base64url(digest)
+
+    def sign(self, payload: str, now: float) -> str:
+        """Return ``payload.time.signature``, all of it safe in a cookie."""
+        text = f"{_base64url(payload.encode())}.{int(now)}"
+        return f"{text}.{self.signature('session', text)}"
+
+    def unsign(self, text: str, now: float, max_age: float = SESSION_SECONDS) -> Optional[str]:
+        """Return the payload; None for what is forged, cut, too old or from the future."""
+        signed, _, signature = text.rpartition(".")
+        payload, _, moment = signed.partition(".")
+        if not self._key or not signed or not same_secret(signature, self.signature("session", signed)):
+            return None
+        if not now - max_age <= int(moment) <= now + 60:  # one's own signature, so it is a number
+            return None
+        return a2b_base64(payload.translate({45: "+", 95: "/"}) + "==").decode()
+
+    def login_mark(self, expires: int) -> list[Any]:
+        """Return what a session holds while its owner is logged in; a function can't make it up."""
+        return [expires, self.signature("login", f"{expires} {self._token.decode()}")]
+
+    def is_login(self, mark: Any, now: float) -> bool:
+        """Tell whether `mark` is a login that has not expired, made under today's SECRET_TOKEN."""
+        return (isinstance(mark, list) and len(mark) == 2 and isinstance(mark[0], int) and isinstance(mark[1], str)
+                and mark[0] > now and bool(self._token) and same_secret(mark[1], self.login_mark(mark[0])[1]))
+
+
+def _base64url(data: bytes) -> str:
+    return b2a_base64(data, newline=False).decode().rstrip("=").translate({43: "-", 47: "_"})
+
+
+class Session(dict):
+    """The session: a dict that goes into the cookie as JSON when it has changed; `permanent` keeps it 31 days."""
+
+    modified = accessed = False
+
+    def __init__(self, payload: Optional[str]) -> None:
+        super().__init__(json.loads(payload) if payload else {})
+        self.new = not payload
+        self._before = self._dump()
+
+    @property
+    def permanent(self) -> bool:
+        """Whether the cookie outlives the browser."""
+        return bool(self.get("_permanent"))
+
+    @permanent.setter
+    def permanent(self, value: bool) -> None:
+        self["_permanent"] = bool(value)
+
+    def _dump(self) -> str:
+        return dump_json(dict(self))
+
+    def changed_payload(self) -> Optional[str]:
+        """Return the JSON to store, or None where the cookie may stay as it is; `permanent` renews it every time."""
+        payload = self._dump()
+        return payload if payload != self._before or self.modified or (self.permanent and self) else None
+
+
+def load_session(request: Request, signer: Signer, now: float) -> Session:
+    """Read the session cookie; anything wrong with it is an empty session."""
+    text = request.cookies.get("session", "")
+    payload = signer.unsign(text, now) if text else None
+    return Session(payload)
+
+
+def save_session(session: Session, request: Request, response: Response, signer: Signer, now: float) -> None:
+    """Set, renew or delete the cookie on a response whose call looked at the session."""
+    payload = session.changed_payload()
+    response.headers.add("Vary", "Cookie")
+    if payload is None:
+        return
+    if not session:
+        response.delete_cookie("session", httponly=True, samesite="Lax", secure=request.is_secure)
+        return
+    age = SESSION_SECONDS if session.permanent else None
+    response.set_cookie("session", signer.sign(payload, now), max_age=age, httponly=True, samesite="Lax",
+                        secure=request.is_secure, expires=None if age is None else now + age)
+
+
+# == 05 STORE =============================================================
+# serverless.db: one connection per process behind a lock. Uses 01. The users' own tables live beside ours; call_stats
+# is as they know it, all others of ours start with fn_.
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS call_stats (func_name TEXT PRIMARY KEY, call_count INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS fn_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fn_journal (segment INTEGER PRIMARY KEY, position INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS fn_functions (func_name TEXT PRIMARY KEY, errors INTEGER NOT NULL, last_call REAL NOT NULL)
+    WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fn_requests (method TEXT, endpoint TEXT, status INTEGER, count INTEGER NOT NULL,
+    PRIMARY KEY (method, endpoint, status)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fn_latency (method TEXT, endpoint TEXT, seconds REAL NOT NULL, buckets TEXT NOT NULL,
+    PRIMARY KEY (method, endpoint)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fn_minutes (minute INTEGER, endpoint TEXT, calls INTEGER NOT NULL, errors INTEGER NOT NULL,
+    buckets TEXT NOT NULL, PRIMARY KEY (minute, endpoint)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fn_calls (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, time REAL, function TEXT,
+    method TEXT, path TEXT, status INTEGER, us INTEGER, bytes INTEGER, client TEXT, trigger TEXT, attempt INTEGER,
+    output TEXT, error TEXT);
+CREATE TABLE IF NOT EXISTS fn_versions (func_name TEXT, version INTEGER, saved_at REAL NOT NULL, source BLOB NOT NULL,
+    loaded INTEGER NOT NULL, PRIMARY KEY (func_name, version));
+CREATE TABLE IF NOT EXISTS fn_broken (func_name TEXT PRIMARY KEY, at REAL NOT NULL, error TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fn_failures (address TEXT, at REAL);
+"""
+
+
+class Store:
+    """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error.
+
+    Opened by the first use in each process, so that no connection crosses a fork (sqlite.org/howtocorrupt 2.6).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._connection: Optional[sqlite3.Connection] = None
+        self._owner = 0
+
+    def read(self, sql: str, *values: Any) -> list[Any]:
+        """Run one SELECT and return its rows."""
+        with self._lock:
+            return self._open().execute(sql, values).fetchall()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Hold the database's one write lock for a transaction: committed at the end, undone by an exception."""
+        with self._lock:
+            connection = self._open()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
+
+    def check(self) -> None:
+        """Open the database; StoreError where it can't be used. A lock held by somebody else is not an error."""
+        try:
+            self.read("SELECT 1 FROM call_stats LIMIT 1")
+        except sqlite3.Error as error:
+            if "locked" not in str(error):
+                raise StoreError(f"{self.path}: {error}") from None
+            log.warning("%s is locked; the calls go on and are counted later", self.path)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close this process's connection."""
+        with self._lock:
+            if self._connection is not None and self._owner == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None or self._owner != os.getpid():
+            connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=NORMAL")  # a fold that power loss undoes is done again
+                connection.execute("PRAGMA cache_size=-1024")
+                if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'fn_failures'").fetchall():
+                    connection.executescript(_SCHEMA)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection, self._owner = connection, os.getpid()
+        return self._connection
+
+
+# == 06 JOURNAL ===========================================================
+# One append per call; whatever counts is folded from the lines into SQLite. Uses 05. `Journal` owns this process's
+# file handle, `Folder` owns nothing: the read position is stored in the transaction that adds what was read.
+#
+# A segment is journal/<number>.jsonl. Whoever appends to it holds a shared flock, which the kernel drops with the
+# process. Once a newer segment exists, nobody takes the old one's lock any more; when the exclusive lock can be had,
+# its last line has been written, and it is done with after one more read.
+
+SEGMENT_BYTES = 8 * 1024 * 1024
+FOLD_BYTES = 4 * 1024 * 1024  # read per transaction: bounds memory, and how long others wait for the write lock
+OUTPUT_BYTES = 8 * 1024
+BUCKETS = (.005, .01, .025, .05, .075, .1, .25, .5, .75, 1.0, 2.5, 5.0, 7.5, 10.0)  # prometheus_client's defaults
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+except ImportError:  # Windows: one process, so nobody to lock out
+    LOCK_EX = LOCK_NB = LOCK_SH = 0  # type: ignore[misc]
+
+    def flock(handle: int, operation: int) -> None:  # type: ignore[misc]
+        """Do nothing."""
+
+
+def segments(directory: str) -> list[int]:
+    """List the numbers of the segments, oldest first."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return sorted(int(name[:-6]) for name in names if name.endswith(".jsonl") and name[:-6].isdigit())
+
+
+def segment_path(directory: str, number: int) -> str:
+    """Return the path of a segment."""
+    return os.path.join(directory, f"{number:08}.jsonl")
+
+
+class Journal:
+    """Appends records. A write that fails never fails a call: it is counted in `lost` and logged once a minute."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.lost = 0  #: records this process could not write
+        self._handle, self._number, self._owner, self._count, self._complained = -1, 0, 0, 0, 0.0
+        self._lock = threading.Lock()
+
+    def append(self, record: str) -> None:
+        """Write one JSON record with one write(2).
+
+        A line break stands on both sides, so what a short write leaves behind never spoils the next record.
+        """
+        line = f"\n{record}\n".encode()
+        try:
+            self._count += 1
+            if self._count & 63 == 1 or self._handle < 0 or self._owner != os.getpid():
+                self.refresh()
+            if os.write(self._handle, line) != len(line):
+                raise OSError("the disk is full")
+        except OSError as error:
+            self._complain(error)
+
+    def in_use(self) -> bool:
+        """Tell whether this process has a segment open."""
+        return self._handle >= 0 and self._owner == os.getpid()
+
+    def refresh(self) -> None:
+        """Open the current segment; move on to a new one where it is full, was deleted or is no longer the newest."""
+        with self._lock:
+            if self.in_use():
+                found = os.fstat(self._handle)
+                full = found.st_size >= SEGMENT_BYTES
+                if found.st_nlink and not full and not os.path.exists(segment_path(self.directory, self._number + 1)):
+                    return
+                self._open(self._number + 1 if full and found.st_nlink else 0)
+            else:
+                self._open(0)
+
+    def _open(self, least: int) -> None:
+        """Open the newest segment, at least number `least`, and hold it.
+
+        The first one of a directory is numbered by the clock, so that the position stored for a segment that
+        somebody deleted never meets another file of that number.
+        """
+        os.makedirs(self.directory, exist_ok=True)
+        while True:
+            number = max([least] + (segments(self.directory)[-1:] or [int(time.time())]))
+            handle = os.open(segment_path(self.directory, number), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            flock(handle, LOCK_SH)
+            if segments(self.directory)[-1:] == [number]:
+                break
+            os.close(handle)
+        if self.in_use():
+            os.dup2(handle, self._handle, inheritable=False)  # a thread that is about to write hits the old or the new
+            os.close(handle)
+            handle = self._handle
+        self._number, self._owner, self._handle = number, os.getpid(), handle
+
+    def _complain(self, error: OSError) -> None:
+        self.lost += 1
+        if time.monotonic() - self._complained > 60:
+            self._complained = time.monotonic()
+            log.error("%s: %s; %d records lost so far", self.directory, error, self.lost)
+
+
+_SECRET = r"token|key|secret|signature|password|passwd|authorization|cookie"
+_SECRET_PAIR = re.compile(rf"([?&;](?:[^=&;]*(?:{_SECRET})[^=&;]*)=)[^&;]*", re.I)
+
+
+def scrub(url: str) -> str:
+    """Blank the values of query parameters that carry secrets."""
+    if "?" not in url:
+        return url
+    path, _, query = url.partition("?")
+    return path + _SECRET_PAIR.sub(r"\1***", "?" + unquote_keys(query))
+
+
+def unquote_keys(query: str) -> str:
+    """Undo percent-encoding in the names of query parameters, so that no spelling hides one."""
+    if "%" not in query:
+        return query
+    pairs = (pair.partition("=") for pair in query.split("&"))
+    return "&".join(unquote_to_bytes(key).decode("utf-8", "replace") + equals + value for key, equals, value in pairs)
+
+
+class Tally:
+    """What a batch of records adds up to, before it is written in one transaction."""
+
+    def __init__(self) -> None:
+        self.lines = self.torn = 0
+        self.functions: dict[str, list[Any]] = {}   #: name -> [calls, errors, last call]
+        self.requests: dict[tuple[str, str, int], int] = {}
+        self.latency: dict[tuple[str, str], list[Any]] = {}  #: (method, endpoint) -> [seconds, buckets]
+        self.minutes: dict[tuple[int, str], list[Any]] = {}  #: (minute, endpoint) -> [calls, errors, buckets]
+        self.calls: list[dict[str, Any]] = []
+
+    def add(self, line: bytes) -> None:
+        """Add one line of the journal; one that is no record is counted as torn."""
+        try:
+            record = json.loads(line)
+            name, method, status, taken = record.get("f"), str(record["m"]), int(record["s"]), int(record["us"])
+            moment, endpoint = float(record["t"]), "/function/" + name if name else str(record["r"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.torn += 1
+            return
+        self.lines += 1
+        failed, slot = status >= 500, _bucket(taken / 1e6)
+        key = (method, endpoint, status)
+        self.requests[key] = self.requests.get(key, 0) + 1
+        latency = self.latency.setdefault((method, endpoint), [0.0, [0] * 15])
+        latency[0] += taken / 1e6
+        latency[1][slot] += 1
+        minute = self.minutes.setdefault((int(moment) // 60, endpoint), [0, 0, [0] * 15])
+        minute[0] += 1
+        minute[1] += failed
+        minute[2][slot] += 1
+        if name:
+            function = self.functions.setdefault(name, [0, 0, 0.0])
+            function[0] += 1
+            function[1] += failed
+            function[2] = max(function[2], moment)
+        self.calls.append(record)
+
+
+def _bucket(value: float) -> int:
+    for index, bound in enumerate(BUCKETS):
+        if value <= bound:
+            return index
+    return len(BUCKETS)
+
+
+def quantile(buckets: list[int], q: float) -> float:
+    """Estimate a quantile in seconds from bucket counts, as Prometheus's histogram_quantile() does."""
+    rank, below = q * sum(buckets), 0.0
+    for index, count in enumerate(buckets[:len(BUCKETS)]):
+        if count and below + count >= rank:
+            low = BUCKETS[index - 1] if index else 0.0
+            return low + (BUCKETS[index] - low) * (rank - below) / count
+        below += count
+    return BUCKETS[-1] if any(buckets) else 0.0
+
+
+def add_buckets(one: str, other: list[int]) -> str:
+    """Add bucket counts to stored ones."""
+    return json.dumps([a + b for a, b in zip(json.loads(one), other)]) if one else json.dumps(other)
+
+
+def _read_from(path: str, position: int) -> bytes:
+    try:
+        if os.path.getsize(path) <= position:
+            return b""
+        with open(path, "rb") as file:
+            file.seek(position)
+            return file.read(FOLD_BYTES)
+    except FileNotFoundError:
+        return b""
+
+
+class Folder:
+    """Folds the journal into the database, each record exactly once, whichever process does it and dies doing it."""
+
+    def __init__(self, journal: Journal, store: Store, settings: Settings, protected: frozenset[str]) -> None:
+        self._directory, self._store, self._protected = journal.directory, store, protected
+        self._keep_calls, self._keep_days = settings.KEEP_INVOCATIONS, settings.KEEP_DAYS
+
+    def fold(self, within: Optional[Callable[[sqlite3.Connection], None]] = None) -> int:
+        """Fold all that was appended before this call; return the number of records.
+
+        `within` runs in the last transaction, so that what it does can't miss or see a record twice.
+        """
+        total = 0
+        while True:
+            with self._store.write() as connection:
+                tally, more = self._read(connection)
+                if tally.lines or tally.torn:
+                    self._add(connection, tally)
+                if not more and within:
+                    within(connection)
+            total += tally.lines
+            if not more:
+                return total
+
+    def pending(self) -> int:
+        """Return how many bytes wait to be folded."""
+        done = dict(self._store.read("SELECT segment, position FROM fn_journal"))
+        waiting = 0
+        for number in segments(self._directory):
+            with contextlib.suppress(OSError):
+                waiting += os.path.getsize(segment_path(self._directory, number)) - done.get(number, 0)
+        return waiting
+
+    def _read(self, connection: sqlite3.Connection) -> tuple[Tally, bool]:
+        done, tally = dict(connection.execute("SELECT segment, position FROM fn_journal")), Tally()
+        for number in segments(self._directory):
+            data = _read_from(segment_path(self._directory, number), done.get(number, 0))
+            # the last line may be half written yet; one longer than all that is read at once is none of ours
+            ready = len(data) if len(data) == FOLD_BYTES and b"\n" not in data else data.rfind(b"\n") + 1
+            for line in data[:ready].split(b"\n"):
+                if line:
+                    tally.add(line)
+            if ready:
+                connection.execute("REPLACE INTO fn_journal VALUES (?, ?)", (number, done.get(number, 0) + ready))
+            if len(data) == FOLD_BYTES:
+                return tally, True
+        return tally, False
+
+    def _add(self, connection: sqlite3.Connection, tally: Tally) -> None:
+        run = connection.executemany
+        public = [(name, row[0]) for name, row in tally.functions.items() if name not in self._protected]
+        run("INSERT INTO call_stats VALUES (?, ?) ON CONFLICT (func_name) DO UPDATE"
+            " SET call_count = call_count + excluded.call_count", public)
+        run("INSERT INTO fn_functions VALUES (?, ?, ?) ON CONFLICT (func_name) DO UPDATE SET errors = errors"
+            " + excluded.errors, last_call = max(last_call, excluded.last_call)",
+            [(name, row[1], row[2]) for name, row in tally.functions.items()])
+        run("INSERT INTO fn_requests VALUES (?, ?, ?, ?) ON CONFLICT (method, endpoint, status) DO UPDATE"
+            " SET count = count + excluded.count", [(*key, count) for key, count in tally.requests.items()])
+        for key, (taken, buckets) in tally.latency.items():
+            old = connection.execute("SELECT seconds, buckets FROM fn_latency WHERE method = ? AND endpoint = ?",
+                                     key).fetchone() or (0.0, "")
+            connection.execute("REPLACE INTO fn_latency VALUES (?, ?, ?, ?)",
+                               (*key, old[0] + taken, add_buckets(old[1], buckets)))
+        for minute, (calls, errors, buckets) in tally.minutes.items():
+            old = connection.execute("SELECT calls, errors, buckets FROM fn_minutes WHERE minute = ? AND endpoint = ?",
+                                     minute).fetchone() or (0, 0, "")
+            connection.execute("REPLACE INTO fn_minutes VALUES (?, ?, ?, ?, ?)",
+                               (*minute, old[0] + calls, old[1] + errors, add_buckets(old[2], buckets)))
+        if tally.torn:
+            connection.execute("INSERT INTO fn_meta VALUES ('torn_lines', ?) ON CONFLICT (key) DO UPDATE"
+                               " SET value = value + excluded.value", (tally.torn,))
+        self._keep(connection, tally.calls[-self._keep_calls:] if self._keep_calls else [])
+
+    def _keep(self, connection: sqlite3.Connection, calls: list[dict[str, Any]]) -> None:
+        """Store the last calls for the logs page, and drop those beyond KEEP_INVOCATIONS."""
+        connection.executemany(
+            "INSERT INTO fn_calls (id, time, function, method, path, status, us, bytes, client, trigger, attempt, output,"
+            " error) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [(call.get("id"), call["t"], call.get("f") or call.get("r"), call["m"], call.get("p"), call["s"], call["us"],
+              call.get("n"), call.get("c"), call.get("via", "http"), call.get("try", 1), call.get("out"), call.get("err"))
+             for call in calls])
+        connection.execute("DELETE FROM fn_calls WHERE number <= (SELECT max(number) FROM fn_calls) - ?",
+                           (self._keep_calls,))
+
+    def prune(self, now: float) -> None:
+        """Delete segments that are folded, given up by every writer and older than KEEP_DAYS; and old minutes."""
+        oldest = now - max(self._keep_days * 86400, 60)
+        done = dict(self._store.read("SELECT segment, position FROM fn_journal"))
+        for number in segments(self._directory)[:-1]:
+            path = segment_path(self._directory, number)
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_mtime > oldest:
+                    continue
+                flock(file.fileno(), LOCK_EX | LOCK_NB)
+                if b"\n" not in _read_from(path, done.get(number, 0)):  # a torn last line is not waited for
+                    os.unlink(path)
+        with self._store.write() as connection:
+            connection.execute("DELETE FROM fn_minutes WHERE minute < ?", (int(oldest) // 60,))
+            connection.execute("DELETE FROM fn_failures WHERE at < ?", (now - 3600,))
+
+# == 07 FUNCTIONS =========================================================
+# Names to files, files to modules. Uses 01, 02 and 05; the modules that `from flask import ...` means are handed in.
+# `Functions` owns what this process has loaded; `Versions` keeps every source in the database, for all processes.
+
+PACKAGE = "functions"  # what functions are called in sys.modules, whatever FUNCTIONS_DIR is called
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+KEEP_VERSIONS = 50
+GROUP_DEPTH = 8
+_EMPTY = "the file is empty"
+
+
+def valid_name(name: str) -> bool:
+    """Tell whether this may name a function: identifiers that don't start with _, joined by / for groups."""
+    return len(name) <= 200 and all(part.isidentifier() and part[0] != "_" for part in name.split("/"))
+
+
+def compile_source(source: bytes, path: str, flags: int = 0) -> Any:
+    """Compile a function file; LoadError with line and column where it can't be."""
+    if not source.strip():
+        raise LoadError(_EMPTY)
+    try:
+        return compile(source, path, "exec", flags, dont_inherit=True)
+    except SyntaxError as error:
+        raise LoadError(f"{type(error).__name__}: {error.msg}", error.lineno or 0, error.offset or 0) from None
+    except (ValueError, RecursionError, MemoryError, OverflowError) as error:  # NUL bytes, absurd nesting
+        raise LoadError(f"{type(error).__name__}: {error}") from None
+
+
+def summarize(source: bytes, path: str) -> str:
+    """Return the first line of a file's docstring, else of main's; LoadError where it does not compile."""
+    tree = compile_source(source, path, 0x400)  # ast.PyCF_ONLY_AST; ast itself costs 500 kB
+    mains = [node for node in tree.body if getattr(node, "name", "") == "main" and hasattr(node, "body")]
+    for node in [tree, *mains]:
+        value = getattr(getattr(node.body[0], "value", None), "value", None) if node.body else None
+        if isinstance(value, str) and value.strip():
+            return value.strip().splitlines()[0]
+    return ""
+
+
+class Versions:
+    """Every source that was saved or served, the last 50 of each function; and which functions are broken now.
+
+    A database that can't be written to loses a version, never a call.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def remember(self, name: str, source: bytes, loaded: bool) -> int:
+        """Store `source` unless it is the newest version already; return its number (0: could not)."""
+        try:
+            newest = self._store.read("SELECT version, loaded FROM fn_versions WHERE func_name = ?1 AND source = ?2 AND"
+                                      " version = (SELECT max(version) FROM fn_versions WHERE func_name = ?1)",
+                                      name, source)
+            if newest and newest[0][1] >= loaded:
+                return newest[0][0]
+            with self._store.write() as connection:
+                return self._add(connection, name, source, loaded)
+        except sqlite3.Error as error:
+            log.warning("%s: its version could not be stored: %s", name, error)
+            return 0
+
+    def _add(self, connection: sqlite3.Connection, name: str, source: bytes, loaded: bool) -> int:
+        row = connection.execute("SELECT version, source FROM fn_versions WHERE func_name = ? ORDER BY version DESC"
+                                 " LIMIT 1", (name,)).fetchone()
+        if row and row[1] == source:
+            connection.execute("UPDATE fn_versions SET loaded = max(loaded, ?) WHERE func_name = ? AND version = ?",
+                               (loaded, name, row[0]))
+            return row[0]
+        version = row[0] + 1 if row else 1
+        connection.execute("INSERT INTO fn_versions VALUES (?, ?, ?, ?, ?)", (name, version, time.time(), source, loaded))
+        connection.execute("DELETE FROM fn_versions WHERE func_name = ?1 AND version <= ?2 AND version <> (SELECT"
+                           " max(version) FROM fn_versions WHERE func_name = ?1 AND loaded)",
+                           (name, version - KEEP_VERSIONS))
+        return version
+
+    def last_good(self, name: str) -> Optional[bytes]:
+        """Return the newest source that has loaded, in this or any other process."""
+        with contextlib.suppress(sqlite3.Error):
+            rows = self._store.read("SELECT source FROM fn_versions WHERE func_name = ? AND loaded"
+                                    " ORDER BY version DESC LIMIT 1", name)
+            return bytes(rows[0][0]) if rows else None
+        return None
+
+    def mark_broken(self, name: str, error: Optional[LoadError]) -> None:
+        """Note that a function can't be loaded, or can again."""
+        with contextlib.suppress(sqlite3.Error):
+            rows = self._store.read("SELECT error FROM fn_broken WHERE func_name = ?", name)
+            if [str(error)] == [row[0] for row in rows] or (error is None and not rows):
+                return
+            with self._store.write() as connection:
+                connection.execute("DELETE FROM fn_broken WHERE func_name = ?", (name,))
+                if error is not None:
+                    connection.execute("INSERT INTO fn_broken VALUES (?, ?, ?)", (name, time.time(), str(error)))
+
+    def broken(self) -> dict[str, str]:
+        """Return the functions that could not be loaded when somebody last tried, and why."""
+        return dict(self._store.read("SELECT func_name, error FROM fn_broken"))
+
+
+class Code(NamedTuple):
+    """A version of a function that has loaded."""
+    source: bytes
+    module: types.ModuleType
+    entry: Optional[Callable[..., Any]]
+    wants: tuple[str, ...]  #: which of config, protected, context the entry point takes
+    takes_request: bool
+
+
+class Function:
+    """One function file in this process: the code that serves, and what is wrong with the newest file."""
+
+    def __init__(self, name: str, path: str) -> None:
+        self.name, self.path = name, path
+        self.stamp: Any = None  #: state of the file that was last looked at
+        self.source: Optional[bytes] = None  #: the newest source, good or not
+        self.code: Optional[Code] = None
+        self.error: Optional[LoadError] = None
+        self.tried = 0.0  #: monotonic time of the last attempt to load
+        self.uses_helpers = False
+        self.lock = threading.RLock()
+
+
+class _HelperLoader(importlib.machinery.SourceFileLoader):
+    """Loads a helper module under functions/: with the functions' imports, and without any .pyc.
+
+    A .pyc is found by time and size to the second, so an edit within one would go unseen; and none may be written.
+    """
+
+    functions: Any = None
+
+    def get_code(self, fullname: str) -> Any:
+        """Compile the source afresh."""
+        return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Run the module with the functions' builtins."""
+        module.__dict__["__builtins__"] = self.functions.builtins
+        super().exec_module(module)
+
+
+class _HelperFinder:
+    """Finds modules as ever, but gives those under functions/ the loader above. Stands before the usual finder."""
+
+    def __init__(self, functions: Functions) -> None:
+        self._functions = functions
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Find a module (importlib's protocol)."""
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec and spec.origin and isinstance(spec.loader, importlib.machinery.SourceFileLoader) \
+                and spec.origin.startswith(self._functions.root + os.sep):
+            spec.loader = _HelperLoader(fullname, spec.origin)
+            spec.loader.functions = self._functions
+            spec.cached = None
+        return spec
+
+
+class Functions:
+    """The functions of one directory. `resolve` finds one for a path and loads it where its file has changed.
+
+    `api` holds the modules that flask, functions_framework and so on mean inside function files; `reserved` names are
+    never served from a file.
+    """
+
+    def __init__(self, root: str, versions: Versions, api: Mapping[str, types.ModuleType],
+                 reserved: frozenset[str]) -> None:
+        self.root, self.versions, self._api, self._reserved = root, versions, api, reserved
+        self.builtins = {**builtins.__dict__, "__import__": self._import}
+        self._known: dict[str, Function] = {}
+        self._adding = threading.Lock()
+        self._watched: dict[str, Any] = {}  #: helper file -> its stamp when it was imported
+        self._looked, self._warned = 0.0, set()  # type: float, set[str]
+        self._summaries: dict[str, tuple[Any, str, Optional[LoadError]]] = {}
+
+    def install(self) -> None:
+        """Make functions/ importable in this process: `import foo`, `from functions.foo import bar`, `from . import`."""
+        package = types.ModuleType(PACKAGE)
+        package.__path__ = [self.root]
+        sys.modules[PACKAGE] = package
+        for path in (self.root, os.path.dirname(self.root)):
+            if path not in sys.path:
+                sys.path.append(path)  # last, so that no function hides a library
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _HelperFinder)]
+        at = sys.meta_path.index(importlib.machinery.PathFinder) if importlib.machinery.PathFinder in sys.meta_path else 0
+        sys.meta_path.insert(at, _HelperFinder(self))
+
+    def path(self, name: str) -> str:
+        """Return the file of a name, which must be a `valid_name`; the only door from names to the file system."""
+        if not valid_name(name):
+            raise ValueError(f"{name!r} is no function name")
+        return os.path.join(self.root, *name.split("/")) + ".py"
+
+    def resolve(self, path: str) -> tuple[Optional[Function], str]:
+        """Find the function for ``hello/sub/path`` and the rest of the path; the first segment that is a file wins."""
+        self._watch()
+        parts = path.split("/")
+        for count in range(1, min(len(parts), GROUP_DEPTH) + 1):
+            name = parts[0] if count == 1 else "/".join(parts[:count])
+            if not parts[count - 1].isidentifier() or parts[count - 1][0] == "_":
+                break
+            function = self.get(name)
+            if function is not None:
+                return function, "/".join(parts[count:])
+        return None, ""
+
+    def get(self, name: str) -> Optional[Function]:
+        """Return a function as its file says now, or None where there is no file. One stat where nothing changed."""
+        function = self._known.get(name)
+        if function is None:
+            return self._discover(name)
+        stamp = file_stamp(function.path)
+        if stamp is None:
+            self._known.pop(name, None)
+            return None
+        if stamp != function.stamp:
+            self._load(function)
+        return function
+
+    def names(self) -> list[str]:
+        """List every function there is a file for."""
+        found: list[str] = []
+        groups = [""]
+        while groups:
+            group = groups.pop()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
+                    os.scandir(os.path.join(self.root, group)) as entries:
+                for entry in entries:
+                    name = group + entry.name
+                    if name.endswith(".py") and valid_name(name[:-3]) and name[:-3] not in self._reserved:
+                        found.append(name[:-3])
+                    elif valid_name(name) and name.count("/") < GROUP_DEPTH and entry.is_dir():
+                        groups.append(name + "/")
+        return sorted(found)
+
+    def summary(self, name: str) -> tuple[str, Optional[LoadError], float]:
+        """Return a file's docstring line, why it does not compile, and its time; nothing of it is run."""
+        path = self.path(name)
+        stamp = file_stamp(path)
+        known = self._summaries.get(name)
+        if known is None or known[0] != stamp:
+            try:
+                known = (stamp, summarize(read_source(path), path), None)
+            except LoadError as error:
+                known = (stamp, "", error)
+            self._summaries[name] = known
+        return known[1], known[2], stamp[0] / 1e9 if stamp else 0.0
+
+    def save(self, name: str, source: bytes) -> None:
+        """Write a function's file atomically: a reader sees the old file or the new one."""
+        path = self.path(name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        draft = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(4).hex()}")
+        mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o644
+        try:
+            with open(draft, "wb") as file:
+                file.write(source)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(draft, mode)
+            os.replace(draft, os.path.realpath(path))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise
+
+    def _discover(self, name: str) -> Optional[Function]:
+        path = os.path.join(self.root, *name.split("/")) + ".py"
+        if not os.path.isfile(path):
+            return None
+        if name in self._reserved:
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning("%s: this name is the platform's own, so the file is not served", path)
+            return None
+        with self._adding:
+            function = self._known.setdefault(name, Function(name, path))
+        self._load(function)
+        return function
+
+    def _load(self, function: Function) -> None:
+        """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
+        with function.lock:
+            stamp = file_stamp(function.path)
+            if stamp is None or stamp == function.stamp:
+                return
+            try:
+                source = read_source(function.path)
+                retry = function.error is not None and time.monotonic() - function.tried > 1
+                if source != function.source or retry:
+                    self._swap(function, source)
+            except LoadError as error:
+                self._fail(function, error)
+            # A second edit within the clock's tick would leave the same stamp, so a young file is read again
+            tick = 2e9 if stamp[0] % 1_000_000_000 == 0 else 2e7
+            young = abs(time.time_ns() - stamp[0]) < tick
+            function.stamp = () if young or function.error else stamp
+
+    def _swap(self, function: Function, source: bytes) -> None:
+        broken, function.source, function.tried = function.error is not None, source, time.monotonic()
+        code = self._execute(function, source)
+        if code.entry is None:
+            if function.code is not None or self.versions.last_good(function.name):
+                raise NoEntry("it has no main()")
+            function.error = NoEntry("it has no main()")
+        else:
+            function.error = None
+            self.versions.remember(function.name, source, loaded=True)
+        function.code = code
+        if broken or function.error is None:
+            self.versions.mark_broken(function.name, function.error)
+
+    def _fail(self, function: Function, error: LoadError) -> None:
+        """Keep the last good version serving: this process's, else what another one stored."""
+        if str(error) != str(function.error):
+            log.error("%s: %s%s", function.path, error, "\n" + error.trace if error.trace else "")
+            self.versions.mark_broken(function.name, error)
+        function.error = error
+        if function.code is None or function.code.entry is None:
+            source = self.versions.last_good(function.name)
+            with contextlib.suppress(LoadError):
+                function.code = self._execute(function, source) if source else None
+
+    def _execute(self, function: Function, source: bytes) -> Code:
+        """Run a file as a module; whatever it raises, SystemExit too, is a LoadError."""
+        name = f"{PACKAGE}.{function.name.replace('/', '.')}"
+        program = compile_source(source, function.path)
+        module = types.ModuleType(name)
+        loader = _HelperLoader(name, function.path)
+        loader.functions = self
+        module.__dict__.update(__file__=function.path, __package__=name.rpartition(".")[0], __loader__=loader,
+                               __spec__=importlib.machinery.ModuleSpec(name, loader, origin=function.path),
+                               __builtins__=self.builtins)
+        before = sys.modules.get(name)
+        sys.modules[name] = module
+        try:
+            exec(program, module.__dict__)
+            entry = find_entry(module)
+        except BaseException as error:  # a module may raise anything; none of it may end the server
+            if before is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = before
+            if isinstance(error, LoadError):
+                raise
+            raise describe_failure(error, function.path) from None
+        parent = sys.modules.get(module.__package__ or "")
+        if parent is not None:
+            setattr(parent, name.rpartition(".")[2], module)
+        takes_request, wants = inspect_entry(entry) if entry else (False, ())
+        return Code(source, module, entry, wants, takes_request)
+
+    def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        """Stand in for __import__ in function files: flask and such are fnserve; helpers are noted, to be watched."""
+        if level == 0 and name.partition(".")[0] in self._api:
+            if name in self._api:
+                return self._api[name]
+            raise ImportError(f"{name} is not part of fnserve; see the README for what of it is", name=name)
+        module = builtins.__import__(name, globals, locals, fromlist, level)
+        if globals is not None:
+            self._note_helpers(name, globals, fromlist or (), level)
+        return module
+
+    def _note_helpers(self, name: str, globals: Mapping[str, Any], fromlist: Iterable[str], level: int) -> None:
+        if level:
+            package = (globals.get("__package__") or "").rsplit(".", level - 1)[0]
+            name = f"{package}.{name}" if name else package
+        for full in [name, *(f"{name}.{item}" for item in fromlist)]:
+            module = sys.modules.get(full)
+            path = getattr(module, "__file__", None) or ""
+            if path.startswith(self.root + os.sep):
+                self._watched.setdefault(path, file_stamp(path))
+                user = self._known.get(str(globals.get("__name__", ""))[len(PACKAGE) + 1:].replace(".", "/"))
+                if user is not None:
+                    user.uses_helpers = True
+
+    def _watch(self) -> None:
+        """Twice a second: where a helper has changed, forget all of them and load their users anew."""
+        now = time.monotonic()
+        if now - self._looked < 0.5:
+            return
+        self._looked = now
+        if all(file_stamp(path) == stamp for path, stamp in list(self._watched.items())):
+            return
+        self._watched = {}
+        for name, module in list(sys.modules.items()):
+            if isinstance(getattr(module, "__loader__", None), _HelperLoader):
+                parent, _, last = name.rpartition(".")
+                del sys.modules[name]
+                getattr(sys.modules.get(parent), "__dict__", {}).pop(last, None)
+        for function in list(self._known.values()):
+            if function.uses_helpers:
+                function.stamp, function.source, function.uses_helpers = (), None, False
+
+
+def read_source(path: str) -> bytes:
+    """Read a function file; LoadError where it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise LoadError(f"it can't be read: {error.strerror}") from None
+
+
+def describe_failure(error: BaseException, path: str) -> LoadError:
+    """Say what a module raised while it loaded, and at which of its own lines."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return LoadError(f"{type(error).__name__}: {error}", (lines[-1] if lines else 0) or 0, 0, user_traceback(error))
+
+
+def user_traceback(error: BaseException) -> str:
+    """Format a traceback without the platform's own frames."""
+    shown = traceback.TracebackException(type(error), error, error.__traceback__)
+    frames = [frame for frame in shown.stack if frame.filename != __file__]
+    shown.stack = traceback.StackSummary.from_list(frames)
+    return "".join(shown.format())
+
+
+KEYWORDS = ("config", "protected", "context")
+
+
+def find_entry(module: types.ModuleType) -> Optional[Callable[..., Any]]:
+    """Find the entry point: SETTINGS["entry"], else main, else the one function that functions_framework marked."""
+    settings = getattr(module, "SETTINGS", {})
+    name = settings.get("entry") if isinstance(settings, dict) else None
+    if name is not None:
+        if not callable(getattr(module, str(name), None)):
+            raise LoadError(f"SETTINGS['entry']: the file has no function {name!r}")
+        return getattr(module, str(name))
+    if callable(getattr(module, "main", None)):
+        return module.main
+    marked = [value for value in vars(module).values() if getattr(value, "_fnserve_entry", "") == module.__name__]
+    return marked[0] if len(marked) == 1 else None
+
+
+def inspect_entry(entry: Callable[..., Any]) -> tuple[bool, tuple[str, ...]]:
+    """Tell whether an entry point takes the request, and which of config, protected and context."""
+    if type(entry) is types.FunctionType and not hasattr(entry, "__wrapped__"):
+        code = entry.__code__  # what inspect.signature would say, without the 500 kB of importing it
+        names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+        first, every = code.co_argcount > 0 or bool(code.co_flags & 4), bool(code.co_flags & 8)
+        names = names[1 if code.co_argcount else 0:]
+    else:
+        first, every, names = _inspect_callable(entry)
+    return first, KEYWORDS if every else tuple(word for word in KEYWORDS if word in names)
+
+
+def _inspect_callable(entry: Callable[..., Any]) -> tuple[bool, bool, tuple[str, ...]]:
+    import inspect
+    try:
+        kinds = [(row.name, row.kind.name) for row in inspect.signature(entry).parameters.values()]
+    except (TypeError, ValueError):  # a builtin without a signature
+        return True, False, ()
+    first = bool(kinds) and kinds[0][1] in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL")
+    return first, any(kind == "VAR_KEYWORD" for _, kind in kinds), tuple(name for name, _ in kinds[1 if first else 0:])
+
+
+# == 08 FUNCTION API ======================================================
+# What a function file imports, under Flask's names. Uses 01 to 07. One context variable holds the call being served;
+# the proxies read it. `flask`, `functions_framework` and the others are made by `make_api` for `Functions`.
+
+
+class Call:
+    """One call on its way through the pipeline: request, answer so far, and what it printed."""
+
+    __slots__ = ("app", "request", "id", "started", "clock", "function", "route", "trigger", "attempt", "deadline",
+                 "_session", "_g", "after", "output", "printed", "error")
+
+    def __init__(self, app: Any, environ: dict[str, Any], trigger: str = "http", attempt: int = 1) -> None:
+        self.app, self.trigger, self.attempt = app, trigger, attempt
+        self.request = Request(environ, app.settings.MAX_BODY)
+        self.id = os.urandom(8).hex()
+        self.started, self.clock = app.clock(), time.perf_counter()
+        self.deadline = self.started + app.settings.TIMEOUT
+        self.function: Optional[str] = None  #: name of the function, once it is known
+        self.route = "(unknown)"  #: label of what answered, where no function did
+        self._session: Optional[Session] = None
+        self._g: Optional[types.SimpleNamespace] = None
+        self.after: list[Callable[[Response], Any]] = []
+        self.output: list[str] = []
+        self.printed = 0  #: characters printed, those beyond OUTPUT_BYTES too
+        self.error = ""  #: traceback, for the admin
+
+    @property
+    def session(self) -> Session:
+        """The session, read when it is first asked for."""
+        if self._session is None:
+            self._session = load_session(self.request, self.app.signer, self.started)
+        return self._session
+
+    @property
+    def g(self) -> Any:
+        """A namespace that lives as long as the call."""
+        if self._g is None:
+            self._g = Globals()
+        return self._g
+
+    def capture(self, text: str) -> None:
+        """Keep what the call prints, the first OUTPUT_BYTES of it."""
+        room = OUTPUT_BYTES - self.printed
+        self.printed += len(text)
+        if room > 0:
+            self.output.append(text[:room])
+
+
+class Context(NamedTuple):
+    """What `main(request, context=...)` gets: deadline is in Unix seconds."""
+    request_id: str
+    function: str
+    trigger: str
+    attempt: int
+    deadline: float
+
+
+class Globals(types.SimpleNamespace):
+    """Flask's `g`: attributes, `in`, get() and pop()."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an attribute or the default."""
+        return self.__dict__.get(name, default)
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        """Take an attribute out."""
+        return self.__dict__.pop(name, default)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Return an attribute, set to the default where it is missing."""
+        return self.__dict__.setdefault(name, default)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.__dict__
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__)
+
+
+current_call: ContextVar[Call] = ContextVar("fnserve_call")
+
+
+def serving() -> Call:
+    """Return the call being served here; RuntimeError outside of one."""
+    try:
+        return current_call.get()
+    except LookupError:
+        raise RuntimeError("this works only while a function is called, in its thread or one that copied its context"
+                           ) from None
+
+
+class Proxy:
+    """Stands for an object of the current call, as Flask's `request` and `session` do."""
+
+    __slots__ = ("_find", "_name")
+
+    def __init__(self, name: str, find: Callable[[], Any]) -> None:
+        object.__setattr__(self, "_find", find)
+        object.__setattr__(self, "_name", name)
+
+    def _get_current_object(self) -> Any:
+        return self._find()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._find(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._find(), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._find(), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._find()[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._find()[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._find()[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._find()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._find())
+
+    def __len__(self) -> int:
+        return len(self._find())
+
+    def __eq__(self, other: Any) -> bool:
+        return bool(self._find() == other)
+
+    def __hash__(self) -> int:
+        return hash(self._find())
+
+    def __bool__(self) -> bool:
+        return _MISSING is not current_call.get(_MISSING) and bool(self._find())
+
+    def __repr__(self) -> str:
+        return repr(self._find()) if current_call.get(None) else f"<{self._name} outside of a call>"
+
+
+class CurrentApp:
+    """`current_app`: .config holds the settings and .env's values, .logger logs for the call."""
+
+    logger = logging.getLogger("functions")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings, overlaid by .env."""
+        app = serving().app
+        return {**{row.name: getattr(app.settings, row.name) for row in SETTINGS_TABLE}, **app.config.current()}
+
+
+request: Any = Proxy("request", lambda: serving().request)
+session: Any = Proxy("session", lambda: serving().session)
+g: Any = Proxy("g", lambda: serving().g)
+current_app = CurrentApp()
+
+
+def jsonify(*args: Any, **kwargs: Any) -> Response:
+    """Return a JSON response of the one argument, of a list of several, or of a dict of keywords."""
+    if args and kwargs:
+        raise TypeError("jsonify() takes arguments or keywords, not both")
+    value = kwargs if not args else args[0] if len(args) == 1 else list(args)
+    return Response(dump_json(value) + "\n", mimetype="application/json")
+
+
+def abort(code: Any, description: Any = None, *_: Any, response: Optional[Response] = None) -> Any:
+    """Answer with this status: `description` is the JSON's "error"; a Response is sent as it is."""
+    if isinstance(code, Response):
+        raise HTTPException(code.status_code, response=code)
+    raise HTTPException(int(code), description, response=response)
+
+
+def redirect(location: str, code: int = 302, Response: type[Response] = Response) -> Response:
+    """Return a redirect to `location`."""
+    if code not in (300, 301, 302, 303, 305, 307, 308):
+        raise ValueError(f"{code} is not a redirect")
+    shown = escape(location)
+    response = Response(f"<!doctype html>\n<title>Redirecting...</title>\n<a href=\"{shown}\">{shown}</a>\n", code)
+    response.headers["Location"] = iri_to_uri(location)
+    return response
+
+
+def url_for(endpoint: str, *, _external: bool = False, _anchor: Optional[str] = None, _scheme: Optional[str] = None,
+            subpath: str = "", **values: Any) -> str:
+    """Return the URL of a function; `subpath` follows its name, other values become the query."""
+    path = "/function/" + quote(endpoint) + ("/" + quote(subpath.lstrip("/")) if subpath else "")
+    query = urlencode({key: value for key, value in values.items() if value is not None}, doseq=True)
+    path += ("?" + query if query else "") + ("#" + quote(_anchor) if _anchor else "")
+    if not (_external or _scheme):
+        return path
+    current = serving().request
+    return f"{_scheme or current.scheme}://{current.host}{path}"
+
+
+def after_this_request(function: Callable[[Response], Any]) -> Callable[[Response], Any]:
+    """Have `function` change or replace the response of this call."""
+    serving().after.append(function)
+    return function
+
+
+def stream_with_context(body: Any) -> Any:
+    """Return the generator as it is: a stream always runs inside its call here."""
+    if not callable(body):
+        return body
+
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        return body(*args, **kwargs)
+    return decorated
+
+
+class Markup(str):
+    """Text that is HTML already, so `escape` leaves it alone."""
+
+    def __html__(self) -> str:
+        return self
+
+
+def escape(value: Any) -> Markup:
+    """Return text with the five characters of HTML escaped, as markupsafe does."""
+    if hasattr(value, "__html__"):
+        return Markup(value.__html__())
+    text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markup(text.replace('"', "&#34;").replace("'", "&#39;"))
+
+
+def guess_type(name: str) -> str:
+    """Guess a media type by a file's name."""
+    import mimetypes  # only where files are sent
+    return mimetypes.guess_type(name)[0] or "application/octet-stream"
+
+
+def send_file(path_or_file: Any, mimetype: Optional[str] = None, as_attachment: bool = False,
+              download_name: Optional[str] = None, conditional: bool = True, etag: Any = True,
+              last_modified: Any = None, max_age: Any = None) -> Response:
+    """Return a file's contents, streamed; `download_name` may be in any script (RFC 6266)."""
+    if isinstance(path_or_file, (str, os.PathLike)):
+        path = os.fspath(path_or_file)
+        file, found = open(path, "rb"), os.stat(path)
+        download_name = download_name or os.path.basename(path)
+        length, last_modified = found.st_size, last_modified or found.st_mtime
+        tag = f'"{found.st_mtime_ns:x}-{found.st_size:x}"' if etag is True else f'"{etag}"' if etag else ""
+    else:
+        file, tag, start = path_or_file, "", path_or_file.tell()
+        length = file.seek(0, 2) - start
+        file.seek(start)
+    if mimetype is None and download_name is None:
+        raise ValueError("send_file() needs a mimetype or a download_name for a file without a name")
+    response = Response(FileBody(file), mimetype=mimetype or guess_type(download_name or ""))
+    response.headers["Content-Length"] = str(length)
+    if as_attachment or download_name:
+        response.headers["Content-Disposition"] = content_disposition(as_attachment, download_name or "")
+    if last_modified is not None:
+        response.headers["Last-Modified"] = http_date(last_modified)
+    response.headers["Cache-Control"] = "no-cache" if max_age is None else f"public, max-age={int(max_age)}"
+    if tag:
+        response.headers["ETag"] = tag
+    known = serving().request.headers.get("If-None-Match", "") if current_call.get(None) else ""
+    if conditional and tag and tag in [item.strip().removeprefix("W/") for item in known.split(",")]:
+        file.close()
+        response.response, response.status = b"", 304
+        del response.headers["Content-Length"]
+    return response
+
+
+class FileBody:
+    """Yields an open file in chunks, and closes it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        chunk = self._file.read(CHUNK)
+        if not chunk:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def content_disposition(attachment: bool, name: str) -> str:
+    """Write a Content-Disposition; a name that isn't plain ASCII is given twice (RFC 6266 4.3)."""
+    kind = "attachment" if attachment else "inline"
+    plain = name.encode("ascii", "ignore").decode().replace("\\", "").replace('"', "")
+    both = "" if plain == name else "; filename*=UTF-8''" + quote(name, safe="!#$&+-.^_`|~")
+    return f'{kind}; filename="{plain}"{both}' if re.search(r"[^\w.\-]", plain) else f"{kind}; filename={plain}{both}"
+
+
+def send_from_directory(directory: Any, path: str, **options: Any) -> Response:
+    """Return a file below `directory`; 404 for one that is missing or would lie outside of it."""
+    root = os.path.realpath(directory)
+    full = os.path.realpath(os.path.join(root, path)) if "\0" not in path else ""
+    if not full.startswith(root + os.sep) or not os.path.isfile(full):
+        raise HTTPException(404)
+    return send_file(full, **options)
+
+
+def secure_filename(name: str) -> str:
+    """Return a name that is safe on a file system, as werkzeug.utils.secure_filename does."""
+    import unicodedata
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_.-]", "", "_".join(plain.replace("/", " ").replace("\\", " ").split())).strip("._")
+
+
+def _jinja(app: Any) -> Any:
+    try:
+        import jinja2
+    except ImportError:
+        raise RuntimeError("render_template needs Jinja2: pip install jinja2") from None
+    if app.templates is None:
+        environment = jinja2.Environment(loader=jinja2.FileSystemLoader(os.path.join(app.settings.directory, "templates")),
+                                         autoescape=True, auto_reload=True)
+        environment.globals.update(request=request, session=session, g=g, url_for=url_for, config=current_app.config)
+        app.templates = environment
+    return app.templates
+
+
+def render_template(name: Any, **values: Any) -> str:
+    """Render templates/<name>, beside functions/, with Jinja2."""
+    return _jinja(serving().app).get_or_select_template(name).render(**values)
+
+
+def render_template_string(source: str, **values: Any) -> str:
+    """Render a template given as text with Jinja2."""
+    return _jinja(serving().app).from_string(source).render(**values)
+
+
+def mark_entry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark an entry point: functions_framework.http."""
+    function._fnserve_entry = function.__module__  # type: ignore[attr-defined]
+    return function
+
+
+def make_api() -> dict[str, types.ModuleType]:
+    """Make the modules that imports in function files mean; markupsafe's and werkzeug's only where they are missing."""
+    here = sys.modules[__name__]
+    public = {name: getattr(here, name) for name in (
+        "request", "session", "g", "current_app", "jsonify", "abort", "redirect", "url_for", "Response", "Request",
+        "make_response", "send_file", "send_from_directory", "stream_with_context", "after_this_request",
+        "render_template", "render_template_string", "escape", "Markup", "Client")}
+    flask = types.ModuleType("flask", "Flask's names, as fnserve means them.")
+    flask.__dict__.update(public, json=json)
+    framework = types.ModuleType("functions_framework")
+    framework.__dict__.update(http=mark_entry)
+    made = {"flask": flask, "functions_framework": framework, "fnserve": here}
+    for name, values in (("markupsafe", {"escape": escape, "Markup": Markup}),
+                         ("werkzeug.utils", {"secure_filename": secure_filename})):
+        if importlib.machinery.PathFinder.find_spec(name.partition(".")[0]) is None:
+            made[name] = types.ModuleType(name)
+            made[name].__dict__.update(values)
+    if "werkzeug.utils" in made:
+        made["werkzeug"] = types.ModuleType("werkzeug")
+        made["werkzeug"].__dict__["utils"] = made["werkzeug.utils"]
+    return made
+
+
+class Client:
+    """Calls a WSGI application without a server: ``Client(app).post("/function/hello", json={})`` gives a Response.
+
+    `path` may hold a query. Cookies are kept between calls.
+    """
+
+    def __init__(self, app: Any, headers: Optional[Mapping[str, str]] = None, address: str = "127.0.0.1") -> None:
+        self.app, self.headers, self.address = app, dict(headers or {}), address
+        self.cookies: dict[str, str] = {}
+
+    def open(self, path: str, method: str = "GET", *, query: Optional[Mapping[str, Any]] = None, data: Any = None,
+             json: Any = None, headers: Optional[Mapping[str, str]] = None) -> Response:
+        """Make one call and read its answer to the end."""
+        fields = {**self.headers, **(headers or {})}
+        if json is not None:
+            data, fields = dump_json(json), {"Content-Type": "application/json", **fields}
+        elif isinstance(data, dict):
+            data, fields = urlencode(data), {"Content-Type": "application/x-www-form-urlencoded", **fields}
+        body = data.encode() if isinstance(data, str) else data or b""
+        return self._run(self._environ(path, method, query, body, fields))
+
+    def _environ(self, path: str, method: str, query: Optional[Mapping[str, Any]], body: bytes,
+                 fields: Mapping[str, str]) -> dict[str, Any]:
+        path, _, text = path.partition("?")
+        text = "&".join(filter(None, (text, urlencode(query or {}, doseq=True))))
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": method.upper(), "SCRIPT_NAME": "", "QUERY_STRING": text, "SERVER_NAME": "localhost",
+            "PATH_INFO": unquote_to_bytes(path).decode("latin-1"), "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1",
+            "HTTP_HOST": "localhost", "REMOTE_ADDR": self.address, "CONTENT_LENGTH": str(len(body)),
+            "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False}
+        if self.cookies:
+            environ["HTTP_COOKIE"] = "; ".join(f"{key}={value}" for key, value in self.cookies.items())
+        for name, value in fields.items():
+            key = name.upper().replace("-", "_")
+            environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key] = value
+        return environ
+
+    def _run(self, environ: dict[str, Any]) -> Response:
+        started: list[Any] = []
+        parts = self.app(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
+        try:
+            body = b"".join(parts)
+        finally:
+            if hasattr(parts, "close"):
+                parts.close()
+        status, headers = started[-1]
+        response = Response(body, status, [pair for pair in headers if pair[0] != "Content-Type"],
+                            content_type=dict(headers).get("Content-Type"))
+        if "Content-Type" not in dict(headers):
+            del response.headers["Content-Type"]
+        for cookie in response.headers.getlist("Set-Cookie"):
+            key, _, value = cookie.partition(";")[0].partition("=")
+            if "Max-Age=0" in cookie:
+                self.cookies.pop(key, None)
+            else:
+                self.cookies[key] = value
+        return response
+
+    def get(self, path: str, **options: Any) -> Response:
+        """GET a path."""
+        return self.open(path, "GET", **options)
+
+    def post(self, path: str, **options: Any) -> Response:
+        """POST to a path."""
+        return self.open(path, "POST", **options)
+
+    def put(self, path: str, **options: Any) -> Response:
+        """PUT to a path."""
+        return self.open(path, "PUT", **options)
+
+    def delete(self, path: str, **options: Any) -> Response:
+        """DELETE a path."""
+        return self.open(path, "DELETE", **options)
+
+
+# == 13 PIPELINE ==========================================================
+# One call: resolve, gate, run, respond, record, each a plain function that is handed the app. Uses 01 to 08; owns no
+# state. `handle` never raises, so nothing a client or a function does gets past it.
+
+NAMES_OF_ADMIN_FUNCTIONS = frozenset(
+    "list_functions add_function save_function edit_function update_function delete_function show_stats clear_stats"
+    " list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
+FAILURES, FAILURE_SECONDS = 5, 300
+
+
+class Route(NamedTuple):
+    """A URL of the platform's own."""
+    view: Callable[[Any, Call], Any]
+    admin: bool = True
+    methods: tuple[str, ...] = ("GET", "HEAD")
+
+
+class Target(NamedTuple):
+    """What a path leads to: a route, or a function and the rest of the path."""
+    route: Optional[Route]
+    function: Optional[Function] = None
+    subpath: str = ""
+
+
+def handle(app: Any, call: Call) -> Response:
+    """Make the answer to a call. Whatever goes wrong becomes a response here and nowhere else."""
+    try:
+        target = resolve(app, call)
+        gate(app, call, target)
+        response = make_response(run(app, call, target))
+        for function in reversed(call.after):
+            response = function(response) or response
+        return response
+    except HTTPException as error:
+        return answer_error(app, call, error)
+    except BaseException as error:  # SystemExit and the like too: a function must not be able to end its worker
+        return answer_failure(app, call, error)
+
+
+def resolve(app: Any, call: Call) -> Target:
+    """Find what serves the path; 404 where nothing does."""
+    path = call.request.path
+    if path.startswith("/function/"):
+        name = path[10:]
+        function, subpath = app.functions.resolve(name)
+        if function is not None:
+            call.function = call.request.endpoint = function.name
+            call.request.view_args = {"func_name": function.name, "subpath": subpath}
+            return Target(None, function, subpath)
+    route = app.routes.get(path)
+    if route is not None and not (route.admin and not app.settings.ADMIN):
+        call.route = call.request.endpoint = path
+        return Target(route)
+    if path.startswith("/function/"):
+        first = path[10:].partition("/")[0]
+        if first in app.protected and app.settings.ADMIN:  # like the others, so that names can't be probed
+            require_admin(app, call)
+        raise HTTPException(404, f'Function "{first[:100]}" not found')
+    raise HTTPException(404, "Not found")
+
+
+def gate(app: Any, call: Call, target: Target) -> None:
+    """Refuse what may not be served: method, login, origin, size."""
+    if target.route is not None:
+        if call.request.method not in target.route.methods:
+            raise HTTPException(405, headers=[("Allow", ", ".join(target.route.methods))])
+        if target.route.admin:
+            require_admin(app, call)
+    elif call.function in app.protected:
+        if not app.settings.ADMIN:
+            raise HTTPException(404, f'Function "{call.function}" not found')
+        require_admin(app, call)
+    length = call.request.content_length
+    if length is not None and length > call.request.max_content_length:
+        raise HTTPException(413)
+
+
+def run(app: Any, call: Call, target: Target) -> Any:
+    """Call the view or the function, and return what it returns."""
+    if target.function is None:
+        return target.route.view(app, call)  # type: ignore[union-attr]
+    code = target.function.code
+    if code is None:
+        raise target.function.error or LoadError("it could not be loaded")
+    if code.entry is None:
+        raise HTTPException(400, f'Module "{target.function.name}" has no main()')
+    keywords = {word: app.keyword(word, call) for word in code.wants} if code.wants else {}
+    value = code.entry(call.request, **keywords) if code.takes_request else code.entry(**keywords)
+    if isinstance(value, types.CoroutineType):
+        import asyncio  # only for async functions: 4 MB
+        value = asyncio.run(value)
+    return value
+
+
+def require_admin(app: Any, call: Call) -> None:
+    """Let the admin pass; 401 for anybody else, 403 for another site that uses the admin's browser."""
+    given = call.request.authorization
+    if given is not None and given.type == "bearer" and check_token(app, call, given.token):
+        return
+    if not app.signer.is_login(call.session.get("_login"), call.started):
+        raise HTTPException(401, "Authentication required", [("WWW-Authenticate", "Bearer")], login_url="/login")
+    if is_cross_site(call.request):
+        raise HTTPException(403, "This request came from another site")
+
+
+def is_cross_site(request: Request) -> bool:
+    """Tell whether a browser says that another site made it send this (Sec-Fetch-Site, else Origin against Host)."""
+    site = request.environ.get("HTTP_SEC_FETCH_SITE")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = request.environ.get("HTTP_ORIGIN")
+    host = origin.partition("://")[2].lower() if origin is not None else ""
+    return origin is not None and host not in (request.host.lower(), request.environ.get("HTTP_HOST", "").lower())
+
+
+def check_token(app: Any, call: Call, token: str) -> bool:
+    """Compare with SECRET_TOKEN; five failures in five minutes from one address are a 429 in every worker.
+
+    An attempt is counted before it is compared, so that a hundred at once get no more tries than five.
+    """
+    if not app.settings.SECRET_TOKEN or not token:
+        return False
+    address, now = client_network(call.request.remote_addr or ""), call.started
+    with app.store.write() as connection:
+        since = connection.execute("SELECT min(at), count(*) FROM fn_failures WHERE address = ? AND at > ? AND at <= ?",
+                                   (address, now - FAILURE_SECONDS, now)).fetchone()
+        right = same_secret(token, app.settings.SECRET_TOKEN) and since[1] < FAILURES
+        if right and since[1]:
+            connection.execute("DELETE FROM fn_failures WHERE address = ?", (address,))
+        elif not right and since[1] < FAILURES:
+            connection.execute("INSERT INTO fn_failures VALUES (?, ?)", (address, now))
+    if since[1] >= FAILURES:
+        wait = max(1, int(since[0] + FAILURE_SECONDS - now) + 1)
+        raise HTTPException(429, "Too many failed logins", [("Retry-After", str(wait))])
+    return right
+
+
+def client_network(address: str) -> str:
+    """Return what failures are counted for: an IPv4 address, or the /64 that one IPv6 customer has."""
+    if ":" not in address:
+        return address
+    import ipaddress  # only for IPv6 clients that log in
+    with contextlib.suppress(ValueError):
+        found = ipaddress.IPv6Address(address.partition("%")[0])
+        return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))
+    return address
+
+
+def answer_error(app: Any, call: Call, error: HTTPException) -> Response:
+    """Make the JSON of an HTTPException; a browser that lacks a login gets the login page."""
+    if error.response is not None:
+        return error.response
+    wants_page = call.request.accept_mimetypes.best_match(("application/json", "text/html")) == "text/html"
+    if wants_page and app.error_page is not None and call.route != "(unknown)" or wants_page and error.code == 401:
+        response: Response = app.error_page(app, call, error)
+    else:
+        body = {**error.body, "request_id": call.id}
+        response = Response(dump_json(body, sort_keys=False) + "\n", mimetype="application/json")
+    response.status = error.code
+    for name, value in error.headers:
+        response.headers[name] = value
+    return response
+
+
+def answer_failure(app: Any, call: Call, error: BaseException) -> Response:
+    """Log a failure, the traceback for the admin only, and answer 500."""
+    call.error = error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error)
+    log.error("%s %s: %s", call.request.method, scrub(call.request.path), call.error.rstrip(), extra={"call": call.id})
+    response = Response(dump_json({"error": "Function execution failed", "request_id": call.id}, sort_keys=False) + "\n",
+                        500, mimetype="application/json")
+    return response
+
+
+def respond(app: Any, call: Call, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
+    """Start the response and return its body; the record is written before the last byte is handed over."""
+    if call._session is not None:
+        save_session(call._session, call.request, response, app.signer, call.started)
+    body, headers = response.response, response.headers.to_wsgi_list()
+    bare = response.code in (204, 304) or response.code < 200
+    if isinstance(body, bytes):
+        if bare:
+            headers = [pair for pair in headers if pair[0].lower() not in ("content-length", "content-type")]
+            body = b""
+        else:
+            headers = [pair for pair in headers if pair[0].lower() != "content-length"]
+            headers.append(("Content-Length", str(len(body))))
+        headers.append(("X-Request-Id", call.id))
+        record(app, call, response.code, len(body))
+        start_response(response.status, headers)
+        return [b"" if call.request.method == "HEAD" else body]
+    headers = headers + [("X-Request-Id", call.id)]
+    stream = Stream(app, call, response, call.request.method == "HEAD" or bare)
+    if stream.failed is not None:
+        return respond(app, call, answer_failure(app, call, stream.failed), start_response)
+    start_response(response.status, headers)
+    return stream
+
+
+def record(app: Any, call: Call, status: int, size: int) -> None:
+    """Append the call's line to the journal."""
+    environ = call.request.environ
+    path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
+    where = scrub(f"{path}?{query}") if query else path
+    taken = (time.perf_counter() - call.clock) * 1e6
+    more = ""
+    if call.output or call.error or call.attempt > 1 or call.trigger != "http":
+        more = record_details(call)
+    name = f'"f":{quote_json(call.function)}' if call.function is not None else f'"r":{quote_json(call.route)}'
+    app.journal.append(
+        f'{{"t":{call.started:.6f},"id":"{call.id}",{name},"m":{quote_json(call.request.method[:20])},'
+        f'"p":{quote_json(decode_wsgi(where)[:500])},"s":{status},"us":{taken:.0f},"n":{size},'
+        f'"c":{quote_json(call.request.remote_addr or "")}{more}}}')
+
+
+def record_details(call: Call) -> str:
+    """Return the rare fields of a record: trigger, attempt, captured output, traceback."""
+    dropped = call.printed - OUTPUT_BYTES
+    output = "".join(call.output) + (f"\n... {dropped} more characters" if dropped > 0 else "")
+    fields = {"via": call.trigger if call.trigger != "http" else None, "try": call.attempt if call.attempt > 1 else None,
+              "out": output or None, "err": call.error[-OUTPUT_BYTES:] or None}
+    return "".join(f",{quote_json(key)}:{json.dumps(value)}" for key, value in fields.items() if value is not None)
+
+
+class Stream:
+    """A body that is sent as it is made, inside its call. The record is written when it ends, however it ends.
+
+    The first chunk is made before the headers go out, so that a generator that fails at once is a proper 500.
+    """
+
+    def __init__(self, app: Any, call: Call, response: Response, silent: bool) -> None:
+        self._app, self._call, self._response = app, call, response
+        self._body, self._sent, self._done = iter(response.response), 0, False
+        self._left = response.headers.get("Content-Length", type=int)
+        self.failed: Optional[BaseException] = None  #: what the first chunk raised
+        self._first: Optional[bytes] = None
+        if silent:
+            self.close()
+            return
+        try:
+            self._first = self._advance()
+        except BaseException as error:
+            self.failed, self._done = error, True
+            response.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._done:
+            raise StopIteration
+        chunk, self._first = self._first, None
+        if chunk is None:
+            token = current_call.set(self._call)
+            try:
+                chunk = self._advance()
+            except BaseException as error:  # the status is out: all that is left is to cut the connection
+                self._call.error = user_traceback(error)
+                log.error("%s: the stream broke: %s", self._call.request.path, self._call.error.rstrip(),
+                          extra={"call": self._call.id})
+                self.close()
+                raise ConnectionAbortedError("the function failed in the middle of its answer") from None
+            finally:
+                current_call.reset(token)
+        if chunk == b"":
+            self.close()
+            raise StopIteration
+        self._sent += len(chunk)
+        if self._left is not None and self._sent >= self._left:
+            self._record()
+        return chunk
+
+    def _advance(self) -> bytes:
+        """Return the next chunk that isn't empty; b"" at the end."""
+        for chunk in self._body:
+            data = chunk.encode() if isinstance(chunk, str) else bytes(chunk)
+            if data:
+                return data
+        return b""
+
+    def _record(self) -> None:
+        if not self._done:
+            self._done = True
+            status = 500 if self._call.error else self._response.code
+            record(self._app, self._call, status, self._sent)
+
+    def close(self) -> None:
+        """End the stream, as the server does where the client has gone."""
+        token = current_call.set(self._call)
+        try:
+            for part in (self._body, self._response, self._call.request):
+                if hasattr(part, "close"):
+                    part.close()
+        except BaseException as error:
+            self._call.error = user_traceback(error)
+        finally:
+            current_call.reset(token)
+            self._record()
+
+
+class Capture(io.TextIOBase):
+    """Stands for stdout or stderr: what a call prints is kept with it, and still reaches the real stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write to the call's output and the real stream."""
+        call = current_call.get(None)
+        if call is not None:
+            call.capture(text)
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a call
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the real stream."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class CallLog(logging.Handler):
+    """Prints what is logged to stdout, so that it is captured with the call."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        with contextlib.suppress(Exception):  # a log call with wrong arguments must not fail the function
+            sys.stdout.write(self.format(record) + "\n")
+
+
+class ErrorLog(logging.Handler):
+    """The error log: one file, appended to by every process, rotated by whoever finds it full."""
+
+    def __init__(self, path: str, max_bytes: int, backups: int) -> None:
+        super().__init__(logging.WARNING)
+        self._path, self._max_bytes, self._backups = path, max_bytes, backups
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append one record; a log that can't be written never fails a call."""
+        line = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError):
+            handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                if os.fstat(handle).st_size + len(line) > self._max_bytes:
+                    self._rotate(handle)
+                    os.close(handle)
+                    handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                os.write(handle, line)
+            finally:
+                os.close(handle)
+
+    def _rotate(self, handle: int) -> None:
+        flock(handle, LOCK_EX)
+        if os.fstat(handle).st_ino != os.stat(self._path).st_ino:
+            return  # another process was first
+        for number in range(self._backups, 0, -1):
+            older = f"{self._path}.{number - 1}" if number > 1 else self._path
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(older, f"{self._path}.{number}")
+        if not self._backups:
+            os.unlink(self._path)
+
+
+class LogFormat(logging.Formatter):
+    """Adds the request id of the call that is being served to every entry."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one record."""
+        call = current_call.get(None)
+        record.request_id = getattr(record, "call", None) or (call.id if call is not None else "-")
+        return super().format(record)
+
+
+# == 15 ASSETS ============================================================
+# What the browser gets that isn't made per request, served from URLs of its own so that the pages' policy can forbid
+# everything inline. Plain strings, nothing else.
+
+CSS = """
+:root{color-scheme:light dark;--ink:#1b2733;--soft:#5b6b7a;--line:#d9e0e6;--paper:#fff;--back:#f4f6f8;--main:#0b6b57;
+--warn:#b3261e;--good:#1d7a3e;--mark:#fdecea}
+@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9fb0bf;--line:#33414d;--paper:#18212a;--back:#10171e;
+--main:#57c7ae;--warn:#ff8a80;--good:#7bd88f;--mark:#4a2422}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--back);color:var(--ink);font:16px/1.5 system-ui,"Noto Sans TC","PingFang TC",sans-serif}
+header{background:var(--paper);border-bottom:1px solid var(--line);padding:0 1rem;display:flex;flex-wrap:wrap;
+align-items:center;gap:.25rem 1.1rem}
+header b{font-size:1.1rem;color:var(--main);padding:.7rem 0}
+header a{color:var(--ink);text-decoration:none;padding:.7rem 0}
+header a[aria-current]{box-shadow:inset 0 -3px var(--main)}
+main{max-width:70rem;margin:0 auto;padding:1rem}
+h1{font-size:1.35rem;margin:.4rem 0 1rem}
+a{color:var(--main)}
+.card{background:var(--paper);border:1px solid var(--line);border-radius:.6rem;padding:1rem;margin-bottom:1rem}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;padding:.5rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
+th{color:var(--soft);font-weight:600;font-size:.85rem;white-space:nowrap}
+tr:last-child td{border-bottom:0}
+.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.soft{color:var(--soft);font-size:.9rem}
+.bad{color:var(--warn)}.good{color:var(--good)}
+.note{border-left:4px solid var(--main)}.note.bad{border-left-color:var(--warn);background:var(--mark);color:var(--ink)}
+.row{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center}
+.row form{margin:0}
+label{display:block;font-weight:600;margin:.7rem 0 .25rem}
+input,textarea,button,.button{font:inherit;color:inherit;border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
+input,textarea{background:var(--paper);width:100%;max-width:100%}
+input:focus,textarea:focus,button:focus-visible,a:focus-visible{outline:2px solid var(--main);outline-offset:1px}
+button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none;
+display:inline-block}
+button.plain,.button.plain{background:none;color:var(--ink);border-color:var(--line)}
+button.danger{background:var(--warn);border-color:var(--warn)}
+pre,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace}
+pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0;white-space:pre-wrap;
+overflow-wrap:anywhere}
+.editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(60vh,40rem)}
+.gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);background:var(--back);overflow:hidden;
+user-select:none;min-width:3rem;white-space:pre;border-radius:0}
+.gutter i{font-style:normal;background:var(--warn);color:var(--paper);display:block;margin:0 -.4rem;padding:0 .4rem}
+textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:.5rem .6rem}
+textarea.code:focus{outline:0}.editor:focus-within{outline:2px solid var(--main)}
+svg{display:block;max-width:100%}svg rect{fill:var(--main)}
+.narrow{max-width:24rem;margin:10vh auto}
+@media(max-width:40rem){main{padding:.6rem}th,td{padding:.4rem}.wide{display:none}}
+"""
+
+JS = """
+"use strict";
+(() => {
+  const code = document.querySelector("textarea.code");
+  if (!code) return;
+  const gutter = document.querySelector(".gutter"), form = code.form, wrong = Number(code.dataset.line);
+  let lines = 0, saved = code.value;
+  const number = () => {
+    const count = code.value.split("\\n").length;
+    if (count === lines) return;
+    lines = count;
+    gutter.textContent = "";
+    for (let i = 1; i <= count; i++) {
+      const line = document.createElement(i === wrong ? "i" : "span");
+      line.textContent = i === wrong ? i : i + "\\n";
+      gutter.append(line);
+    }
+  };
+  const put = text => document.execCommand("insertText", false, text) || code.setRangeText(text,
+    code.selectionStart, code.selectionEnd, "end");
+  const lineStart = () => code.value.lastIndexOf("\\n", code.selectionStart - 1) + 1;
+  const indent = back => {
+    const start = lineStart(), end = code.selectionEnd, old = code.value.slice(start, end);
+    const fresh = old.split("\\n").map(l => back ? l.replace(/^ {1,4}/, "") : "    " + l).join("\\n");
+    code.setSelectionRange(start, end);
+    put(fresh);
+    code.setSelectionRange(start, start + fresh.length);
+  };
+  code.addEventListener("keydown", event => {
+    if (event.key === "Tab" && !event.ctrlKey && !event.altKey) {
+      event.preventDefault();
+      if (event.shiftKey || code.selectionStart !== code.selectionEnd) indent(event.shiftKey);
+      else put(" ".repeat(4 - (code.selectionStart - lineStart()) % 4));
+    } else if (event.key === "Enter" && !event.isComposing) {
+      event.preventDefault();
+      const before = code.value.slice(lineStart(), code.selectionStart);
+      put("\\n" + before.match(/^\\s*/)[0] + (/:\\s*$/.test(before) ? "    " : ""));
+    } else if (event.key === "Escape") {
+      form.querySelector("button").focus();
+    }
+    number();
+  });
+  document.addEventListener("keydown", event => {
+    if ((event.ctrlKey || event.metaKey) && event.key === "s") {
+      event.preventDefault();
+      form.requestSubmit();
+    }
+  });
+  code.addEventListener("input", number);
+  code.addEventListener("scroll", () => { gutter.scrollTop = code.scrollTop; });
+  form.addEventListener("submit", () => { saved = code.value; });
+  addEventListener("beforeunload", event => { if (code.value !== saved) event.preventDefault(); });
+  number();
+  if (wrong) {
+    saved = "";
+    const at = code.value.split("\\n").slice(0, wrong - 1).join("\\n").length + (wrong > 1 ? 1 : 0);
+    code.focus();
+    code.setSelectionRange(at, at);
+    code.scrollTop = gutter.scrollTop = Math.max(0, (wrong - 5) * 21);
+  }
+})();
+"""
+
+TEXTS = {  # key: (Traditional Chinese, English)
+    "functions": ("函式", "Functions"), "add": ("新增函式", "Add function"), "stats": ("統計", "Statistics"),
+    "logs": ("紀錄", "Logs"), "login": ("登入", "Log in"), "logout": ("登出", "Log out"),
+    "running": ("fnserve 執行中。", "fnserve is running."), "token": ("管理密碼 (SECRET_TOKEN)", "Password (SECRET_TOKEN)"),
+    "wrong": ("登入失敗", "That password is wrong"), "name": ("名稱", "Name"), "calls": ("呼叫", "Calls"),
+    "errors": ("錯誤", "Errors"), "last": ("最近呼叫", "Last call"), "hour": ("最近一小時", "Last hour"),
+    "status": ("狀態", "Status"), "fine": ("正常", "fine"), "broken": ("損壞", "broken"), "run": ("執行", "Run"),
+    "edit": ("編輯", "Edit"), "delete": ("刪除", "Delete"), "versions": ("版本", "Versions"), "save": ("儲存", "Save"),
+    "code": ("程式碼", "Code"), "cancel": ("取消", "Cancel"), "saved": ("已儲存。", "Saved."),
+    "none": ("還沒有函式。", "There are no functions yet."), "no_calls": ("還沒有呼叫。", "There are no calls yet."),
+    "ask_delete": ("要刪除「{}」嗎?它的版本會保留,可以還原。",
+                   "Delete “{}”? Its versions are kept and can be restored."),
+    "deleted": ("已刪除。", "Deleted."), "clear": ("清除統計", "Clear statistics"),
+    "ask_clear": ("要清除所有統計嗎?無法復原。", "Clear all statistics? This can't be undone."),
+    "cleared": ("已清除。", "Cleared."), "day": ("最近 24 小時,每小時的呼叫", "Calls per hour, last 24 hours"),
+    "time": ("時間", "Time"), "function": ("函式", "Function"), "request": ("請求", "Request"), "took": ("耗時", "Took"),
+    "restore": ("還原", "Restore"), "restored": ("已還原。", "Restored."), "size": ("大小", "Size"),
+    "current": ("目前", "current"), "line": ("第 {} 行", "Line {}"), "output": ("輸出", "Output"),
+    "back": ("返回", "Back"), "serves_old": ("目前由上一個正常的版本提供服務。",
+                                             "The last good version goes on serving."),
+    "cross": ("這個請求來自其他網站。", "This request came from another site."), "go_on": ("繼續", "Go on"),
+    "exists": ("這個名稱已經存在。", "A function of this name exists already."),
+    "bad_name": ("名稱必須是 Python 識別字,不以底線開頭,也不是平台保留的名稱。",
+                 "The name must be a Python identifier that does not start with _ and is not one of the platform's own."),
+    "no_code": ("程式碼是空的。", "The code is empty."), "stale": (
+        "別人已經存了新版本。您的文字保留在下面;請先看看新的版本。",
+        "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
+    "missing": ("沒有這個函式。", "There is no such function."), "changes": ("差異", "Changes"),
+    "failed": ("請求無法完成。", "The request could not be completed."), "diff": ("與前一版的差異", "Difference to the one before"),
+}
+
+NEW_FUNCTION = '''"""What this function does, in one line."""
+from flask import jsonify
+
+
+def main(request):
+    name = request.args.get("name", "World")
+    return jsonify(message=f"Hello, {name}!")
+'''
+
+HELLO = '''"""Say hello: /function/hello?name=Tony or /function/hello/Tony"""
+
+
+def main(request):
+    name = request.view_args["subpath"] or request.args.get("name", "World")
+    return f"Hello, {name}!", {"Content-Type": "text/plain; charset=utf-8"}
+'''
+
+
+# == 16 ADMIN =============================================================
+# The pages, one small view each: it gathers data, and answers it as JSON or hands it to a page. Uses 01 to 15; owns no
+# state. `tag` escapes whatever isn't Markup, and no HTML is put together in any other way.
+
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+_VOID = ("input", "meta", "link", "rect", "br")
+
+
+def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
+    """Make one HTML element; children and attribute values are escaped unless they are Markup.
+
+    ``class_`` is class, ``aria_label`` is aria-label; None and False leave an attribute out, True gives it no value.
+    """
+    shown = "".join(f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
+                    for key, value in attributes.items() if value is not None and value is not False)
+    inside = "".join(escape(child) for child in children if child is not None)
+    return Markup(f"<{name}{shown}>" if name in _VOID else f"<{name}{shown}>{inside}</{name}>")
+
+
+def join(parts: Iterable[Any]) -> Markup:
+    """Put pieces of a page one after another."""
+    return Markup("".join(escape(part) for part in parts))
+
+
+class Texts:
+    """The words of one language: ``t("save")``."""
+
+    def __init__(self, app: Any, call: Call) -> None:
+        chosen = app.settings.UI_LANG
+        if chosen == "auto":
+            wanted = call.request.accept_languages.best_match(("en", "en-us", "en-gb", "zh-tw", "zh-hant-tw", "zh"), "zh-TW")
+            chosen = "en" if str(wanted).startswith("en") else "zh-TW"
+        self.lang = chosen
+
+    def __call__(self, key: str, *values: Any) -> str:
+        return TEXTS[key][self.lang == "en"].format(*values)
+
+
+def wants_json(call: Call) -> bool:
+    """Tell whether a page is asked for as JSON: a JSON body, or JSON preferred in Accept."""
+    accept = call.request.accept_mimetypes
+    return call.request.is_json or accept.quality("application/json") > accept.quality("text/html")
+
+
+def page(app: Any, call: Call, title: str, *body: Any, menu: bool = True, status: int = 200) -> Response:
+    """Make a page: head, menu, body, and the headers that keep foreign scripts and frames out."""
+    t = Texts(app, call)
+    items = (("functions", "/function/list_functions"), ("add", "/function/add_function"),
+             ("stats", "/function/show_stats"), ("logs", "/admin/logs"), ("logout", "/logout"))
+    links = [tag("a", t(key), href=url, aria_current="page" if url == call.request.path else None)
+             for key, url in items] if menu else []
+    head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} · fnserve"),
+               tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
+               tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"),
+               tag("link", rel="icon", href="data:,"))
+    content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), *body),
+                  tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
+    return secure(Response("<!doctype html>\n" + tag("html", head, content, lang=t.lang), status))
+
+
+def secure(response: Response) -> Response:
+    """Add the headers that every page of ours has."""
+    for name, value in (("Content-Security-Policy", POLICY), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"),
+                        ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "same-origin")):
+        response.headers[name] = value
+    return response
+
+
+def answer(call: Call, data: Any, show: Callable[[], Response], status: int = 200) -> Response:
+    """Answer with the data as JSON, or with the page that `show` makes of it."""
+    if not wants_json(call):
+        response = show()
+        response.status = status
+        return response
+    return secure(Response(dump_json(data, sort_keys=False, ensure_ascii=False) + "\n", status, mimetype="application/json"))
+
+
+def note(text: str, kind: str = "") -> Markup:
+    """Make the box that says what has happened."""
+    return tag("div", text, class_=f"card note {kind}".strip(), role="status")
+
+
+def fields(call: Call) -> dict[str, Any]:
+    """Return what was sent to a page: the JSON body, else form and query."""
+    if call.request.is_json:
+        sent = call.request.get_json()
+        if not isinstance(sent, dict):
+            raise HTTPException(400, "The JSON body must be an object")
+        return {**call.request.args.to_dict(), **sent}
+    return call.request.values.to_dict()
+
+
+def text_field(sent: Mapping[str, Any], name: str) -> str:
+    """Return one field that must be text; a missing one is blank."""
+    value = sent.get(name, "")
+    if not isinstance(value, str):
+        raise HTTPException(400, f"{name} must be text")
+    return value
+
+
+def local_path(text: str) -> str:
+    """Return where to go after the login: a path on this server, nothing that a browser reads as another host."""
+    return text if re.fullmatch(r"/(?![/\\])[^\x00-\x20\x7f\\]*", text) else "/function/list_functions"
+
+
+def local_time(moment: Optional[float]) -> str:
+    """Show a Unix time in the machine's zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment else ""
+
+
+def bars(values: list[int], width: int, height: int, label: str) -> Markup:
+    """Draw numbers as a small bar chart."""
+    top, step = max(values + [1]), width / len(values)
+    rects = [tag("rect", x=f"{index * step:.1f}", y=f"{height - value / top * height:.1f}", width=f"{step * .8:.1f}",
+                 height=f"{value / top * height:.1f}") for index, value in enumerate(values) if value]
+    return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
+
+
+def view_index(app: Any, call: Call) -> Response:
+    """/ : to the list for who is logged in; else that the server runs."""
+    if app.settings.ADMIN and app.signer.is_login(call.session.get("_login"), call.started):
+        return redirect("/function/list_functions")
+    t = Texts(app, call)
+    link = tag("a", t("login"), href="/login", class_="button") if app.settings.ADMIN else None
+    return answer(call, {"status": "running"}, lambda: page(app, call, "fnserve", tag("p", t("running")), link, menu=False))
+
+
+def login_page(app: Any, call: Call, going_to: str, failed: bool, status: int) -> Response:
+    """Show the form that asks for the token."""
+    t = Texts(app, call)
+    form = tag("form", tag("label", t("token"), for_="token"),
+               tag("input", id="token", name="token", type="password", autocomplete="current-password", autofocus=True,
+                   required=True),
+               tag("input", type="hidden", name="next", value=going_to), tag("p", tag("button", t("login"))),
+               method="post", action="/login")
+    return page(app, call, t("login"), note(t("wrong"), "bad") if failed else None,
+                tag("div", form, class_="card narrow"), menu=False, status=status)
+
+
+def view_login(app: Any, call: Call) -> Response:
+    """/login : the form; a right token starts a session of SESSION_HOURS."""
+    sent = fields(call)
+    going_to = local_path(text_field(sent, "next"))
+    if call.request.method != "POST":
+        return login_page(app, call, going_to, False, 200)
+    if not check_token(app, call, text_field(sent, "token")):
+        return answer(call, {"message": "登入失敗"}, lambda: login_page(app, call, going_to, True, 401), 401)
+    call.session.clear()
+    call.session["_login"] = app.signer.login_mark(int(call.started + app.settings.SESSION_HOURS * 3600))
+    return answer(call, {"message": "登入成功"}, lambda: redirect(going_to, 303), 200 if wants_json(call) else 303)
+
+
+def view_logout(app: Any, call: Call) -> Response:
+    """/logout : ends the session."""
+    call.session.clear()
+    return answer(call, {"message": "已登出"}, lambda: redirect("/", 303), 200 if wants_json(call) else 303)
+
+
+def error_page(app: Any, call: Call, error: HTTPException) -> Response:
+    """Answer an error to a browser on one of our own pages; the login page where a login is what is missing."""
+    t, request = Texts(app, call), call.request
+    if error.code == 401:
+        query = request.environ.get("QUERY_STRING", "")
+        going_to = request.path + ("?" + query if query else "") if request.method == "GET" else ""
+        return login_page(app, call, local_path(going_to), False, 401)
+    text = t("cross") if error.code == 403 else f"{error.code} {error.description}"
+    again = tag("a", t("go_on"), href=request.path, class_="button") if error.code == 403 else None
+    return page(app, call, t("failed"), note(text, "bad"), again, tag("p", call.id, class_="soft"), menu=False)
+
+
+def function_rows(app: Any) -> list[dict[str, Any]]:
+    """Gather what the list shows of every function."""
+    app.folder.fold()
+    calls = dict(app.store.read("SELECT func_name, call_count FROM call_stats"))
+    known = {row[0]: row[1:] for row in app.store.read("SELECT func_name, errors, last_call FROM fn_functions")}
+    broken, rows = app.functions.versions.broken(), []
+    for name in app.functions.names():
+        summary, error, modified = app.functions.summary(name)
+        errors, last_call = known.get(name, (0, None))
+        reason = str(error) if error else broken.get(name, "")
+        rows.append({"name": name, "summary": summary, "methods": list(METHODS), "calls": calls.get(name, 0),
+                     "errors": errors, "last_call": last_call, "modified": modified,
+                     "status": "broken" if reason else "fine", "reason": reason})
+    return rows
+
+
+def view_list(app: Any, call: Call) -> Response:
+    """/function/list_functions"""
+    rows = function_rows(app)
+    return answer(call, {"functions": rows}, lambda: list_page(app, call, rows))
+
+
+def list_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
+    """Show the functions in a table."""
+    t, sparks = Texts(app, call), hour_of_calls(app, call.started)
+    head = tag("tr", *(tag("th", t(key), class_=kind) for key, kind in (
+        ("name", None), ("calls", "n"), ("errors", "n"), ("last", "wide"), ("hour", "wide"), ("status", None))), tag("th"))
+    body = [tag("tr",
+                tag("td", tag("a", row["name"], href=f"/function/edit_function?module_name={quote(row['name'])}"),
+                    tag("div", row["summary"], class_="soft")),
+                tag("td", row["calls"], class_="n"), tag("td", row["errors"], class_="n bad" if row["errors"] else "n"),
+                tag("td", local_time(row["last_call"]), class_="soft wide"),
+                tag("td", bars(sparks.get(row["name"], [0]), 120, 24, t("hour")), class_="wide"),
+                tag("td", t(row["status"]), tag("div", row["reason"], class_="soft") if row["reason"] else None,
+                    class_="bad" if row["reason"] else "good"),
+                tag("td", tag("div", *function_links(t, row["name"]), class_="row"))) for row in rows]
+    table = tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="card scroll") if rows \
+        else note(t("none"))
+    done = call.request.args.get("done", "")
+    return page(app, call, t("functions"), note(t(done)) if done in ("saved", "deleted", "restored") else None,
+                tag("p", tag("a", t("add"), href="/function/add_function", class_="button")), table)
+
+
+def function_links(t: Texts, name: str) -> list[Markup]:
+    """Link to what can be done with one function."""
+    query = quote(name, safe="")
+    return [tag("a", t("run"), href=f"/function/{quote(name)}", target="_blank", rel="noopener"),
+            tag("a", t("edit"), href=f"/function/edit_function?module_name={query}"),
+            tag("a", t("logs"), href=f"/admin/logs?function={query}"),
+            tag("a", t("versions"), href=f"/admin/versions?module_name={query}"),
+            tag("a", t("delete"), href=f"/function/delete_function?module_name={query}", class_="bad")]
+
+
+def hour_of_calls(app: Any, now: float) -> dict[str, list[int]]:
+    """Return each function's calls of the last hour, in 20 steps of 3 minutes."""
+    found: dict[str, list[int]] = {}
+    first = int(now) // 60 - 59
+    for minute, endpoint, calls in app.store.read("SELECT minute, endpoint, calls FROM fn_minutes WHERE minute >= ?", first):
+        if minute - first < 60:
+            found.setdefault(endpoint[10:], [0] * 20)[(minute - first) // 3] += calls
+    return found
+
+
+class Refused(Exception):
+    """A save that can't be done: status, a key of TEXTS or a text, and the line and column in the code."""
+
+    def __init__(self, status: int, text: str, line: int = 0, column: int = 0) -> None:
+        super().__init__(text)
+        self.status, self.text, self.line, self.column = status, text, line, column
+
+
+def view_add(app: Any, call: Call) -> Response:
+    """/function/add_function : the empty form; POST is save_function."""
+    if call.request.method == "POST":
+        return view_save(app, call)
+    return editor_page(app, call, "", NEW_FUNCTION, "/function/save_function", 0)
+
+
+def view_save(app: Any, call: Call) -> Response:
+    """/function/save_function : makes a new function of module_name and code."""
+    sent = fields(call)
+    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
+    try:
+        check_new_name(app, name)
+        version = store_code(app, name, code)
+    except Refused as error:
+        return refuse(app, call, error, name, code, "/function/save_function", 0)
+    return answer(call, {"message": "saved", "module_name": name, "version": version},
+                  lambda: redirect("/function/list_functions?done=saved", 303), 201 if wants_json(call) else 303)
+
+
+def view_edit(app: Any, call: Call) -> Response:
+    """/function/edit_function?module_name= : the code and its version."""
+    name = existing_name(app, call.request.args.get("module_name", ""))
+    source = read_source(app.functions.path(name))
+    version = app.functions.versions.remember(name, source, loaded=False)
+    data = {"module_name": name, "code": source.decode("utf-8", "replace"), "version": version}
+    return answer(call, data, lambda: editor_page(app, call, name, data["code"], "/function/update_function", version))
+
+
+def view_update(app: Any, call: Call) -> Response:
+    """/function/update_function : stores code under module_name; under a new one where original_name differs."""
+    sent = fields(call)
+    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
+    original, seen = text_field(sent, "original_name") or name, str(sent.get("version") or "")
+    try:
+        if name != original:
+            check_new_name(app, name)
+        else:
+            existing_name(app, name)
+            source = read_source(app.functions.path(name))
+            if seen and seen != str(app.functions.versions.remember(name, source, loaded=False)):
+                raise Refused(409, "stale")
+        version = store_code(app, name, code)
+    except Refused as error:
+        return refuse(app, call, error, name, code, "/function/update_function", seen, original)
+    return answer(call, {"message": "saved", "module_name": name, "version": version}, lambda: redirect(
+        f"/function/edit_function?module_name={quote(name)}&done=saved", 303),
+        (201 if name != original else 200) if wants_json(call) else 303)
+
+
+def existing_name(app: Any, name: str) -> str:
+    """Return the name of a function that there is a file for; 404 otherwise."""
+    if not valid_name(name) or not os.path.isfile(app.functions.path(name)):
+        raise HTTPException(404, f'Function "{name[:100]}" not found')
+    return name
+
+
+def check_new_name(app: Any, name: str) -> None:
+    """Refuse a name that can't be a function's, or is one's already."""
+    if not valid_name(name) or name in app.reserved:
+        raise Refused(400, "bad_name")
+    if os.path.exists(app.functions.path(name)):
+        raise Refused(409, "exists")
+
+
+def store_code(app: Any, name: str, code: str) -> int:
+    """Write a function's file, if the code compiles; return the number of the version."""
+    source = code.replace("\r\n", "\n").encode("utf-8", "surrogatepass")
+    if not source.strip():
+        raise Refused(400, "no_code")
+    try:
+        compile_source(source, app.functions.path(name))
+    except LoadError as error:
+        raise Refused(400, error.message, error.line, error.column) from None
+    try:
+        app.functions.save(name, source)
+    except OSError as error:
+        raise Refused(500, f"{app.functions.path(name)}: {error.strerror}") from None
+    return app.functions.versions.remember(name, source, loaded=False)
+
+
+def refuse(app: Any, call: Call, error: Refused, name: str, code: str, action: str, version: Any,
+           original: str = "") -> Response:
+    """Answer a save that was refused, with the text kept in the form."""
+    t = Texts(app, call)
+    text = TEXTS[error.text][t.lang == "en"] if error.text in TEXTS else error.text
+    data = {"error": text, "line": error.line, "column": error.column, "request_id": call.id}
+    return answer(call, data, lambda: editor_page(app, call, name, code, action, version, error, text, original),
+                  error.status)
+
+
+def editor_page(app: Any, call: Call, name: str, code: str, action: str, version: Any, error: Optional[Refused] = None,
+                text: str = "", original: str = "") -> Response:
+    """Show the editor."""
+    t, done = Texts(app, call), call.request.args.get("done") == "saved"
+    box = None
+    if error is not None:
+        box = note((t("line", error.line) + ": " if error.line else "") + text, "bad")
+    elif done:
+        box = note(t("saved"))
+    editor = tag("div", tag("pre", class_="gutter", aria_hidden="true"),
+                 tag("textarea", "\n" + code, class_="code", id="code", name="code", spellcheck="false", wrap="off",
+                     autocapitalize="off", data_line=error.line if error and error.line else None), class_="editor")
+    links = tag("span", *function_links(t, name), class_="row") if version and name else None
+    form = tag("form", tag("label", t("name"), for_="module_name"),
+               tag("input", id="module_name", name="module_name", value=name, required=True, autocapitalize="off",
+                   autofocus=not name, placeholder="hello"),
+               tag("input", type="hidden", name="original_name", value=original or name),
+               tag("input", type="hidden", name="version", value=version or ""),
+               tag("label", t("code"), for_="code"), editor,
+               tag("p", tag("button", t("save")),
+                   tag("a", t("cancel"), href="/function/list_functions", class_="button plain"), links, class_="row"),
+               method="post", action=action)
+    return page(app, call, t("edit" if version else "add"), box, tag("div", form, class_="card"))
+
+
+def ask(app: Any, call: Call, title: str, text: str, button: str, **hidden: str) -> Response:
+    """Show a page that asks before something is done."""
+    t = Texts(app, call)
+    form = tag("form", *(tag("input", type="hidden", name=key, value=value) for key, value in hidden.items()),
+               tag("p", text), tag("p", tag("button", button, class_="danger"),
+                                   tag("a", t("cancel"), href="/function/list_functions", class_="button plain"),
+                                   class_="row"), method="post", action=call.request.path)
+    return page(app, call, title, tag("div", form, class_="card"))
+
+
+def view_delete(app: Any, call: Call) -> Response:
+    """/function/delete_function?module_name= : GET asks, POST deletes; the versions stay."""
+    t, name = Texts(app, call), existing_name(app, text_field(fields(call), "module_name"))
+    if call.request.method == "GET":
+        return ask(app, call, t("delete"), t("ask_delete", name), t("delete"), module_name=name)
+    path = app.functions.path(name)
+    app.functions.versions.remember(name, read_source(path), loaded=False)
+    os.unlink(path)
+    app.functions.versions.mark_broken(name, None)
+    return answer(call, {"message": "deleted", "module_name": name},
+                  lambda: redirect("/function/list_functions?done=deleted", 303), 200 if wants_json(call) else 303)
+
+
+def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
+    """Gather counts, errors and latencies of every function that was called."""
+    app.folder.fold()
+    errors = dict(app.store.read("SELECT func_name, errors FROM fn_functions"))
+    buckets: dict[str, list[int]] = {}
+    for endpoint, text in app.store.read("SELECT endpoint, buckets FROM fn_minutes WHERE minute >= ?", int(now) // 60 - 1439):
+        old = buckets.setdefault(endpoint[10:], [0] * 15)
+        old[:] = [a + b for a, b in zip(old, json.loads(text))]
+    return [{"name": name, "calls": count, "errors": errors.get(name, 0), "p50": quantile(buckets.get(name, [0]), .5),
+             "p95": quantile(buckets.get(name, [0]), .95)}
+            for name, count in app.store.read("SELECT func_name, call_count FROM call_stats ORDER BY call_count DESC")]
+
+
+def view_stats(app: Any, call: Call) -> Response:
+    """/function/show_stats : how often each function was called, exactly."""
+    rows = stats_rows(app, call.started)
+    return answer(call, {"stats": {row["name"]: row["calls"] for row in rows}}, lambda: stats_page(app, call, rows))
+
+
+def stats_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
+    """Show the statistics and a chart of the last day."""
+    t = Texts(app, call)
+    first, hours = int(call.started) // 3600 - 23, [0] * 24
+    for minute, calls in app.store.read("SELECT minute, sum(calls) FROM fn_minutes WHERE minute >= ? AND endpoint LIKE"
+                                        " '/function/%' GROUP BY minute", first * 60):
+        if minute // 60 - first < 24:
+            hours[minute // 60 - first] += calls
+    head = tag("tr", tag("th", t("function")), *(tag("th", word, class_="n") for word in (
+        t("calls"), t("errors"), "p50", "p95")))
+    body = [tag("tr", tag("td", row["name"]), tag("td", row["calls"], class_="n"), tag("td", row["errors"], class_="n"),
+                *(tag("td", f"{row[key] * 1000:.0f} ms", class_="n") for key in ("p50", "p95"))) for row in rows]
+    table = tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="card scroll") if rows \
+        else note(t("no_calls"))
+    return page(app, call, t("stats"), note(t("cleared")) if call.request.args.get("done") == "cleared" else None,
+                tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card"), table,
+                tag("p", tag("a", t("clear"), href="/function/clear_stats", class_="button plain")))
+
+
+def view_clear(app: Any, call: Call) -> Response:
+    """/function/clear_stats : GET asks, POST clears what was counted until now."""
+    t = Texts(app, call)
+    if call.request.method == "GET":
+        return ask(app, call, t("clear"), t("ask_clear"), t("clear"))
+
+    def clear(connection: sqlite3.Connection) -> None:
+        for table in ("call_stats", "fn_functions", "fn_minutes"):
+            connection.execute(f"DELETE FROM {table}")
+    app.folder.fold(within=clear)
+    return answer(call, {"message": "cleared"}, lambda: redirect("/function/show_stats?done=cleared", 303),
+                  200 if wants_json(call) else 303)
+
+
+LOG_COLUMNS = "id time function method path status ms trigger attempt output error".split()
+
+
+def read_calls(app: Any, function: str = "", status: str = "", text: str = "", limit: int = 100,
+               after: int = 0) -> list[dict[str, Any]]:
+    """Return the last calls, newest first; `status` is 404 or 4xx, `text` occurs in path, output or traceback."""
+    app.folder.fold()
+    where, values = ["number > ?"], [after]  # type: list[str], list[Any]
+    if function:
+        where, values = where + ["function = ?"], values + [function]
+    if status:
+        where, values = where + ["status LIKE ?"], values + [status.lower().replace("x", "_")]
+    if text:
+        where.append("instr(path || char(10) || ifnull(output, '') || char(10) || ifnull(error, '') || id, ?)")
+        values.append(text)
+    rows = app.store.read(
+        "SELECT id, time, function, method, path, status, us / 1000.0, trigger, attempt, output, error, number"
+        f" FROM fn_calls WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?", *values, limit)
+    return [dict(zip([*LOG_COLUMNS, "number"], row)) for row in rows]
+
+
+def view_logs(app: Any, call: Call) -> Response:
+    """/admin/logs?function=&status=&q=&limit=&after= : the last calls with output and traceback."""
+    args = call.request.args
+    limit = max(1, min(1000, args.get("limit", 100, type=int)))
+    rows = read_calls(app, args.get("function", ""), args.get("status", ""), args.get("q", ""), limit,
+                      args.get("after", 0, type=int))
+    return answer(call, {"invocations": rows}, lambda: logs_page(app, call, rows))
+
+
+def logs_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
+    """Show the calls in a table, with what they printed and why they failed."""
+    t = Texts(app, call)
+    head = tag("tr", *(tag("th", t(key)) for key in ("time", "function", "request", "status", "took")))
+    body = [tag("tr", tag("td", local_time(row["time"]), class_="soft"), tag("td", row["function"]),
+                tag("td", f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
+                    tag("div", row["id"], class_="soft")),
+                tag("td", row["status"], class_="bad" if row["status"] >= 500 else None),
+                tag("td", f"{row['ms']:.1f} ms", class_="n")) for row in rows]
+    table = tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="card scroll") if rows \
+        else note(t("no_calls"))
+    return page(app, call, t("logs"), table)
+
+
+def view_versions(app: Any, call: Call) -> Response:
+    """/admin/versions?module_name=[&version=] : what was saved, and how one differs from the one before."""
+    name = call.request.args["module_name"]
+    rows = app.store.read("SELECT version, saved_at, length(source) FROM fn_versions WHERE func_name = ?"
+                          " ORDER BY version DESC", name)
+    path = app.functions.path(name) if valid_name(name) else ""
+    now = read_source(path) if os.path.isfile(path) else None
+    data = [{"version": row[0], "saved_at": row[1], "size": row[2], "current": False} for row in rows]
+    if rows and now is not None:
+        data[0]["current"] = now == read_version(app, name, rows[0][0])
+    if "version" in call.request.args:
+        number = call.request.args.get("version", 0, type=int)
+        code = read_version(app, name, number)
+        return answer(call, {"module_name": name, "version": number, "code": code.decode("utf-8", "replace")},
+                      lambda: version_page(app, call, name, number, code))
+    return answer(call, {"versions": data}, lambda: versions_page(app, call, name, data))
+
+
+def read_version(app: Any, name: str, version: int) -> bytes:
+    """Return the source of one version; 404 where it isn't kept."""
+    rows = app.store.read("SELECT source FROM fn_versions WHERE func_name = ? AND version = ?", name, version)
+    if not rows:
+        raise HTTPException(404, f'Version {version} of "{name[:100]}" not found')
+    return bytes(rows[0][0])
+
+
+def versions_page(app: Any, call: Call, name: str, rows: list[dict[str, Any]]) -> Response:
+    """Show the versions of a function."""
+    t = Texts(app, call)
+    body = [tag("tr", tag("td", tag("a", f"#{row['version']}", href=f"/admin/versions?module_name={quote(name, safe='')}"
+                                                                   f"&version={row['version']}")),
+                tag("td", local_time(row["saved_at"])), tag("td", row["size"], class_="n"),
+                tag("td", t("current") if row["current"] else restore_form(t, name, row["version"]))) for row in rows]
+    return page(app, call, f"{t('versions')}: {name}", tag("div", tag("table", *body), class_="card scroll"))
+
+
+def restore_form(t: Texts, name: str, version: int) -> Markup:
+    """Make the button that restores a version."""
+    return tag("form", tag("input", type="hidden", name="module_name", value=name),
+               tag("input", type="hidden", name="version", value=version), tag("button", t("restore"), class_="plain"),
+               method="post", action="/admin/restore")
+
+
+def version_page(app: Any, call: Call, name: str, version: int, code: bytes) -> Response:
+    """Show one version, and its difference to the one before."""
+    import difflib  # only on this page
+    t = Texts(app, call)
+    rows = app.store.read("SELECT source FROM fn_versions WHERE func_name = ? AND version < ? ORDER BY version DESC LIMIT 1",
+                          name, version)
+    old, new = bytes(rows[0][0]).decode("utf-8", "replace") if rows else "", code.decode("utf-8", "replace")
+    diff = "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=3))
+    return page(app, call, f"{name} #{version}", restore_form(t, name, version),
+                tag("div", tag("div", t("diff"), class_="soft"), tag("pre", diff), tag("pre", new), class_="card"))
+
+
+def view_restore(app: Any, call: Call) -> Response:
+    """/admin/restore : makes an old version the file again; it becomes the newest version."""
+    sent = fields(call)
+    name, number = text_field(sent, "module_name"), str(sent.get("version", ""))
+    if not valid_name(name) or not number.isascii() or not number.isdigit():
+        raise HTTPException(400, "module_name and version are needed")
+    source = read_version(app, name, int(number))
+    app.functions.save(name, source)
+    version = app.functions.versions.remember(name, source, loaded=False)
+    return answer(call, {"message": "restored", "module_name": name, "version": version},
+                  lambda: redirect("/function/list_functions?done=restored", 303), 200 if wants_json(call) else 303)
+
+
+def view_asset(app: Any, call: Call) -> Response:
+    """/admin/assets/... : the style sheet and the script; the login page needs them too."""
+    body, kind = (CSS, "text/css") if call.request.path.endswith(".css") else (JS, "text/javascript")
+    response = secure(Response(body.strip() + "\n", mimetype=kind))
+    response.headers["Cache-Control"] = "public, max-age=86400"
+    return response
+
+
+_GET_POST = ("GET", "POST")
+ROUTES = {
+    "/": Route(view_index, admin=False), "/login": Route(view_login, False, _GET_POST),
+    "/logout": Route(view_logout, False, _GET_POST), "/function/list_functions": Route(view_list),
+    "/function/add_function": Route(view_add, True, _GET_POST), "/function/save_function": Route(view_save, True, ("POST",)),
+    "/function/edit_function": Route(view_edit), "/function/update_function": Route(view_update, True, ("POST",)),
+    "/function/delete_function": Route(view_delete, True, (*_GET_POST, "DELETE")), "/function/show_stats": Route(view_stats),
+    "/function/clear_stats": Route(view_clear, True, _GET_POST), "/admin/logs": Route(view_logs),
+    "/admin/versions": Route(view_versions), "/admin/restore": Route(view_restore, True, ("POST",)),
+    "/admin/assets/fnserve.css": Route(view_asset, False), "/admin/assets/fnserve.js": Route(view_asset, False),
+}
+
+
+# == 17 APP ===============================================================
+# Wires 02 to 16 and is the WSGI callable. One App owns the state of a process; its background loop keeps the journal
+# folded, in whichever process holds the lock.
+
+FOLD_SECONDS, FOLD_PENDING, PRUNE_SECONDS = 60, 256 * 1024, 3600
+
+
+class App:
+    """The platform as a WSGI application. `start()` has side effects, making one has none."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+        self.settings, self.clock = settings, clock
+        self.routes, self.error_page = ROUTES, error_page
+        self.reserved = frozenset(path[10:] for path in ROUTES if path.startswith("/function/"))
+        self.protected = NAMES_OF_ADMIN_FUNCTIONS | self.reserved | set(settings.PROTECTED_FUNCTIONS)
+        self.signer = Signer(settings.SECRET_KEY, settings.SECRET_TOKEN)
+        self.store, self.journal, self.config = Store(settings.DB_PATH), Journal(settings.JOURNAL_DIR), Config(settings.directory)
+        self.functions = Functions(settings.FUNCTIONS_DIR, Versions(self.store), make_api(), self.reserved)
+        self.folder = Folder(self.journal, self.store, settings, self.protected)
+        self.background = Background(self)
+        self.templates: Any = None  #: Jinja2's environment, once it is used
+        self._starting, self._started = threading.Lock(), 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Serve one request (PEP 3333)."""
+        if self._started != os.getpid():
+            self.start()
+        self.config.current()
+        call = Call(self, environ)
+        token = current_call.set(call)
+        try:
+            body = respond(self, call, handle(self, call), start_response)
+            if not isinstance(body, Stream):
+                call.request.close()
+            return body
+        finally:
+            current_call.reset(token)
+
+    def start(self) -> None:
+        """Prepare this process: imports under functions/, captured output, the background loop."""
+        with self._starting:
+            if self._started == os.getpid():
+                return
+            self.functions.install()
+            self.config.current()
+            capture_output(self.settings)
+            self.background.start()
+            self._started = os.getpid()
+
+    def keyword(self, word: str, call: Call) -> Any:
+        """Return what an entry point gets for one of KEYWORDS."""
+        if word == "config":
+            return dict(self.config.current())
+        if word == "protected":
+            return sorted(self.protected)
+        return Context(call.id, call.function or "", call.trigger, call.attempt, call.deadline)
+
+
+def capture_output(settings: Settings) -> None:
+    """Let print() and logging be kept with the call, and fnserve's own log go to the error log and to stderr."""
+    if not isinstance(sys.stdout, Capture):
+        sys.stdout, sys.stderr = Capture(sys.stdout), Capture(sys.stderr)
+    root = logging.getLogger()
+    if not any(isinstance(handler, CallLog) for handler in root.handlers):
+        shown = CallLog()
+        shown.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        root.addHandler(shown)
+        root.setLevel(min(root.level or logging.INFO, logging.INFO))
+    for handler in [handler for handler in log.handlers if isinstance(handler, ErrorLog)]:
+        log.removeHandler(handler)
+    file = ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS)
+    file.setFormatter(LogFormat("%(asctime)s %(levelname)s [%(request_id)s] %(message)s"))
+    log.addHandler(file)
+
+
+class Background:
+    """The loop of a process. `step(now)` is one round of it, so that a test needs no sleep."""
+
+    def __init__(self, app: App) -> None:
+        self._app, self._handle = app, -1
+        self._folded = self._checked = self._pruned = 0.0
+        self._stopping = threading.Event()
+
+    def start(self) -> None:
+        """Run the loop in a thread of its own."""
+        self._handle, self._stopping = -1, threading.Event()
+        threading.Thread(target=self._run, args=(self._stopping,), name="fnserve background", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the loop after its round."""
+        self._stopping.set()
+
+    def _run(self, stopping: threading.Event) -> None:
+        while not stopping.wait(1):
+            try:
+                self.step(self._app.clock())
+            except Exception as error:  # the loop must outlive a locked database or a full disk; it tries again
+                log.error("background: %s: %s", type(error).__name__, error)
+                stopping.wait(30)
+
+    def step(self, now: float) -> None:
+        """Move on to a new segment where there is one; the leader folds and prunes when it is time."""
+        if self._app.journal.in_use():
+            self._app.journal.refresh()
+        if not self._lead():
+            return
+        if self._checked > now:  # the clock went back
+            self._folded = self._checked = self._pruned = 0.0
+        if now - self._checked >= 5:
+            self._checked = now
+            if now - self._folded >= FOLD_SECONDS or self._app.folder.pending() > FOLD_PENDING:
+                if self._app.folder.pending():
+                    self._app.folder.fold()
+                self._folded = now
+        if now - self._pruned >= PRUNE_SECONDS:
+            self._pruned = now
+            self._app.folder.prune(now)
+
+    def _lead(self) -> bool:
+        """Tell whether this process does the work that is done once; the kernel passes the lock on at its death."""
+        if self._handle < 0:
+            os.makedirs(self._app.journal.directory, exist_ok=True)
+            handle = os.open(os.path.join(self._app.journal.directory, "leader.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                flock(handle, LOCK_EX | LOCK_NB)
+            except OSError:
+                os.close(handle)
+                return False
+            self._handle = handle
+        return True
+
+
+def prepare(directory: str = ".", **options: Any) -> App:
+    """Make the app of a directory: settings read, secrets made, database looked at. SettingError, StoreError."""
+    settings = Settings(options, directory)
+    made = make_secrets(settings)
+    app = App(settings)
+    app.store.check()
+    if made.get("SECRET_TOKEN") and sys.stderr.isatty():
+        # the terminal only: stderr that is a file or systemd's journal is a log
+        sys.stderr.write(f"The password of the admin pages is {made['SECRET_TOKEN']}\n")
+    for path in exposed_files(settings):
+        log.warning("%s holds secrets and others on this machine can read it: chmod 600 %s", path, path)
+    return app
+
+
+def create_app(directory: str = ".", **options: Any) -> App:
+    """Make and start the app; options are settings by name: ``create_app(TIMEOUT=5)``."""
+    made = prepare(directory, **options)
+    made.start()
+    return made
+
+
+class LazyApp:
+    """`fnserve:app` for gunicorn, uWSGI and waitress-serve: made by the first request, so importing does nothing."""
+
+    def __init__(self) -> None:
+        self._app: Optional[App] = None
+        self._lock = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Serve one request."""
+        if self._app is None:
+            with self._lock:
+                self._app = self._app or create_app()
+        return self._app(environ, start_response)
+
+
+app = LazyApp()
+
+# == 18 SERVER ============================================================
+# From a socket to the app: one worker is a waitress on the shared socket, the supervisor forks and replaces them. Uses
+# 17. Signal handlers only set a flag.
+#
+# Waitress has one thread for input and output and others for the calls. On several cores they pass the GIL from core to
+# core, which costs more than the work: a worker pinned to one core serves about three times as many requests (bench/).
+
+BACKLOG = 1024
+BIRTH_SECONDS, MAX_BACKOFF = 5.0, 30.0
+
+
+def open_socket(settings: Settings) -> Any:
+    """Open the listening socket, or take the one that systemd hands over (sd_listen_fds(3))."""
+    import socket
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
+        return socket.socket(fileno=3)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(settings.HOST, settings.PORT, type=socket.SOCK_STREAM,
+                                                         flags=socket.AI_PASSIVE)[0]
+        opened = socket.socket(family, kind)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+    except OSError as error:
+        raise OSError(f"HOST={settings.HOST} PORT={settings.PORT}: can't listen there: {error.strerror}") from None
+    opened.listen(BACKLOG)
+    return opened
+
+
+def waitress_server(app: Callable[..., Any], opened: Any, settings: Settings) -> Any:
+    """Make a waitress on an open socket."""
+    import waitress.server
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request is no use to anybody
+    proxy: dict[str, Any] = {}
+    if settings.TRUSTED_PROXY:
+        proxy = {"trusted_proxy": settings.TRUSTED_PROXY, "trusted_proxy_count": 1, "trusted_proxy_headers":
+                 "x-forwarded-for x-forwarded-proto x-forwarded-host"}
+    return waitress.server.create_server(
+        app, sockets=[opened], threads=settings.THREADS, max_request_body_size=settings.MAX_BODY, ident=None,
+        clear_untrusted_proxy_headers=True, expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
+        asyncore_use_poll=hasattr(os, "fork"), connection_limit=1000, channel_timeout=75, **proxy)
+
+
+class Pin:
+    """Keeps a worker's threads on one core, but not the programs and threads that functions start.
+
+    Those inherit the core of the thread that starts them, so an audit hook (PEP 578) frees the thread just before,
+    and its next call pins it again.
+    """
+
+    EVENTS = frozenset(("subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.forkpty", "os.exec",
+                        "_thread.start_new_thread", "_thread.start_joinable_thread"))
+
+    def __init__(self, app: Callable[..., Any], cores: frozenset[int], core: int) -> None:
+        self._app, self._cores, self._core = app, cores, {core}
+        self._free: set[int] = set()  #: threads that run anywhere until their next call
+        os.sched_setaffinity(0, self._core)
+
+    def watch(self) -> None:
+        """Begin to watch; waitress's own threads are there by now."""
+        sys.addaudithook(self._audit)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Serve one request, pinned."""
+        if self._free and threading.get_ident() in self._free:
+            self._free.discard(threading.get_ident())
+            os.sched_setaffinity(0, self._core)
+        return self._app(environ, start_response)
+
+    def _audit(self, event: str, args: Any) -> None:
+        if event in self.EVENTS:
+            os.sched_setaffinity(0, self._cores)
+            self._free.add(threading.get_ident())
+
+
+class Worker:
+    """One waitress that serves until it is told to stop, then finishes what it has."""
+
+    def __init__(self, app: App, opened: Any, core: Optional[int] = None) -> None:
+        self._settings, self._socket, self._stopping = app.settings, opened, False
+        application: Callable[..., Any] = app
+        if core is not None:
+            application = pin = Pin(app, frozenset(os.sched_getaffinity(0)), core)
+        app.start()
+        self._server = waitress_server(application, opened, app.settings)
+        if core is not None:
+            pin.watch()
+
+    def stop(self, *_: Any) -> None:
+        """Begin to drain; a signal handler."""
+        self._stopping = True
+        self._server.pull_trigger()
+
+    def run(self, parent: Optional[int] = None) -> None:
+        """Serve until `stop`, or until the parent process is gone."""
+        from waitress import wasyncore
+        while not self._stopping and (parent is None or os.getppid() == parent):
+            wasyncore.loop(timeout=1, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
+        wasyncore.dispatcher.close(self._server)  # the listening socket of this process; the trigger stays
+        until = time.monotonic() + self._settings.GRACE
+        while self._busy() and time.monotonic() < until:
+            wasyncore.loop(timeout=.05, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
+        self._server.task_dispatcher.shutdown(cancel_pending=True, timeout=.1)
+
+    def _busy(self) -> bool:
+        """Tell whether a request is being read or answered; connections without one are closed."""
+        channels = list(self._server.active_channels.values())
+        for channel in channels:
+            if not channel.requests and channel.request is None and not channel.total_outbufs_len:
+                channel.handle_close()
+        return bool(self._server.active_channels)
+
+
+class Supervisor:
+    """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT."""
+
+    def __init__(self, app: App, opened: Any) -> None:
+        self._app, self._socket, self._settings = app, opened, app.settings
+        self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, monotonic time of birth)
+        self._due: dict[int, float] = {}  #: number -> when it may be forked again
+        self._backoff, self._stopping = 0.0, False
+
+    def run(self) -> int:
+        """Supervise until a signal; return the exit status."""
+        import select
+        import signal
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for worker in range(self._settings.WORKERS):
+            self._fork(worker)
+        notify("READY=1")
+        while not self._stopping:
+            select.select([reading], [], [], 1)
+            with contextlib.suppress(BlockingIOError):
+                os.set_blocking(reading, False)
+                os.read(reading, 4096)
+            self._reap()
+            self._replace(time.monotonic())
+            notify("WATCHDOG=1")
+        return self._drain()
+
+    def _stop(self, *_: Any) -> None:
+        self._stopping = True
+
+    def _fork(self, number: int) -> None:
+        supervisor = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._workers[pid] = (number, time.monotonic())
+            return
+        status = 1
+        try:
+            self._work(number, supervisor)
+            status = 0
+        except BaseException as error:  # a worker's end, whatever its reason, must not run the supervisor's code
+            log.error("worker %d: %s", number, user_traceback(error))
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            os._exit(status)
+
+    def _work(self, number: int, supervisor: int) -> None:
+        import signal
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the supervisor passes on a stop
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        worker = Worker(self._app, self._socket, cores[number % len(cores)] if cores else None)
+        signal.signal(signal.SIGTERM, worker.stop)
+        worker.run(supervisor)
+
+    def _reap(self) -> None:
+        while self._workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            number, born = self._workers.pop(pid, (-1, 0.0))
+            if number >= 0 and not self._stopping:
+                young = time.monotonic() - born < BIRTH_SECONDS
+                self._backoff = min(MAX_BACKOFF, max(.5, self._backoff * 2)) if young else 0.0
+                self._due[number] = time.monotonic() + self._backoff
+                log.error("worker %d (process %d) ended with status %d; it is replaced", number, pid, status)
+
+    def _replace(self, now: float) -> None:
+        for number, due in list(self._due.items()):
+            if due <= now:
+                del self._due[number]
+                self._fork(number)
+
+    def _drain(self) -> int:
+        """Tell the workers to finish; kill those that don't within GRACE and a little."""
+        import signal
+        notify("STOPPING=1")
+        self._socket.close()
+        for pid in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + self._settings.GRACE + 2
+        while self._workers and time.monotonic() < until:
+            self._reap()
+            time.sleep(.02)
+        for pid in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return 0
+
+
+def notify(state: str) -> None:
+    """Tell systemd how we are (sd_notify(3)); nothing where it didn't start us."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        import socket
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            out.connect("\0" + address[1:] if address.startswith("@") else address)
+            out.send(state.encode())
+
+
+def serve_first_look(app: App, opened: Any) -> int:
+    """Serve with wsgiref where waitress is missing: good enough to look at, not to run."""
+    import socketserver
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+    class Server(socketserver.ThreadingMixIn, WSGIServer):
+        daemon_threads = True
+
+    class Handler(WSGIRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            """Stay silent: the journal has it."""
+
+    server = Server(opened.getsockname()[:2], Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = opened
+    server.server_name, server.server_port = opened.getsockname()[:2]
+    server.setup_environ()
+    server.set_app(app)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+    return 0
+
+
+def serve(app: App) -> int:
+    """Serve until a signal; return the exit status."""
+    opened = open_socket(app.settings)
+    host, port = opened.getsockname()[:2]
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    print(f"fnserve {__version__}: http://{shown}:{port}/function/hello   admin: http://{shown}:{port}/login", flush=True)
+    try:
+        import waitress  # noqa: F401
+    except ImportError:
+        print("waitress is missing, so this is for a first look only: sudo apt-get install python3-waitress"
+              "  (or: pip install waitress)", file=sys.stderr, flush=True)
+        return serve_first_look(app, opened)
+    if app.settings.WORKERS and hasattr(os, "fork"):
+        import gc
+
+        import waitress.server  # noqa: F401  # before the fork, so that the workers share its pages
+        gc.collect()
+        gc.freeze()  # what is there now is never looked at again, so its pages stay shared
+        return Supervisor(app, opened).run()
+    return serve_alone(app, opened)
+
+
+def serve_alone(app: App, opened: Any) -> int:
+    """Serve in this process, without a supervisor."""
+    import signal
+    worker = Worker(app, opened)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, worker.stop)
+    notify("READY=1")
+    worker.run()
+    return 0
+
+
+# == 19 COMMAND LINE ======================================================
+# `main` and one function per command, which returns the exit status. Uses all of the above.
+
+
+def cmd_serve(arguments: Any, options: dict[str, Any]) -> int:
+    """serve the functions (the default)"""
+    first = not os.path.exists("functions") and not options.get("FUNCTIONS_DIR")
+    app = prepare(**options)
+    if first and not os.path.exists(app.settings.FUNCTIONS_DIR):
+        write_new(os.path.join(app.settings.FUNCTIONS_DIR, "hello.py"), HELLO)
+    if not os.path.isdir(app.settings.FUNCTIONS_DIR):
+        raise SettingError(f"FUNCTIONS_DIR={app.settings.FUNCTIONS_DIR!r}: there is no such directory")
+    return serve(app)
+
+
+def write_new(path: str, text: str) -> bool:
+    """Write a file that isn't there yet; tell whether it was written."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    print(f"made {path}")
+    return True
+
+
+def cmd_init(arguments: Any, options: dict[str, Any]) -> int:
+    """make functions/hello.py and the secrets in a directory"""
+    os.makedirs(arguments.directory, exist_ok=True)
+    settings = Settings(options, arguments.directory)
+    write_new(os.path.join(settings.FUNCTIONS_DIR, "hello.py"), HELLO)
+    for name, value in make_secrets(settings).items():
+        print(f"{name}={value}  (in {os.path.join(settings.directory, '.env.local')})" if name == "SECRET_TOKEN" else
+              f"made {name}")
+    return 0
+
+
+def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
+    """make a function from a template"""
+    app = App(Settings(options))
+    if not valid_name(arguments.name) or arguments.name in app.reserved:
+        raise SettingError(f"{arguments.name!r}: {TEXTS['bad_name'][1]}")
+    path = app.functions.path(arguments.name)
+    if not write_new(path, NEW_FUNCTION):
+        print(f"{path} exists already", file=sys.stderr)
+        return 1
+    return 0
+
+
+def cmd_list(arguments: Any, options: dict[str, Any]) -> int:
+    """list the functions"""
+    for row in function_rows(prepare(**options)):
+        print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  {row['reason'] or row['summary']}")
+    return 0
+
+
+def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
+    """call a function without a server, and print its answer"""
+    data = arguments.data
+    if data is not None and data.startswith("@"):
+        with open(data[1:], "rb") as file:
+            data = file.read()
+    headers = dict(line.partition(":")[::2] for line in arguments.header)
+    headers = {key.strip(): value.strip() for key, value in headers.items()}
+    if data is not None and not any(key.lower() == "content-type" for key in headers):
+        json_like = str(data).lstrip()[:1] in ("{", "[")
+        headers["Content-Type"] = "application/json" if json_like else "application/x-www-form-urlencoded"
+    app = prepare(**options)
+    app.start()
+    headers.setdefault("Authorization", "Bearer " + app.settings.SECRET_TOKEN)  # whoever runs this owns the files
+    response = Client(app).open("/function/" + quote(arguments.name), arguments.method or ("POST" if data else "GET"),
+                                query=dict(pair.partition("=")[::2] for pair in arguments.query), data=data,
+                                headers=headers)
+    sys.stdout.flush()
+    getattr(sys.stdout, "buffer").write(response.get_data())
+    if not response.get_data().endswith(b"\n"):
+        print()
+    if response.code >= 400:
+        print(response.status, file=sys.stderr)
+    return int(response.code >= 400)
+
+
+def cmd_check(arguments: Any, options: dict[str, Any]) -> int:
+    """load every function, exit 1 where one can't be"""
+    app, failed = prepare(**options), 0
+    app.functions.install()
+    app.config.current()
+    log.addHandler(logging.NullHandler())
+    for name in app.functions.names():
+        function = app.functions.get(name)
+        error = function.error if function else None
+        failed += error is not None
+        print(f"{name}: {error or 'fine'}")
+    return int(failed > 0)
+
+
+def cmd_logs(arguments: Any, options: dict[str, Any]) -> int:
+    """print the last calls"""
+    app, after = prepare(**options), 0
+    while True:
+        rows = read_calls(app, arguments.name or "", limit=arguments.n if not after else 1000, after=after)
+        for row in reversed(rows):
+            print(f"{local_time(row['time'])} {row['id']} {row['status']} {row['ms']:8.1f} ms {row['method']} {row['path']}")
+            for text in (row["output"], row["error"]):
+                if text:
+                    print("    " + text.rstrip().replace("\n", "\n    "))
+        after = max([after] + [row["number"] for row in rows])
+        if not arguments.follow:
+            return 0
+        sys.stdout.flush()
+        time.sleep(1)
+
+
+def cmd_stats(arguments: Any, options: dict[str, Any]) -> int:
+    """print how often each function was called"""
+    for row in stats_rows(prepare(**options), time.time()):
+        print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  p50 {row['p50'] * 1000:.0f} ms"
+              f"  p95 {row['p95'] * 1000:.0f} ms")
+    return 0
+
+
+UNIT = """\
+# systemd unit for fnserve: put it into /etc/systemd/system/, then  systemctl enable --now fnserve
+[Unit]
+Description=fnserve, functions over HTTP
+After=network.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+WatchdogSec=60
+User={user}
+WorkingDirectory={directory}
+ExecStart={python} {directory}/fnserve.py
+Restart=always
+RestartSec=2
+TimeoutStopSec=40
+UMask=0077
+
+# Functions are Python code of whoever holds SECRET_TOKEN. This is what they can reach: their directory, and the network.
+ReadWritePaths={directory}
+ProtectSystem=strict
+ProtectHome={home}
+{bind}PrivateTmp=yes
+PrivateDevices=yes
+PrivateUsers=yes
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallFilter=sched_setaffinity
+SystemCallErrorNumber=EPERM
+MemoryMax=80%
+TasksMax=512
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+SITE = """\
+# nginx site for fnserve: put it into /etc/nginx/sites-enabled/, mind the name and the certificate, then  nginx -s reload
+limit_req_zone $binary_remote_addr zone=fnserve_login:1m rate=10r/m;
+
+upstream fnserve {{
+    server {address};
+    keepalive 16;
+}}
+
+server {{
+    listen 80;
+    listen [::]:80;
+    server_name {name};
+    return 301 https://$host$request_uri;
+}}
+
+server {{
+    listen 443 ssl http2;
+    listen [::]:443 ssl http2;
+    server_name {name};
+    ssl_certificate     /etc/letsencrypt/live/{name}/fullchain.pem;
+    ssl_certificate_key /etc/letsencrypt/live/{name}/privkey.pem;
+
+    client_max_body_size {megabytes}m;   # MAX_BODY
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    proxy_set_header Host $host;
+    proxy_set_header X-Forwarded-For $remote_addr;
+    proxy_set_header X-Forwarded-Proto $scheme;
+    proxy_set_header X-Forwarded-Host $host;
+    proxy_buffering off;                 # streams and server-sent events go out as they are made
+    proxy_read_timeout {timeout}s;
+
+    location / {{
+        proxy_pass http://fnserve;
+    }}
+    location = /login {{
+        limit_req zone=fnserve_login burst=10 nodelay;
+        proxy_pass http://fnserve;
+    }}
+    # for this machine only: ask fnserve itself, on {address}
+    location = /metrics {{ return 403; }}
+    location /monitoring/ {{ return 403; }}
+}}
+"""
+
+
+def cmd_service(arguments: Any, options: dict[str, Any]) -> int:
+    """print a systemd unit for this directory"""
+    directory = os.path.abspath(arguments.dir or ".")
+    at_home = directory.startswith(("/home/", "/root/"))
+    print(UNIT.format(user=arguments.user, directory=directory, python=arguments.python,
+                      home="tmpfs" if at_home else "yes", bind=f"BindPaths={directory}\n" if at_home else ""), end="")
+    return 0
+
+
+def cmd_nginx(arguments: Any, options: dict[str, Any]) -> int:
+    """print an nginx site for this directory"""
+    if not re.fullmatch(r"[\w.\-*]+", arguments.server_name):
+        raise SettingError(f"--server-name {arguments.server_name!r} is no host name")
+    settings = Settings(options, arguments.dir or ".")
+    host = f"[{settings.HOST}]" if ":" in settings.HOST else settings.HOST
+    print(SITE.format(name=arguments.server_name, address=f"{host}:{settings.PORT}", timeout=round(settings.TIMEOUT) + 5,
+                      megabytes=-(-settings.MAX_BODY // 1024 ** 2)), end="")
+    return 0
+
+
+def make_parser() -> Any:
+    """Make the parser of the command line; every setting that is no secret is an option too."""
+    import argparse  # 500 kB that a plain start does without
+    settings = argparse.ArgumentParser(add_help=False)
+    settings.add_argument("--dir", default=argparse.SUPPRESS, help="directory to run in (default: the current one)")
+    group = settings.add_argument_group("settings")
+    for row in SETTINGS_TABLE:
+        if not row.secret:
+            group.add_argument("--" + row.name.lower().replace("_", "-"), dest=row.name, default=argparse.SUPPRESS,
+                               metavar="VALUE", help=f"{row.help} ({row.default or 'blank'})".replace("%", "%%"))
+    parser = argparse.ArgumentParser(prog="fnserve.py", parents=[settings],
+                                     description="Your own Google Cloud Functions, in one file.")
+    parser.add_argument("--version", action="version", version=f"fnserve {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    made = {}
+    for function in (cmd_serve, cmd_init, cmd_new, cmd_list, cmd_call, cmd_check, cmd_logs, cmd_stats, cmd_service, cmd_nginx):
+        name = function.__name__[4:]
+        made[name] = commands.add_parser(name, parents=[settings], help=function.__doc__)
+        made[name].set_defaults(run=function)
+    made["init"].add_argument("directory", nargs="?", default=".")
+    made["new"].add_argument("name")
+    made["call"].add_argument("name", help="name of the function, a subpath may follow: hello/Tony")
+    made["call"].add_argument("-X", dest="method", metavar="METHOD")
+    made["call"].add_argument("-q", dest="query", action="append", default=[], metavar="KEY=VALUE")
+    made["call"].add_argument("-H", dest="header", action="append", default=[], metavar="'NAME: VALUE'")
+    made["call"].add_argument("-d", dest="data", metavar="DATA|@FILE")
+    made["logs"].add_argument("name", nargs="?")
+    made["logs"].add_argument("-n", type=int, default=20, metavar="N")
+    made["logs"].add_argument("-f", dest="follow", action="store_true")
+    made["service"].add_argument("--user", default="fnserve")
+    made["service"].add_argument("--python", default="/usr/bin/python3")
+    made["nginx"].add_argument("--server-name", required=True)
+    return parser
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run a command; return 0, 1 where it failed or 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    try:
+        if not argv:
+            return cmd_serve(None, {})
+        arguments = make_parser().parse_args(argv)
+        arguments.dir = getattr(arguments, "dir", None)
+        options = {row.name: getattr(arguments, row.name) for row in SETTINGS_TABLE if hasattr(arguments, row.name)}
+        run_command = getattr(arguments, "run", cmd_serve)
+        if arguments.dir and run_command not in (cmd_service, cmd_nginx):
+            os.chdir(arguments.dir)
+        return run_command(arguments, options)
+    except (SettingError, StoreError) as error:
+        print(f"fnserve: {error}", file=sys.stderr)
+        return 2
+    except (OSError, sqlite3.Error) as error:
+        print(f"fnserve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.modules["fnserve"] = sys.modules["__main__"]  # one module, however function files come by it
+    sys.exit(main())
