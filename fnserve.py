@@ -351,20 +351,20 @@ class Config:
 
     def __init__(self, directory: str) -> None:
         self._paths = [os.path.join(directory, name) for name in (".env", ".env.local")]
-        self._stamps: list[Any] = []
+        self._stamps: tuple[Any, ...] = ()
         self._values: dict[str, Optional[str]] = {}
         self._exported: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def current(self) -> dict[str, Optional[str]]:
         """Return the values as they are now; the caller copies before handing them on."""
-        stamps = [file_stamp(path) for path in self._paths]
+        stamps = file_stamp(self._paths[0]), file_stamp(self._paths[1])
         if stamps != self._stamps:
             with self._lock:
                 self._load(stamps)
         return self._values
 
-    def _load(self, stamps: list[Any]) -> None:
+    def _load(self, stamps: tuple[Any, ...]) -> None:
         try:
             values = {key: value for path in self._paths for key, value in read_env(path).items()}
         except SettingError as error:
@@ -536,7 +536,8 @@ class Headers(MutableMapping[str, str]):
 
     def __init__(self, pairs: Any = ()) -> None:
         self._list: list[tuple[str, str]] = []
-        self.extend(pairs)
+        if pairs:
+            self.extend(pairs)
 
     def add(self, name: str, value: Any, **parameters: Any) -> None:
         """Append a field; keywords become ``; name="value"`` parameters."""
@@ -1252,6 +1253,9 @@ def _json_default(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
+_HTML = ("Content-Type", "text/html; charset=utf-8")
+
+
 class Response:
     """An HTTP response, with Flask's names: a body (str, bytes or an iterable of them), a status and headers."""
 
@@ -1264,6 +1268,8 @@ class Response:
         self.direct_passthrough = direct_passthrough
         if content_type is not None:
             self.headers["Content-Type"] = content_type
+        elif mimetype is None and not headers and self.default_mimetype == "text/html":
+            self.headers._list.append(_HTML)  # nothing to check or to replace: a third of the time of a plain answer
         elif mimetype is not None or "Content-Type" not in self.headers:
             self.mimetype = mimetype or self.default_mimetype
         self.response = response
@@ -1292,6 +1298,9 @@ class Response:
 
     @status.setter
     def status(self, value: Any) -> None:
+        if value.__class__ is int and value in REASONS:
+            self.code, self._status = value, f"{value} {REASONS[value]}"
+            return
         text = str(int(value)) if not isinstance(value, str) else value
         code, _, reason = text.partition(" ")
         if not code.isdigit() or not 100 <= int(code) <= 999 or not _HEADER_VALUE.fullmatch(reason):
@@ -1401,6 +1410,8 @@ _TUPLE_FORMS = "(body, status), (body, headers) or (body, status, headers)"
 def make_response(*values: Any) -> Response:
     """Turn what a function returned into a Response (SPEC 3); TypeError says what it was instead."""
     value = values[0] if len(values) == 1 else values
+    if value.__class__ is str:
+        return Response(value)
     status, headers = None, None
     if isinstance(value, tuple):
         if len(value) == 3:
@@ -1413,7 +1424,9 @@ def make_response(*values: Any) -> Response:
     response = _body_response(value)
     if status is not None:
         response.status = status
-    for name, item in (headers.items() if isinstance(headers, (Mapping, Headers)) else headers or ()):
+    if headers is None:
+        return response
+    for name, item in (headers.items() if hasattr(headers, "items") else headers):
         del response.headers[name]
         response.headers.extend([(name, item)])
     return response
@@ -2121,6 +2134,10 @@ class Functions:
     def resolve(self, path: str) -> tuple[Optional[Function], str]:
         """Find the function for ``hello/sub/path`` and the rest of the path; the first segment that is a file wins."""
         self._watch()
+        if path in self._known and "/" not in path:
+            known = self.get(path)
+            if known is not None:
+                return known, ""
         parts = path.split("/")
         for count in range(1, min(len(parts), GROUP_DEPTH) + 1):
             name = parts[0] if count == 1 else "/".join(parts[:count])
@@ -3004,11 +3021,10 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
     if isinstance(body, bytes):
         if bare:
             headers = [pair for pair in headers if pair[0].lower() not in ("content-length", "content-type")]
-            body = b""
+            headers, body = [*headers, ("X-Request-Id", call.id)], b""
         else:
             headers = [pair for pair in headers if pair[0].lower() != "content-length"]
-            headers.append(("Content-Length", str(len(body))))
-        headers.append(("X-Request-Id", call.id))
+            headers += [("Content-Length", str(len(body))), ("X-Request-Id", call.id)]
         record(app, call, response.code, len(body))
         start_response(response.status, headers)
         return [b"" if call.request.method == "HEAD" else body]
@@ -3023,8 +3039,9 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
 def record(app: Any, call: Call, status: int, size: int) -> None:
     """Append the call's line to the journal."""
     environ = call.request.environ
-    path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
-    where = scrub(f"{path}?{query}") if query else path
+    where, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
+    if query:
+        where = scrub(f"{where}?{query}")
     taken = (time.perf_counter() - call.clock) * 1e6
     more = ""
     if call.output or call.error or call.attempt > 1 or call.trigger != "http":
@@ -4130,14 +4147,24 @@ def waitress_server(app: Callable[..., Any], opened: Any, settings: Settings) ->
     """Make a waitress on an open socket."""
     import waitress.server
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request is no use to anybody
-    proxy: dict[str, Any] = {}
-    if settings.TRUSTED_PROXY:
-        proxy = {"trusted_proxy": settings.TRUSTED_PROXY, "trusted_proxy_count": 1, "trusted_proxy_headers":
-                 "x-forwarded-for x-forwarded-proto x-forwarded-host"}
     return waitress.server.create_server(
-        app, sockets=[opened], threads=settings.THREADS, max_request_body_size=settings.MAX_BODY, ident=None,
-        clear_untrusted_proxy_headers=True, expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
-        asyncore_use_poll=hasattr(os, "fork"), connection_limit=1000, channel_timeout=75, **proxy)
+        believe_proxy(app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
+        max_request_body_size=settings.MAX_BODY, expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
+        clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=1000,
+        channel_timeout=75)
+
+
+def believe_proxy(app: Callable[..., Any], trusted: str) -> Callable[..., Any]:
+    """Wrap an app in waitress's own handling of proxy headers, which a request without any goes around (10 us)."""
+    from waitress.proxy_headers import PROXY_HEADERS, proxy_headers_middleware
+    wanted = {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"} if trusted else set()
+    proxied = proxy_headers_middleware(app, trusted_proxy=trusted or None, trusted_proxy_count=1,
+                                       trusted_proxy_headers=wanted, clear_untrusted=True, log_untrusted=False)
+    names = frozenset("HTTP_" + name.upper().replace("-", "_") for name in PROXY_HEADERS)
+
+    def serve_request(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        return (app if names.isdisjoint(environ) else proxied)(environ, start_response)
+    return serve_request
 
 
 class Pin:
