@@ -159,17 +159,6 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.replace(",", " ").split())
 
 
-def timezone(text: str) -> str:
-    """Cast the name of a time zone; blank is the machine's own."""
-    if text:
-        import zoneinfo  # only where a zone is named: 320 kB
-        try:
-            zoneinfo.ZoneInfo(text)
-        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError("a time zone such as Asia/Taipei") from None
-    return text
-
-
 def workers(text: str) -> int:
     """Cast a number of processes; auto = one per core this process may run on (one where it can't fork)."""
     if text.lower() != "auto":
@@ -202,23 +191,13 @@ SETTINGS_TABLE = (
     Setting("KEEP_INVOCATIONS", whole(0, 10_000_000), "10000", "calls kept for the logs"),
     Setting("KEEP_DAYS", whole(0, 3650), "7", "days that folded journal segments and charts are kept"),
     Setting("MAX_BODY", size, "16MiB", "largest request body"),
-    Setting("TIMEOUT", seconds, "60", "deadline of a call, seconds"),
+    Setting("TIMEOUT", seconds, "60", "seconds after which a call is late; functions see it as context.deadline"),
     Setting("GRACE", seconds, "30", "seconds that calls get to finish at a stop"),
     Setting("SESSION_HOURS", seconds, "12", "hours that a login lasts"),
     Setting("TRUSTED_PROXY", str, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
     Setting("PROTECTED_FUNCTIONS", words, "", "further functions that only the admin may call"),
     Setting("ADMIN", switch, "on", "off: all admin URLs answer 404"),
-    Setting("API_TOKENS", words, "", "tokens for functions whose SETTINGS say auth: token", True),
-    Setting("METRICS_TOKEN", str, "", "Bearer token that /metrics asks for", True),
-    Setting("DOCS", choice("private", "public"), "private", "public: everybody may read /docs and /openapi.json"),
-    Setting("LOKI_URL", str, "", "Grafana Loki that the journal is pushed to"),
-    Setting("LOKI_USER", str, "", "user for Loki"),
-    Setting("LOKI_PASSWORD", str, "", "password for Loki", True),
-    Setting("LOKI_TENANT", str, "", "X-Scope-OrgID for Loki"),
-    Setting("TIMEZONE", timezone, "", "time zone of schedules and pages, say Asia/Taipei; blank: the machine's"),
     Setting("UI_LANG", choice("auto", "zh-TW", "en"), "auto", "language of the pages; auto: the browser's"),
-    Setting("SCHEDULER_ALLOWED_HOSTS", words, "", "hosts that run scheduled jobs; blank: every host"),
-    Setting("QUEUE_MAX", whole(1, 100_000_000), "100000", "waiting calls at which the queue refuses more"),
 )
 
 # python-dotenv's grammar (its parser.py is the reference; the tests compare the two): a binding is
@@ -972,7 +951,9 @@ class _Input:
 
     def read(self, count: Optional[int] = -1) -> bytes:
         """Read `count` bytes, or all."""
-        want = self._limit + 1 - self._read if count is None or count < 0 else count
+        if count is None or count < 0:
+            return b"".join(iter(lambda: self.read(CHUNK), b""))
+        want = count
         if self._left is not None:
             want = min(want, self._left)
         data = self._stream.read(want) if want > 0 else b""
@@ -1167,13 +1148,13 @@ class Request:
     @property
     def base_url(self) -> str:
         """The URL without its query."""
-        return self.host_url + quote(self.path.lstrip("/"), safe="/:@!$&'()*+,;=~%")
+        return self.host_url + uri_to_iri(quote(self.path.lstrip("/"), safe="/:@!$&'()*+,;=~%"))
 
     @property
     def url(self) -> str:
         """The URL."""
         query = self.environ.get("QUERY_STRING", "")
-        return self.base_url + ("?" + query if query else "")
+        return self.base_url + ("?" + uri_to_iri(query) if query else "")
 
     @property
     def full_path(self) -> str:
@@ -1226,6 +1207,16 @@ class Request:
 
     def __repr__(self) -> str:
         return f"<Request {self.url!r} [{self.method}]>"
+
+
+def uri_to_iri(uri: str) -> str:
+    """Show percent-encoded text that isn't ASCII as it is read (RFC 3987 3.2)."""
+    def decode(found: re.Match[str]) -> str:
+        try:
+            return unquote_to_bytes(found[0]).decode()
+        except UnicodeDecodeError:
+            return found[0]
+    return re.sub(r"(?:%[89A-Fa-f][0-9A-Fa-f])+", decode, uri)
 
 
 def parse_query(text: str) -> list[tuple[str, str]]:
@@ -2300,6 +2291,10 @@ class Functions:
             if name in self._api:
                 return self._api[name]
             raise ImportError(f"{name} is not part of fnserve; see the README for what of it is", name=name)
+        if level and globals is not None and not globals.get("__package__"):  # `import foo` made it a top-level module
+            group = os.path.relpath(os.path.dirname(globals.get("__file__") or self.root), self.root).replace(os.sep, ".")
+            package = PACKAGE if group == "." else f"{PACKAGE}.{group}"
+            globals = {"__name__": globals.get("__name__"), "__package__": package}
         module = builtins.__import__(name, globals, locals, fromlist, level)
         if globals is not None:
             self._note_helpers(name, globals, fromlist or (), level)
@@ -3371,11 +3366,12 @@ def main(request):
 '''
 
 HELLO = '''"""Say hello: /function/hello?name=Tony or /function/hello/Tony"""
+from flask import escape
 
 
 def main(request):
     name = request.view_args["subpath"] or request.args.get("name", "World")
-    return f"Hello, {name}!", {"Content-Type": "text/plain; charset=utf-8"}
+    return f"Hello, {escape(name)}!"
 '''
 
 
@@ -4013,6 +4009,7 @@ def capture_output(settings: Settings) -> None:
         shown.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         root.addHandler(shown)
         root.setLevel(min(root.level or logging.INFO, logging.INFO))
+    log.propagate = False  # what fnserve itself has to say is not the call's output
     for handler in [handler for handler in log.handlers if isinstance(handler, ErrorLog)]:
         log.removeHandler(handler)
     file = ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS)
@@ -4083,9 +4080,10 @@ def prepare(directory: str = ".", **options: Any) -> App:
     made = make_secrets(settings)
     app = App(settings)
     app.store.check()
-    if made.get("SECRET_TOKEN") and sys.stderr.isatty():
-        # the terminal only: stderr that is a file or systemd's journal is a log
-        sys.stderr.write(f"The password of the admin pages is {made['SECRET_TOKEN']}\n")
+    if made.get("SECRET_TOKEN"):
+        # to a terminal only: stderr that is a file or systemd's journal is a log
+        shown = made["SECRET_TOKEN"] if sys.stderr.isatty() else "in .env.local, as SECRET_TOKEN"
+        sys.stderr.write(f"The password of the admin pages is {shown}\n")
     for path in exposed_files(settings):
         log.warning("%s holds secrets and others on this machine can read it: chmod 600 %s", path, path)
     return app
@@ -4490,7 +4488,7 @@ def cmd_check(arguments: Any, options: dict[str, Any]) -> int:
     app, failed = prepare(**options), 0
     app.functions.install()
     app.config.current()
-    log.addHandler(logging.NullHandler())
+    log.handlers[:] = [logging.NullHandler()]  # the errors are printed below, a line each
     for name in app.functions.names():
         function = app.functions.get(name)
         error = function.error if function else None
@@ -4682,7 +4680,8 @@ def make_parser() -> Any:
 def main(argv: Optional[list[str]] = None) -> int:
     """Run a command; return 0, 1 where it failed or 2 for wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    log.addHandler(logging.StreamHandler())
+    log.propagate = False
     try:
         if not argv:
             return cmd_serve(None, {})

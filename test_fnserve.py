@@ -1,0 +1,1126 @@
+"""Tests of fnserve, by its sections. Run them with: python3 test_fnserve.py
+
+They need waitress and nothing else; what needs a tool that is missing is skipped with the tool's name, or fails
+where FNSERVE_REQUIRE_ALL=1.
+"""
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.error
+import urllib.request
+from pathlib import Path
+from wsgiref.validate import validator
+
+sys.dont_write_bytecode = True
+import fnserve  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+TOKEN = "correct horse battery staple"
+logging.getLogger("fnserve").propagate = False
+
+
+def need(what: str, found: object) -> None:
+    """Skip a test that needs something this machine lacks; fail it where everything must be there."""
+    if not found:
+        if os.environ.get("FNSERVE_REQUIRE_ALL"):
+            raise AssertionError(f"{what} is missing")
+        raise unittest.SkipTest(f"needs {what}")
+
+
+def module(name: str):
+    """Import an oracle, or skip."""
+    try:
+        return __import__(name, fromlist=["_"])
+    except ImportError:
+        need(name, None)
+
+
+class FakeClock:
+    """A clock that tests set."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Case(unittest.TestCase):
+    """A temporary running directory, and an app in it."""
+
+    def setUp(self) -> None:
+        self.dir = Path(tempfile.mkdtemp(prefix="fnserve-test-"))
+        self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
+        (self.dir / "functions").mkdir()
+        self.clock = FakeClock()
+        kept = dict(os.environ)
+        self.addCleanup(lambda: (os.environ.clear(), os.environ.update(kept)))
+        where = os.getcwd()
+        self.addCleanup(os.chdir, where)
+
+    def write(self, name: str, code: str) -> Path:
+        """Write a function file."""
+        path = self.dir / "functions" / (name + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code, encoding="utf-8")
+        return path
+
+    def make_app(self, **settings: object):
+        """Make an app of the temporary directory."""
+        os.chdir(self.dir)
+        options = {"SECRET_TOKEN": TOKEN, "SECRET_KEY": "k" * 32, **settings}
+        app = fnserve.App(fnserve.Settings(options, str(self.dir)), self.clock)
+        real = sys.stdout, sys.stderr
+        app.start()
+        self.addCleanup(setattr, sys, "stderr", real[1])
+        self.addCleanup(setattr, sys, "stdout", real[0])
+        self.addCleanup(app.background.stop)
+        self.addCleanup(app.store.close)
+        return app
+
+    def client(self, app, **headers: str):
+        """Return a client whose every call is checked by wsgiref.validate."""
+        checked = validator(app)
+
+        def strict(environ, start_response):
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read())
+            environ["SERVER_PORT"] = str(environ["SERVER_PORT"])
+            return checked(environ, start_response)
+        return fnserve.Client(strict, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+    def admin(self, app):
+        """Return a client that is the admin and asks for JSON."""
+        return self.client(app, Authorization="Bearer " + TOKEN, Accept="application/json")
+
+    def call(self, app, method: str, path: str, **options: object):
+        """Make one call."""
+        return self.client(app).open(path, method, **options)
+
+
+class Server:
+    """A real fnserve in a process of its own, in a directory, on a free port."""
+
+    def __init__(self, directory: Path, *options: str, python: str = sys.executable, **environ: str) -> None:
+        shutil.copy(HERE / "fnserve.py", directory)
+        self.directory = directory
+        env = {key: value for key, value in os.environ.items() if not key.startswith("FNSERVE_") and key != "PORT"}
+        self.stderr = open(directory / "stderr.txt", "ab")
+        self.process = subprocess.Popen(
+            [python, "-B", "fnserve.py", "--port", "0", *options], cwd=directory, env={**env, **environ},
+            stdout=subprocess.PIPE, stderr=self.stderr, text=True, start_new_session=True)
+        self.port = 0
+        for line in self.process.stdout:
+            found = re.search(r"http://[\d.]+:(\d+)/", line)
+            if found:
+                self.port = int(found[1])
+                break
+        if not self.port:
+            raise AssertionError((directory / "stderr.txt").read_text())
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+
+    def get(self, path: str, method: str = "GET", body: object = None, **headers: str):
+        """Make one request; return status, headers and body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request(method, path, body, {key.replace("_", "-"): value for key, value in headers.items()})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def workers(self) -> list[int]:
+        """Return the process ids of the workers."""
+        path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        return [int(pid) for pid in Path(path).read_text().split()]
+
+    def kill_all(self) -> None:
+        """Kill the whole tree with -9."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+        self.stderr.close()
+
+    def stop(self) -> int:
+        """Stop it politely; return its exit status."""
+        self.process.terminate()
+        try:
+            return self.process.wait(20)
+        finally:
+            self.kill_all()
+
+
+def wait_until(true, seconds: float = 20.0) -> None:
+    """Wait for something that another process does."""
+    until = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > until:
+            raise AssertionError("it did not happen")
+        time.sleep(.02)
+
+
+# == 02 SETTINGS ==========================================================
+
+
+class SettingsTest(Case):
+    ENV = ["A=1", "export A=1", "A='x # y' # c", 'A="a\\nb"', "A=a # c", "A=a#c", "A=", "A", "A='it\\'s'", 'A="x',
+           "A=1\nA=2", "A=1\nB=${A}x", "B=${NOPE:-d}", "B=${NOPE}", 'A="two\nlines"', "# c\n\nA=b", "A = b ", "'A B'=c",
+           "A=b\r\nB=c\r\n", "=x\nA=1", "A==x", 'A="\\"q\\""', "A=ä", "A b=c\nC=d", "A='${HOME}'", 'A="b" x\nC=1', "A=$B"]
+
+    def test_env_agrees_with_python_dotenv(self):
+        dotenv = module("dotenv")
+        logging.getLogger("dotenv").setLevel(logging.ERROR)
+        for text in self.ENV:
+            with self.subTest(text=text):
+                expected = dict(dotenv.dotenv_values(stream=io.StringIO(text)))
+                self.assertEqual(fnserve.parse_env(text, os.environ), expected)
+
+    def test_priority(self):
+        (self.dir / ".env").write_text("PORT=1\nTHREADS=2\nGRACE=3\nTIMEOUT=4\n")
+        (self.dir / ".env.local").write_text("THREADS=5\n")
+        os.environ.update(FNSERVE_GRACE="6", FNSERVE_PORT="7", PORT="9")
+        settings = fnserve.Settings({"TIMEOUT": 8}, str(self.dir))
+        self.assertEqual((settings.PORT, settings.THREADS, settings.GRACE, settings.TIMEOUT), (9, 5, 6, 8))
+        self.assertEqual(settings.sources["THREADS"], ".env.local")
+
+    def test_bad_values_name_the_setting(self):
+        for name, value in (("PORT", "x"), ("PORT", "70000"), ("THREADS", "0"), ("MAX_BODY", "big"), ("ADMIN", "maybe"),
+                            ("WORKERS", "-1"), ("UI_LANG", "x"), ("TIMEOUT", "-1"), ("NOPE", "1")):
+            with self.subTest(name=name, value=value), self.assertRaisesRegex(fnserve.SettingError, name):
+                fnserve.Settings({name: value}, str(self.dir))
+
+    def test_sizes(self):
+        for text, value in (("16MiB", 16 << 20), ("500kB", 500_000), ("1024", 1024), ("2G", 2 * 10**9), ("1 KiB", 1024)):
+            self.assertEqual(fnserve.size(text), value)
+
+    def test_secrets_are_made_once_and_kept_private(self):
+        (self.dir / ".env").write_text("SECRET_TOKEN=\nSECRET_KEY=\n")
+        first = fnserve.Settings({}, str(self.dir))
+        made = fnserve.make_secrets(first)
+        self.assertEqual(set(made), {"SECRET_TOKEN", "SECRET_KEY"})
+        self.assertGreaterEqual(len(made["SECRET_TOKEN"]), 32)
+        self.assertEqual((self.dir / ".env.local").stat().st_mode & 0o777, 0o600)
+        again = fnserve.Settings({}, str(self.dir))
+        self.assertEqual(again.SECRET_TOKEN, made["SECRET_TOKEN"])
+        self.assertEqual(fnserve.make_secrets(again), {})
+
+    def test_exposed_secrets_are_noticed(self):
+        (self.dir / ".env").write_text("SECRET_TOKEN=x\n")
+        os.chmod(self.dir / ".env", 0o644)
+        self.assertEqual(fnserve.exposed_files(fnserve.Settings({}, str(self.dir))), [str(self.dir / ".env")])
+
+    def test_config_follows_the_file(self):
+        (self.dir / ".env").write_text("GREETING=hi\n")
+        self.write("f", "import os\ndef main(request, config):\n    return [config['GREETING'], os.environ['GREETING']]")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f").json, ["hi", "hi"])
+        (self.dir / ".env.local").write_text("GREETING=hello there\n")
+        self.assertEqual(self.call(app, "GET", "/function/f").json, ["hello there", "hello there"])
+
+    def test_readme_has_the_table(self):
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        for row in fnserve.SETTINGS_TABLE:
+            with self.subTest(setting=row.name):
+                self.assertIn(f"| {row.name} | {row.default} | {row.help} |", readme)
+
+    def test_env_file_explains_every_setting_and_holds_no_secret(self):
+        text = (HERE / ".env").read_text(encoding="utf-8")
+        values = fnserve.parse_env(text, {})
+        for row in fnserve.SETTINGS_TABLE:
+            self.assertRegex(text, rf"(?m)^#? ?{row.name}=")
+            if row.secret:
+                self.assertFalse(values.get(row.name))
+
+
+# == 03 HTTP ==============================================================
+
+
+class HttpTest(Case):
+    def test_multidict(self):
+        values = fnserve.MultiDict([("a", "1"), ("a", "2"), ("b", "x")])
+        self.assertEqual((values["a"], values.getlist("a"), values.get("b", 7, type=int)), ("1", ["1", "2"], 7))
+        self.assertEqual((dict(values), json.dumps(values)), ({"a": "1", "b": "x"}, '{"a": "1", "b": "x"}'))
+        self.assertEqual(values.to_dict(flat=False), {"a": ["1", "2"], "b": ["x"]})
+
+    def test_header_door(self):
+        for name, value in (("X", "a\r\nSet-Cookie: b"), ("X\n", "a"), ("X Y", "a"), ("X", "a\0"), ("X", "漢")):
+            with self.subTest(name=name, value=value), self.assertRaises(ValueError):
+                fnserve.Headers([(name, value)])
+
+    def test_cookies_agree_with_werkzeug(self):
+        werkzeug = module("werkzeug.http")
+        for value in ("plain", "a b", "a;b", 'q"q', "漢字", "back\\slash", "", "a,b"):
+            with self.subTest(value=value):
+                mine = fnserve.dump_cookie("k", value, max_age=5, httponly=True, samesite="lax", path="/x")
+                theirs = werkzeug.dump_cookie("k", value, max_age=5, httponly=True, samesite="lax", path="/x")
+                self.assertEqual(mine.partition(";")[0], theirs.partition(";")[0])
+                self.assertEqual(set(mine.split("; ")), set(theirs.split("; ")) - {p for p in theirs.split("; ")
+                                                                                  if p.startswith("Expires")})
+                header = mine.partition(";")[0]
+                self.assertEqual(fnserve.parse_cookies(header)["k"], werkzeug.parse_cookie(header)["k"])
+
+    MULTIPART = (b"--B\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\none\r\n--B\r\nContent-Disposition: form-data; "
+                 b"name=\"f\"; filename=\"x.txt\"\r\nContent-Type: text/plain\r\n\r\nline\r\n--b\r\n--B--\r\n")
+
+    def test_multipart(self):
+        form, files = fnserve.parse_multipart(io.BytesIO(self.MULTIPART), b"B")
+        self.assertEqual(dict(form), {"a": "one"})
+        self.assertEqual((files["f"].filename, files["f"].content_type, files["f"].read()), ("x.txt", "text/plain",
+                                                                                             b"line\r\n--b"))
+
+    def test_multipart_cut_off_anywhere_is_400(self):
+        for end in range(0, len(self.MULTIPART) - 5):
+            with self.assertRaises(fnserve.HTTPException) as caught:
+                fnserve.parse_multipart(io.BytesIO(self.MULTIPART[:end]), b"B")
+            self.assertEqual(caught.exception.code, 400)
+
+    def test_request_attributes_agree_with_werkzeug(self):
+        werkzeug = module("werkzeug.wrappers")
+        names = ("method path full_path url base_url url_root root_url host host_url scheme is_secure remote_addr"
+                 " query_string content_type mimetype mimetype_params content_length is_json referrer access_route"
+                 ).split()
+        for path, method, options in (
+                ("/a%20b/c?x=1&x=2&y=%E6%BC%A2", "GET", {}), ("/p", "POST", {"data": {"a": "1", "b": "&="}}),
+                ("/p", "POST", {"json": {"a": [1]}}), ("/x", "PUT", {"data": b"raw", "headers": {"Content-Type": "a/b; c=d"}})):
+            seen = []
+            fnserve.Client(lambda e, s: (seen.append(dict(e)), s("200 OK", []), [b""])[2]).open(path, method, **options)
+            environ = seen[0]
+            body = environ["wsgi.input"].getvalue()
+            mine = fnserve.Request({**environ, "wsgi.input": io.BytesIO(body)})
+            theirs = werkzeug.Request({**environ, "wsgi.input": io.BytesIO(body)})
+            for name in names:
+                with self.subTest(path=path, name=name):
+                    self.assertEqual(getattr(mine, name), getattr(theirs, name))
+            self.assertEqual(mine.args.to_dict(flat=False), theirs.args.to_dict(flat=False))
+            self.assertEqual(mine.form.to_dict(flat=False), theirs.form.to_dict(flat=False))
+            self.assertEqual(mine.get_json(silent=True), theirs.get_json(silent=True))
+
+    def test_lazy(self):
+        request = fnserve.Request({"REQUEST_METHOD": "POST", "QUERY_STRING": "a=1", "wsgi.input": None})
+        self.assertEqual(request.args["a"], "1")  # a body that can't be read was not touched
+
+
+# == 04 SESSIONS ==========================================================
+
+
+class SessionTest(Case):
+    def test_round_trip_and_lies(self):
+        signer, other = fnserve.Signer("key", "token"), fnserve.Signer("other", "token")
+        text = signer.sign('{"a":1}', 1000)
+        self.assertEqual(signer.unsign(text, 1001), '{"a":1}')
+        for lie in (text[:-1], text + "x", "", ".", "..", "a.b.c", "漢.1.x", other.sign("{}", 1000), text.replace(".", "..")):
+            self.assertIsNone(signer.unsign(lie, 1001), lie)
+        self.assertIsNone(signer.unsign(text, 1000 + 32 * 86400))
+        self.assertIsNone(signer.unsign(text, 100))
+
+    def test_login_ends_with_the_token(self):
+        mark = fnserve.Signer("key", "token").login_mark(2000)
+        self.assertTrue(fnserve.Signer("key", "token").is_login(mark, 1000))
+        for signer in (fnserve.Signer("key", "new"), fnserve.Signer("new", "token"), fnserve.Signer("key", "")):
+            self.assertFalse(signer.is_login(mark, 1000))
+        self.assertFalse(fnserve.Signer("key", "token").is_login(mark, 2001))
+        for lie in (True, [3000, mark[1]], ["x", "y"], None, [2000, 5]):
+            self.assertFalse(fnserve.Signer("key", "token").is_login(lie, 1000))
+
+    def test_session_of_functions(self):
+        self.write("count", "from flask import session\ndef main(request):\n"
+                            "    session['n'] = session.get('n', 0) + 1\n    return str(session['n'])")
+        app = self.make_app()
+        client = self.client(app)
+        self.assertEqual([client.get("/function/count").data for _ in range(3)], [b"1", b"2", b"3"])
+        cookie = client.get("/function/count").headers["Set-Cookie"]
+        self.assertIn("HttpOnly", cookie)
+        self.assertIn("SameSite=Lax", cookie)
+        client.cookies["session"] = "forged"
+        self.assertEqual(client.get("/function/count").data, b"1")
+
+
+# == 06 JOURNAL ===========================================================
+
+
+class JournalTest(Case):
+    def test_counts_are_exact_and_folded_once(self):
+        self.write("hello", "def main(request): return 'x'")
+        self.write("bad", "def main(request): 1/0")
+        app = self.make_app()
+        for _ in range(5):
+            self.call(app, "GET", "/function/hello")
+        self.call(app, "GET", "/function/bad")
+        self.call(app, "GET", "/function/nope")
+        other = fnserve.Folder(app.journal, fnserve.Store(app.settings.DB_PATH), app.settings, app.protected)
+        self.assertEqual(other.fold() + app.folder.fold() + app.folder.fold(), 7)
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"hello": 5, "bad": 1})
+
+    def test_existing_counts_go_on(self):
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
+            db.execute("CREATE TABLE call_stats (func_name TEXT PRIMARY KEY, call_count INTEGER NOT NULL)")
+            db.execute("INSERT INTO call_stats VALUES ('hello', 41)")
+        self.write("hello", "def main(request): return 'x'")
+        app = self.make_app()
+        self.call(app, "GET", "/function/hello")
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"hello": 42})
+
+    def test_torn_and_foreign_lines_lose_nothing_else(self):
+        self.write("hello", "def main(request): return 'x'")
+        app = self.make_app()
+        self.call(app, "GET", "/function/hello")
+        path = next((self.dir / "journal").glob("*.jsonl"))
+        with open(path, "ab") as file:
+            file.write(b'\n{"t":1,"id":"torn","f":"hel')
+        self.assertEqual(app.folder.fold(), 1)
+        self.call(app, "GET", "/function/hello")
+        with open(path, "ab") as file:
+            file.write(b'\n[]\n{"m":1}\n\xff\xfe\n' + b'{"t":"x","f":"hello","m":"GET","s":"y","us":1}\n')
+        self.assertEqual(app.folder.fold(), 1)
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"hello": 2})
+
+    def test_segments_rotate_and_are_pruned_once_folded(self):
+        self.write("hello", "def main(request): return 'x'")
+        app = self.make_app(KEEP_DAYS=1)
+        size, fnserve.SEGMENT_BYTES = fnserve.SEGMENT_BYTES, 2000
+        self.addCleanup(setattr, fnserve, "SEGMENT_BYTES", size)
+        for _ in range(300):
+            self.call(app, "GET", "/function/hello")
+        self.assertGreater(len(fnserve.segments(app.settings.JOURNAL_DIR)), 2)
+        for number in fnserve.segments(app.settings.JOURNAL_DIR):
+            os.utime(fnserve.segment_path(app.settings.JOURNAL_DIR, number), (1, 1))
+        app.folder.prune(self.clock.now)  # nothing is folded yet
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"hello": 300})
+        app.folder.prune(self.clock.now)
+        self.assertEqual(len(fnserve.segments(app.settings.JOURNAL_DIR)), 1)
+        self.call(app, "GET", "/function/hello")
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"hello": 301})
+
+    def test_a_segment_that_a_writer_holds_is_not_pruned(self):
+        app = self.make_app(KEEP_DAYS=0)
+        app.journal.append('{"t":1,"id":"a","f":"x","m":"GET","s":200,"us":1}')
+        [number] = fnserve.segments(app.settings.JOURNAL_DIR)
+        Path(fnserve.segment_path(app.settings.JOURNAL_DIR, number + 1)).touch()
+        app.folder.fold()
+        os.utime(fnserve.segment_path(app.settings.JOURNAL_DIR, number), (1, 1))
+        app.folder.prune(self.clock.now)
+        self.assertIn(number, fnserve.segments(app.settings.JOURNAL_DIR))
+
+    def test_broken_database_or_journal_never_fails_a_call(self):
+        self.write("hello", "def main(request): return 'x'")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/hello").code, 200)
+        app.store.close()
+        for name in os.listdir(self.dir):
+            if name.startswith("serverless.db"):
+                os.unlink(self.dir / name)
+        (self.dir / "serverless.db").write_bytes(b"this is no database, but it is long enough to be looked at" * 20)
+        self.assertEqual(self.call(app, "GET", "/function/hello").code, 200)
+        self.write("fresh", "def main(request): return 'new'")
+        self.assertEqual(self.call(app, "GET", "/function/fresh").data, b"new")
+        shutil.rmtree(self.dir / "journal")
+        (self.dir / "journal").write_text("in the way")
+        app.journal._handle = -1
+        self.assertEqual(self.call(app, "GET", "/function/hello").code, 200)
+        self.assertGreater(app.journal.lost, 0)
+
+    def test_secrets_in_queries_are_blanked(self):
+        for query in ("token=S3CRET", "a=1&api_key=S3CRET", "Password=S3CRET", "X-Signature=S3CRET", "to%6Ben=S3CRET"):
+            with self.subTest(query=query):
+                self.assertNotIn("S3CRET", fnserve.scrub("/x?" + query))
+        self.assertEqual(fnserve.scrub("/x?name=Tony"), "/x?name=Tony")
+
+    def test_keep_invocations(self):
+        self.write("hello", "def main(request): print('p' * 9000); return 'x'")
+        app = self.make_app(KEEP_INVOCATIONS=3)
+        for _ in range(5):
+            self.call(app, "GET", "/function/hello")
+        rows = self.admin(app).get("/admin/logs").json["invocations"]
+        self.assertEqual(len(rows), 3)
+        self.assertIn("more characters", rows[0]["output"])
+        self.assertLess(len(rows[0]["output"]), 8300)
+
+
+# == 07 FUNCTIONS =========================================================
+
+
+class FunctionsTest(Case):
+    def test_groups_and_subpaths(self):
+        self.write("v1/users", "def main(request): return dict(request.view_args)")
+        self.write("a", "def main(request): return dict(request.view_args)")
+        self.write("a/b", "def main(request): return 'hidden'")
+        self.write("漢字", "def main(request): return 'han'")
+        app = self.make_app()
+        for path, expected in (("v1/users", ["v1/users", ""]), ("v1/users/7/x", ["v1/users", "7/x"]), ("a/b", ["a", "b"])):
+            answer = self.call(app, "GET", "/function/" + path).json
+            self.assertEqual([answer["func_name"], answer["subpath"]], expected)
+        self.assertEqual(self.call(app, "GET", "/function/%E6%BC%A2%E5%AD%97").data, b"han")
+
+    def test_names_that_reach_no_file(self):
+        (self.dir / "secret.py").write_text("def main(request): return 'leak'")
+        self.write("_hidden", "def main(request): return 'leak'")
+        app = self.make_app()
+        for name in ("..%2fsecret", "../secret", "_hidden", "%00", "a.b", "hello.py", "", "/secret", "..", "a" * 3000,
+                     "%ff%fe", "a%0d%0ab", "/".join("x" * 50)):
+            with self.subTest(name=name):
+                self.assertEqual(self.call(app, "GET", "/function/" + name).code, 404)
+
+    def test_new_code_answers_the_next_call(self):
+        path = self.write("f", "def main(request): return 'one'")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f").data, b"one")
+        for word in ("two", "six", "ten"):  # the same size, within one tick of the clock
+            self.write("f", f"def main(request): return '{word}'")
+            self.assertEqual(self.call(app, "GET", "/function/f").data, word.encode())
+        path.unlink()
+        self.assertEqual(self.call(app, "GET", "/function/f").code, 404)
+        self.write("f", "def main(request): return 'git'")
+        self.assertEqual(self.call(app, "GET", "/function/f").data, b"git")
+
+    def test_a_broken_version_leaves_the_last_good_one(self):
+        self.write("f", "def main(request): return 'good'")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f").data, b"good")
+        for code in ("", "def main(", "x = 1", "import sys; sys.exit(3)", "raise KeyboardInterrupt", "import nothing_here",
+                     "def main(request): return '\0'"):
+            with self.subTest(code=code):
+                self.write("f", code)
+                self.assertEqual(self.call(app, "GET", "/function/f").data, b"good")
+                [row] = self.admin(app).get("/function/list_functions").json["functions"]
+                self.assertEqual(row["status"], "broken")
+        restarted = fnserve.App(app.settings, self.clock)
+        self.assertEqual(self.call(restarted, "GET", "/function/f").data, b"good")
+        self.write("f", "def main(request): return 'mended'")
+        self.assertEqual(self.call(app, "GET", "/function/f").data, b"mended")
+        self.assertEqual(self.admin(app).get("/function/list_functions").json["functions"][0]["status"], "fine")
+
+    def test_without_a_good_version(self):
+        self.write("f", "def main(")
+        self.write("g", "x = 1")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f").json["error"], "Function execution failed")
+        answer = self.call(app, "GET", "/function/g")
+        self.assertEqual((answer.code, answer.json["error"]), (400, 'Module "g" has no main()'))
+
+    def test_globals_stay_warm_and_are_loaded_once(self):
+        self.write("f", "import time\ntime.sleep(.05)\nopen('loads', 'a').write('x')\nn = 0\ndef main(request):\n"
+                        "    global n\n    n += 1\n    return str(n)")
+        app = self.make_app()
+        threads = [threading.Thread(target=self.call, args=(app, "GET", "/function/f")) for _ in range(8)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        self.assertEqual((self.dir / "loads").read_text(), "x")
+        self.assertEqual(self.call(app, "GET", "/function/f").data, b"9")
+
+    def test_helpers(self):
+        self.write("helper_a", "from . import helper_b\nfrom flask import jsonify\nWORD = helper_b.WORD")
+        self.write("helper_b", "WORD = 'one'")
+        self.write("f", "import helper_a\nfrom functions.helper_b import WORD\nfrom . import helper_b\n"
+                        "def main(request): return [helper_a.WORD, WORD, helper_b.WORD]")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f").json, ["one"] * 3)
+        self.write("helper_b", "WORD = 'other'")
+        wait_until(lambda: self.call(app, "GET", "/function/f").json == ["other"] * 3, 1.5)
+        self.assertEqual(list(self.dir.rglob("*.pyc")), [])
+
+    def test_entry_points(self):
+        self.write("kw", "def main(request, **kwargs): return sorted(kwargs)")
+        self.write("some", "def main(request, context, config): return [context.function, context.trigger]")
+        self.write("none", "def main(): return 'x'")
+        self.write("later", "import asyncio\nasync def main(request):\n    await asyncio.sleep(0)\n    return 'async'")
+        self.write("google", "import functions_framework\n@functions_framework.http\ndef hi(request): return 'google'")
+        self.write("named", "SETTINGS = {'entry': 'go'}\ndef go(request): return 'go'")
+        self.write("wrapped", "import functools\ndef deco(f):\n    @functools.wraps(f)\n    def inner(*a, **k):\n"
+                              "        return f(*a, **k)\n    return inner\n@deco\ndef main(request, config): return 'w'")
+        app = self.make_app()
+        for name, expected in (("kw", ["config", "context", "protected"]), ("some", ["some", "http"])):
+            self.assertEqual(self.call(app, "GET", "/function/" + name).json, expected)
+        for name, body in (("none", b"x"), ("later", b"async"), ("google", b"google"), ("named", b"go"), ("wrapped", b"w")):
+            self.assertEqual(self.call(app, "GET", "/function/" + name).data, body)
+
+    def test_flask_means_fnserve_inside_functions_only(self):
+        self.write("f", "import flask, sys\nfrom flask import request as r\nfrom fnserve import request as s\n"
+                        "def main(request): return [r is s, 'flask' in sys.modules and sys.modules['flask'] is flask]")
+        self.write("g", "import flask.views")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f").json, [True, False])
+        self.assertEqual(self.call(app, "GET", "/function/g").code, 500)
+
+    def test_what_main_returns(self):
+        cases = {"'a'": (200, b"a", "text/html; charset=utf-8"), "b'a'": (200, b"a", "text/html; charset=utf-8"),
+                 "{'b': 1, 'a': 2}": (200, b'{"a":2,"b":1}\n', "application/json"), "[1]": (200, b"[1]\n", "application/json"),
+                 "None": (204, b"", None), "('a', 201)": (201, b"a", "text/html; charset=utf-8"),
+                 "('a', {'Content-Type': 'x/y'})": (200, b"a", "x/y"),
+                 "('a', 404, {'Content-Type': 'x/y'})": (404, b"a", "x/y"),
+                 "iter(['a', b'b'])": (200, b"ab", "text/html; charset=utf-8"), "('a', '299 Odd')": (299, b"a",
+                                                                                                "text/html; charset=utf-8")}
+        for code in ("5", "object()", "('a', 'b', 'c', 'd')", "('a', 'nonsense')", "('a', {'X': 'a\\r\\nb'})"):
+            cases[code] = (500, None, "application/json")
+        app = self.make_app()
+        for number, (code, (status, body, kind)) in enumerate(cases.items()):
+            self.write(f"f{number}", f"def main(request): return {code}")
+            with self.subTest(returned=code):
+                answer = self.call(app, "GET", f"/function/f{number}")
+                self.assertEqual((answer.code, answer.headers.get("Content-Type")), (status, kind))
+                if body is not None:
+                    self.assertEqual(answer.data, body)
+
+
+# == 13 PIPELINE ==========================================================
+
+
+class PipelineTest(Case):
+    def test_errors(self):
+        self.write("bad", "def main(request):\n    print('before')\n    raise ValueError('secret detail')")
+        self.write("exits", "def main(request): raise SystemExit(4)")
+        self.write("says", "from flask import abort\ndef main(request): abort(403, 'why')")
+        self.write("body", "def main(request): return str(len(request.get_data()))")
+        self.write("js", "def main(request): return request.json")
+        self.write("need", "def main(request): return request.form['x']")
+        app = self.make_app(MAX_BODY="1kB")
+        for path, options, status, error in (
+                ("bad", {}, 500, "Function execution failed"), ("exits", {}, 500, "Function execution failed"),
+                ("says", {}, 403, "why"), ("body", {"data": b"x" * 2000}, 413, None), ("js", {"data": b"{"}, 415, None),
+                ("js", {"data": b"{", "headers": {"Content-Type": "application/json"}}, 400, None),
+                ("js", {"data": b"[" * 900, "headers": {"Content-Type": "application/json"}}, 400, None),
+                ("need", {"data": {"y": "1"}}, 400, None), ("nope", {}, 404, 'Function "nope" not found')):
+            with self.subTest(path=path, status=status):
+                answer = self.call(app, "POST", "/function/" + path, **options)
+                self.assertEqual(answer.code, status)
+                self.assertEqual(answer.json["request_id"], answer.headers["X-Request-Id"])
+                self.assertNotIn(b"secret detail", answer.data)
+                if error:
+                    self.assertEqual(answer.json["error"], error)
+        row = self.admin(app).get("/admin/logs?function=bad").json["invocations"][0]
+        self.assertEqual((row["status"], row["output"]), (500, "before\n"))
+        self.assertIn("secret detail", row["error"])
+        self.assertNotIn("fnserve.py", row["error"])
+        log = (self.dir / "serverless_error.log").read_text()
+        self.assertIn(row["id"], log)
+        self.assertIn("secret detail", log)
+
+    def test_unread_and_cut_bodies(self):
+        self.write("body", "def main(request): return str(len(request.get_data()))")
+        app = self.make_app()
+        environ = self.client(app)._environ("/function/body", "POST", None, b"abc", {})
+        environ["CONTENT_LENGTH"] = "10"
+        self.assertEqual(fnserve.Client(app)._run(environ).code, 400)
+        environ.update(CONTENT_LENGTH="nonsense")
+        self.assertEqual(fnserve.Client(app)._run(environ).code, 200)
+
+    def test_streams(self):
+        self.write("s", "from flask import request as r, stream_with_context\ndef main(request):\n"
+                        "    def make():\n        yield r.args['a']\n        yield ''\n        yield r.method\n"
+                        "    return stream_with_context(make())")
+        self.write("early", "def main(request):\n    raise ValueError\n    yield 'x'")
+        self.write("late", "def main(request):\n    yield 'x'\n    raise ValueError('late')")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/s?a=1").data, b"1GET")
+        self.assertEqual(self.call(app, "GET", "/function/early").code, 500)
+        with self.assertRaises(ConnectionAbortedError):
+            self.call(app, "GET", "/function/late")
+        rows = self.admin(app).get("/admin/logs").json["invocations"]
+        self.assertEqual([(row["function"], row["status"]) for row in rows[:3]], [("late", 500), ("early", 500), ("s", 200)])
+        self.assertEqual(self.call(app, "HEAD", "/function/s?a=1").data, b"")
+
+    def test_output_reaches_its_own_call(self):
+        self.write("p", "import logging\ndef main(request):\n    print('out', request.args['n'])\n"
+                        "    logging.getLogger('x').info('logged')\n    return ''")
+        app = self.make_app()
+        threads = [threading.Thread(target=self.call, args=(app, "GET", f"/function/p?n={n}")) for n in range(6)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        for row in self.admin(app).get("/admin/logs?function=p").json["invocations"]:
+            self.assertEqual(row["output"], f"out {row['path'][-1]}\nINFO x: logged\n")
+
+    def test_protected_names(self):
+        self.write("execute_sql", "def main(request, protected): return 'sql' in protected and 'x' or 'ran'")
+        self.write("mine", "def main(request): return 'mine'")
+        self.write("list_functions", "def main(request): return 'shadow'")
+        app = self.make_app(PROTECTED_FUNCTIONS="mine")
+        for name in ("execute_sql", "mine", "list_functions", "drop_table"):
+            with self.subTest(name=name):
+                answer = self.call(app, "GET", "/function/" + name)
+                self.assertEqual((answer.code, answer.json["error"], answer.json["login_url"]),
+                                 (401, "Authentication required", "/login"))
+        self.assertEqual(self.admin(app).get("/function/mine").data, b"mine")
+        self.assertIn("functions", self.admin(app).get("/function/list_functions").json)
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {})  # protected ones don't count
+
+    def test_admin_off(self):
+        app = self.make_app(ADMIN="off")
+        for path in ("/login", "/function/list_functions", "/admin/logs", "/function/drop_table"):
+            if path != "/login":
+                self.assertEqual(self.admin(app).get(path).code, 404, path)
+
+    def test_api(self):
+        self.write("r", "from flask import redirect, url_for, after_this_request, make_response, g, current_app\n"
+                        "def main(request):\n    g.x = 1\n    @after_this_request\n    def add(response):\n"
+                        "        response.headers['X-G'] = str(g.x)\n        return response\n"
+                        "    return redirect(url_for('hello', name='漢', subpath='a/b'))")
+        self.write("file", "from flask import send_file, send_from_directory\nimport io\ndef main(request):\n"
+                           "    if request.view_args['subpath']:\n"
+                           "        return send_from_directory('functions', request.view_args['subpath'])\n"
+                           "    return send_file(io.BytesIO(b'data'), download_name='漢.txt', as_attachment=True)")
+        app = self.make_app()
+        answer = self.call(app, "GET", "/function/r")
+        self.assertEqual((answer.code, answer.headers["Location"], answer.headers["X-G"]),
+                         (302, "/function/hello/a/b?name=%E6%BC%A2", "1"))
+        answer = self.call(app, "GET", "/function/file")
+        self.assertEqual((answer.data, answer.headers["Content-Type"]), (b"data", "text/plain; charset=utf-8"))
+        self.assertIn("filename*=UTF-8''%E6%BC%A2.txt", answer.headers["Content-Disposition"])
+        self.assertIn(b"send_file", self.call(app, "GET", "/function/file/file.py").data)
+        self.assertEqual(self.call(app, "GET", "/function/file/..%2f.env").code, 404)
+
+
+# == 16 ADMIN =============================================================
+
+
+class AdminTest(Case):
+    def login(self, app, **headers: str):
+        client = self.client(app, **headers)
+        self.assertEqual(client.post("/login", json={"token": TOKEN}).json, {"message": "登入成功"})
+        return client
+
+    def test_login_logout(self):
+        app = self.make_app()
+        client = self.client(app)
+        answer = client.post("/login", json={"token": "wrong"})
+        self.assertEqual((answer.code, answer.json), (401, {"message": "登入失敗"}))
+        answer = client.get("/function/show_stats?x=1", headers={"Accept": "text/html"})
+        self.assertEqual(answer.code, 401)
+        self.assertIn('value="/function/show_stats?x=1"', answer.get_data(as_text=True))
+        answer = client.post("/login", data={"token": TOKEN, "next": "/function/show_stats?x=1"})
+        self.assertEqual((answer.code, answer.headers["Location"]), (303, "/function/show_stats?x=1"))
+        self.assertEqual(client.get("/function/list_functions").code, 200)
+        client.get("/logout")
+        self.assertEqual(client.get("/function/list_functions").code, 401)
+
+    def test_next_stays_here(self):
+        for text in ("//evil.example", "https://evil.example", "/\\evil.example", "/a\r\nb", "javascript:x", "/\t/evil"):
+            self.assertEqual(fnserve.local_path(text), "/function/list_functions")
+
+    def test_login_expires(self):
+        app = self.make_app(SESSION_HOURS=1)
+        client = self.login(app)
+        self.clock.now += 3500
+        self.assertEqual(client.get("/function/list_functions").code, 200)
+        self.clock.now += 200
+        self.assertEqual(client.get("/function/list_functions").code, 401)
+
+    def test_throttle(self):
+        app = self.make_app()
+        other = fnserve.App(app.settings, self.clock)  # another worker
+        for turn in range(5):
+            self.assertEqual(self.call((app, other)[turn % 2], "POST", "/login", json={"token": "x"}).code, 401)
+        for worker in (app, other):
+            answer = self.call(worker, "POST", "/login", json={"token": TOKEN})
+            self.assertEqual(answer.code, 429)
+            self.assertGreater(int(answer.headers["Retry-After"]), 290)
+            self.assertEqual(self.admin(worker).get("/function/list_functions").code, 429)
+        elsewhere = fnserve.Client(app, address="10.1.1.1")
+        self.assertEqual(elsewhere.post("/login", json={"token": TOKEN}).code, 200)
+        self.clock.now += 301
+        self.assertEqual(self.call(app, "POST", "/login", json={"token": TOKEN}).code, 200)
+
+    def test_cross_site(self):
+        app = self.make_app()
+        client = self.login(app)
+        self.write("hello", "def main(request): return 'x'")
+        for headers, status in (({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
+                                ({"Sec-Fetch-Site": "same-origin"}, 200), ({"Sec-Fetch-Site": "none"}, 200),
+                                ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403),
+                                ({"Origin": "http://localhost"}, 200), ({}, 200)):
+            with self.subTest(headers=headers):
+                answer = client.post("/function/clear_stats", json={}, headers=headers)
+                self.assertEqual(answer.code, status)
+
+    def test_add_edit_rename_delete(self):
+        app = self.make_app()
+        client = self.admin(app)
+        good = "def main(request):\r\n    return 'one'\r\n"
+        self.assertEqual(client.post("/function/save_function", json={"module_name": "f", "code": good}).code, 201)
+        self.assertEqual(client.get("/function/f").data, b"one")
+        self.assertEqual((self.dir / "functions/f.py").read_bytes(), good.replace("\r\n", "\n").encode())
+        for name, code, status in (("f", good, 409), ("1x", good, 400), ("_x", good, 400), ("../x", good, 400),
+                                   ("login.x", good, 400), ("list_functions", good, 400), ("g", "  ", 400), ("", good, 400)):
+            with self.subTest(name=name):
+                answer = client.post("/function/save_function", json={"module_name": name, "code": code})
+                self.assertEqual(answer.code, status)
+        answer = client.post("/function/save_function", json={"module_name": "g", "code": "x = 1\ny = (\n"})
+        self.assertEqual((answer.code, answer.json["line"]), (400, 2))
+        self.assertGreater(answer.json["column"], 0)
+        page = self.login(app).post("/function/save_function", data={"module_name": "g", "code": "if <b>"})
+        self.assertEqual(page.code, 400)
+        self.assertIn("if &lt;b&gt;", page.get_data(as_text=True))
+        version = client.get("/function/edit_function?module_name=f").json["version"]
+        two = {"module_name": "f", "code": "def main(request): return 'two'", "version": version}
+        self.assertEqual(client.post("/function/update_function", json=two).code, 200)
+        self.assertEqual(client.get("/function/f").data, b"two")
+        self.assertEqual(client.post("/function/update_function", json=two).code, 409)
+        self.assertEqual(client.post("/function/update_function", json={**two, "version": None}).code, 200)
+        renamed = {"module_name": "g", "original_name": "f", "code": two["code"]}
+        self.assertEqual(client.post("/function/update_function", json=renamed).code, 201)
+        self.assertIn("f", client.get("/function/delete_function?module_name=f").get_data(as_text=True))
+        self.assertEqual(client.get("/function/f").code, 200)
+        self.assertEqual(client.post("/function/delete_function", json={"module_name": "f"}).code, 200)
+        self.assertEqual(client.get("/function/f").code, 404)
+        versions = client.get("/admin/versions?module_name=f").json["versions"]
+        self.assertEqual([row["version"] for row in versions], [2, 1])
+        self.assertEqual(client.post("/admin/restore", json={"module_name": "f", "version": 1}).code, 200)
+        self.assertEqual(client.get("/function/f").data, b"one")
+        self.assertEqual(client.get("/function/edit_function?module_name=nope").code, 404)
+
+    def test_clear(self):
+        self.write("hello", "def main(request): return 'x'")
+        app = self.make_app()
+        client = self.admin(app)
+        client.get("/function/hello")
+        self.assertEqual(client.get("/function/clear_stats").code, 200)
+        self.assertEqual(client.get("/function/show_stats").json["stats"], {"hello": 1})
+        client.post("/function/clear_stats")
+        self.assertEqual(client.get("/function/show_stats").json["stats"], {})
+
+    def test_pages_are_safe(self):
+        evil = '"><script>alert(1)</script>'
+        self.write("hello", f"'''{evil}'''\ndef main(request):\n    print({evil!r})\n    1/0")
+        app = self.make_app()
+        client = self.login(app, Accept_Language="en")
+        client.get("/function/hello?q=" + urllib.parse.quote(evil))
+        for path in ("/", "/login", "/function/list_functions", "/function/add_function", "/function/show_stats",
+                     "/function/edit_function?module_name=hello", "/function/delete_function?module_name=hello",
+                     "/function/clear_stats", "/admin/logs", "/admin/versions?module_name=hello",
+                     "/admin/versions?module_name=hello&version=1", "/login?next=" + urllib.parse.quote(evil)):
+            with self.subTest(path=path):
+                answer = client.get(path, headers={"Accept": "text/html"})
+                self.assertIn(answer.code, (200, 302))
+                self.assertNotIn(b"<script>alert", answer.data)
+                if answer.code == 200:
+                    self.assertIn("script-src 'self'", answer.headers["Content-Security-Policy"])
+                    self.assertEqual(answer.headers["X-Frame-Options"], "DENY")
+
+    def test_languages(self):
+        app = self.make_app()
+        for header, word in (("en-US,en;q=0.9", "Log in"), ("zh-TW", "登入"), ("", "登入"), ("fr", "登入")):
+            page = self.client(app, Accept_Language=header).get("/login").get_data(as_text=True)
+            self.assertIn(word, page)
+        for key, texts in fnserve.TEXTS.items():
+            self.assertEqual(len([text for text in texts if text]), 2, key)
+
+
+# == 18 SERVER ============================================================
+
+
+class ServerTest(Case):
+    def setUp(self) -> None:
+        super().setUp()
+        module("waitress")
+        need("fork", hasattr(os, "fork"))
+
+    def start(self, *options: str, **environ: str) -> Server:
+        server = Server(self.dir, *options, FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k", **environ)
+        self.addCleanup(server.kill_all)
+        return server
+
+    def stats(self, server: Server) -> dict:
+        return json.loads(server.get("/function/show_stats", Authorization="Bearer " + TOKEN,
+                                     Accept="application/json")[2])["stats"]
+
+    def test_first_start_in_an_empty_directory(self):
+        (self.dir / "functions").rmdir()
+        server = Server(self.dir, "--workers", "1")
+        self.addCleanup(server.kill_all)
+        self.assertEqual(server.get("/function/hello?name=Tony")[2], b"Hello, Tony!")
+        self.assertEqual(server.get("/function/hello/Tony")[2], b"Hello, Tony!")
+        token = fnserve.read_env(str(self.dir / ".env.local"))["SECRET_TOKEN"]
+        self.assertEqual(server.get("/function/list_functions", Authorization="Bearer " + token)[0], 200)
+        self.assertEqual(server.stop(), 0)
+        self.assertNotIn(token, (self.dir / "stderr.txt").read_text())
+        for path in self.dir.glob("serverless_error.log*"):
+            self.assertNotIn(token, path.read_text())
+
+    def test_counts_survive_every_kill(self):
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "4")
+        answered, attempted, lock, stop = [0], [0], threading.Lock(), threading.Event()
+
+        def load():
+            while not stop.is_set():
+                with lock:
+                    attempted[0] += 1
+                try:
+                    good = server.get("/function/hello")[0] == 200
+                except (OSError, http.client.HTTPException):
+                    good = False
+                with lock:
+                    answered[0] += good
+        threads = [threading.Thread(target=load) for _ in range(6)]
+        [thread.start() for thread in threads]
+        for target in (200, 400, 600):
+            wait_until(lambda: answered[0] > target)
+            victim = server.workers()[0]
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: len(server.workers()) == 4 and victim not in server.workers())
+        seen = self.stats(server)["hello"]
+        self.assertGreater(seen, 500)
+        wait_until(lambda: answered[0] > 800)
+        server.kill_all()
+        stop.set()
+        [thread.join() for thread in threads]
+        server = self.start("--workers", "2")
+        first = self.stats(server)["hello"]
+        self.assertTrue(answered[0] <= first <= attempted[0], (answered, first, attempted))
+        self.assertEqual(self.stats(server)["hello"], first)
+        for _ in range(50):
+            server.get("/function/hello")
+        self.assertEqual(self.stats(server)["hello"], first + 50)
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_function_that_kills_its_worker(self):
+        self.write("die", "import os\ndef main(request): os._exit(7)")
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "2")
+        with self.assertRaises((OSError, http.client.HTTPException)):
+            server.get("/function/die")
+        wait_until(lambda: len(server.workers()) == 2)
+        self.assertEqual(server.get("/function/hello")[2], b"x")
+        self.assertEqual(server.stop(), 0)
+
+    def test_drain(self):
+        self.write("slow", "import time\ndef main(request):\n    open('began', 'w').close()\n    time.sleep(1)\n"
+                           "    return 'done'")
+        server, answers = self.start("--workers", "2"), []
+        thread = threading.Thread(target=lambda: answers.append(server.get("/function/slow")[2]))
+        thread.start()
+        wait_until((self.dir / "began").exists)
+        self.assertEqual(server.stop(), 0)
+        thread.join()
+        self.assertEqual(answers, [b"done"])
+
+    def test_workers_end_with_their_supervisor(self):
+        server = self.start("--workers", "2")
+        wait_until(lambda: len(server.workers()) == 2)
+        workers = server.workers()
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(20)
+        wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() and
+                                   Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers))
+
+    def test_programs_of_functions_are_not_pinned(self):
+        self.write("cores", "import os, subprocess, sys, threading\ndef main(request):\n"
+                            "    code = 'import os; print(len(os.sched_getaffinity(0)))'\n"
+                            "    program = int(subprocess.run([sys.executable, '-c', code], capture_output=True).stdout)\n"
+                            "    found = []\n"
+                            "    thread = threading.Thread(target=lambda: found.append(len(os.sched_getaffinity(0))))\n"
+                            "    thread.start(); thread.join()\n    return [program, found[0]]")
+        self.write("here", "import os\ndef main(request): return [len(os.sched_getaffinity(0))]")
+        cores = len(os.sched_getaffinity(0))
+        server = self.start("--workers", "1", "--threads", "1")
+        for _ in range(2):
+            self.assertEqual(json.loads(server.get("/function/here")[2]), [1])
+            self.assertEqual(json.loads(server.get("/function/cores")[2]), [cores, cores])
+
+    def test_without_supervisor_and_without_waitress(self):
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "0")
+        self.assertEqual(server.get("/function/hello")[2], b"x")
+        self.assertEqual(server.stop(), 0)
+        blocked = self.dir / "blocked"
+        blocked.mkdir()
+        (blocked / "waitress.py").write_text("raise ImportError")
+        server = self.start(PYTHONPATH=str(blocked))
+        self.assertEqual(server.get("/function/hello")[2], b"x")
+        self.assertIn("waitress is missing", (self.dir / "stderr.txt").read_text())
+
+    def test_forwarded_headers_only_from_the_proxy(self):
+        self.write("who", "def main(request): return [request.remote_addr, request.scheme]")
+        forwarded = {"X_Forwarded_For": "9.9.9.9", "X_Forwarded_Proto": "https"}
+        server = self.start("--workers", "1")
+        self.assertEqual(json.loads(server.get("/function/who", **forwarded)[2]), ["9.9.9.9", "https"])
+        server.stop()
+        server = self.start("--workers", "1", FNSERVE_TRUSTED_PROXY="10.0.0.1")
+        self.assertEqual(json.loads(server.get("/function/who", **forwarded)[2]), ["127.0.0.1", "http"])
+
+    def test_body_over_the_limit(self):
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "1", "--max-body", "1kB")
+        self.assertEqual(server.get("/function/hello", "POST", b"x" * 5000)[0], 413)
+        self.assertEqual(server.get("/function/hello")[0], 200)
+
+    def test_gunicorn_and_waitress_serve(self):
+        need("gunicorn", module("gunicorn"))
+        self.write("hello", "def main(request): return 'x'")
+        shutil.copy(HERE / "fnserve.py", self.dir)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = {**os.environ, "FNSERVE_SECRET_TOKEN": TOKEN, "FNSERVE_SECRET_KEY": "k", "PYTHONDONTWRITEBYTECODE": "1"}
+        process = subprocess.Popen([sys.executable, "-m", "gunicorn", "-w", "4", "-b", f"127.0.0.1:{port}", "fnserve:app"],
+                                   cwd=self.dir, env=env, stderr=subprocess.DEVNULL, start_new_session=True)
+        self.addCleanup(lambda: (os.killpg(process.pid, signal.SIGKILL), process.wait()))
+
+        def get(path: str, **headers: str) -> bytes:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+            return urllib.request.urlopen(request, timeout=10).read()
+
+        def up() -> bool:
+            with contextlib.suppress(OSError):
+                return get("/function/hello") == b"x"
+            return False
+        wait_until(up)
+        for _ in range(40):
+            get("/function/hello")
+        stats = json.loads(get("/function/show_stats", Authorization="Bearer " + TOKEN, Accept="application/json"))
+        self.assertEqual(stats["stats"], {"hello": 41})
+
+    def test_behind_nginx(self):
+        nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+        need("nginx", nginx)
+        need("openssl", shutil.which("openssl"))
+        self.write("hello", "def main(request): return [request.remote_addr, request.url]")
+        self.write("slow", "import time\ndef main(request):\n    for n in range(3):\n        yield f'data: {n}\\n\\n'\n"
+                           "        time.sleep(.3)")
+        server = self.start("--workers", "2")
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            two.bind(("127.0.0.1", 0))
+            plain, tls = one.getsockname()[1], two.getsockname()[1]
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                        "-keyout", self.dir / "key.pem", "-out", self.dir / "cert.pem"], check=True, capture_output=True)
+        site = subprocess.run([sys.executable, "-B", HERE / "fnserve.py", "nginx", "--server-name", "localhost", "--port",
+                               str(server.port)], cwd=self.dir, check=True, capture_output=True, text=True).stdout
+        site = site.replace("listen [::]:80;", "").replace("listen [::]:443 ssl http2;", "")
+        site = site.replace("listen 80;", f"listen 127.0.0.1:{plain};").replace("listen 443 ssl", f"listen 127.0.0.1:{tls} ssl")
+        site = site.replace("/etc/letsencrypt/live/localhost/fullchain.pem", str(self.dir / "cert.pem"))
+        site = site.replace("/etc/letsencrypt/live/localhost/privkey.pem", str(self.dir / "key.pem"))
+        config = self.dir / "nginx.conf"
+        config.write_text(f"daemon off; pid {self.dir}/nginx.pid; error_log {self.dir}/nginx.log; events {{}}\n"
+                          f"http {{ access_log off; client_body_temp_path {self.dir}/b; proxy_temp_path {self.dir}/p;"
+                          f" fastcgi_temp_path {self.dir}/f; uwsgi_temp_path {self.dir}/u; scgi_temp_path {self.dir}/s;\n"
+                          f"{site}\n}}\n")
+        os.chmod(self.dir, 0o755)
+        checked = subprocess.run([nginx, "-t", "-c", config], capture_output=True, text=True)
+        self.assertEqual(checked.returncode, 0, checked.stderr)
+        process = subprocess.Popen([nginx, "-c", config], stderr=subprocess.DEVNULL)
+        self.addCleanup(lambda: (process.terminate(), process.wait(10)))
+        import ssl
+        context = ssl.create_default_context(cafile=self.dir / "cert.pem")
+        context.check_hostname = False
+
+        def get(path: str, method: str = "GET", body: object = None):
+            connection = http.client.HTTPSConnection("127.0.0.1", tls, context=context, timeout=10)
+            connection.request(method, path, body, {"Host": "localhost", "Content-Type": "application/json"})
+            return connection.getresponse()
+
+        def up() -> bool:
+            with contextlib.suppress(OSError):
+                return get("/function/hello").status == 200
+            return False
+        wait_until(up)
+        self.assertEqual(json.loads(get("/function/hello").read()), ["127.0.0.1", "https://localhost/function/hello"])
+        answer, began = get("/function/slow"), time.monotonic()
+        self.assertEqual(answer.read(9), b"data: 0\n\n")
+        self.assertLess(time.monotonic() - began, .55)  # the stream takes .9 s: it was not held back
+        answer.read()
+        self.assertEqual(get("/metrics").status, 403)
+        cookie = get("/login", "POST", json.dumps({"token": TOKEN})).headers["Set-Cookie"]
+        self.assertIn("Secure", cookie)
+        self.assertIn(429, [get("/login", "POST", '{"token": "x"}').status for _ in range(8)])
+
+
+class UnitTest(Case):
+    def test_files_are_what_the_commands_print(self):
+        run = [sys.executable, "-B", str(HERE / "fnserve.py")]
+        for name, arguments in (("fnserve.service", ["service", "--dir", "/srv/fnserve"]),
+                                ("nginx.conf", ["nginx", "--server-name", "functions.example.com"])):
+            printed = subprocess.run(run + arguments, cwd=self.dir, check=True, capture_output=True, text=True).stdout
+            self.assertEqual((HERE / name).read_text(), printed)
+
+    def test_systemd(self):
+        need("systemd-analyze", shutil.which("systemd-analyze"))
+        unit = self.dir / "fnserve.service"
+        text = (HERE / "fnserve.service").read_text().replace("/srv/fnserve/fnserve.py", str(HERE / "fnserve.py"))
+        unit.write_text(text.replace("/usr/bin/python3", sys.executable))
+        verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+        self.assertEqual([line for line in verified.stderr.splitlines() if "fnserve" in line], [])
+        rated = subprocess.run(["systemd-analyze", "security", "--offline=true", unit], capture_output=True, text=True)
+        found = re.search(r"exposure level for \S+: ([\d.]+)", rated.stdout)
+        self.assertTrue(found, rated.stdout + rated.stderr)
+        self.assertLessEqual(float(found[1]), 2.0)
+
+
+# == 19 COMMAND LINE ======================================================
+
+
+class CommandTest(Case):
+    def run_command(self, *arguments: str, **environ: str):
+        env = {**os.environ, "FNSERVE_SECRET_TOKEN": TOKEN, "FNSERVE_SECRET_KEY": "k", **environ}
+        return subprocess.run([sys.executable, "-B", HERE / "fnserve.py", *arguments], cwd=self.dir, env=env,
+                              capture_output=True, text=True, timeout=60)
+
+    def test_commands(self):
+        self.assertEqual(self.run_command("new", "fresh").returncode, 0)
+        self.assertEqual(self.run_command("new", "fresh").returncode, 1)
+        self.assertEqual(self.run_command("new", "1x").returncode, 2)
+        answer = self.run_command("call", "fresh", "-q", "name=Tony")
+        self.assertEqual((answer.returncode, json.loads(answer.stdout)), (0, {"message": "Hello, Tony!"}))
+        self.write("echo", "def main(request): return [request.method, request.get_json(), request.headers['X-A']]")
+        answer = self.run_command("call", "echo", "-X", "PUT", "-d", '{"a": 1}', "-H", "X-A: b")
+        self.assertEqual(json.loads(answer.stdout), ["PUT", {"a": 1}, "b"])
+        self.assertEqual(self.run_command("call", "nope").returncode, 1)
+        self.assertEqual(self.run_command("check").returncode, 0)
+        self.write("broken", "def main(")
+        checked = self.run_command("check")
+        self.assertEqual(checked.returncode, 1)
+        self.assertIn("broken: line 1", checked.stdout)
+        self.assertIn("fresh", self.run_command("stats").stdout)
+        self.assertIn("/function/echo", self.run_command("logs", "-n", "3").stdout)
+        self.assertIn("broken", self.run_command("list").stdout)
+
+    def test_one_module_when_it_is_the_script(self):
+        self.write("f", "import fnserve, sys\ndef main(request):\n"
+                        "    return [fnserve is sys.modules['__main__'], fnserve.request.method]")
+        self.assertEqual(json.loads(self.run_command("call", "f").stdout), [True, "GET"])
+
+    def test_init(self):
+        answer = self.run_command("init", "sub", FNSERVE_SECRET_TOKEN="")
+        self.assertEqual(answer.returncode, 0)
+        self.assertTrue((self.dir / "sub/functions/hello.py").exists())
+        self.assertIn("SECRET_TOKEN=", answer.stdout)
+
+    def test_clear_errors(self):
+        for arguments, environ, status, said in (
+                (["--port", "x"], {}, 2, "PORT"), ([], {"FNSERVE_THREADS": "none"}, 2, "THREADS"),
+                (["--functions-dir", "nowhere"], {}, 2, "FUNCTIONS_DIR"), (["nonsense"], {}, 2, "nonsense"),
+                (["--nonsense"], {}, 2, "nonsense"), (["--dir", "nowhere"], {}, 1, "nowhere")):
+            with self.subTest(arguments=arguments):
+                answer = self.run_command(*arguments, **environ)
+                self.assertEqual((answer.returncode, "Traceback" in answer.stderr), (status, False), answer.stderr)
+                self.assertIn(said, answer.stderr)
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            answer = self.run_command("--port", str(taken.getsockname()[1]))
+            self.assertEqual(answer.returncode, 1)
+            self.assertIn("PORT=", answer.stderr)
+
+    def test_a_file_that_is_no_database(self):
+        (self.dir / "serverless.db").write_bytes(b"precious bytes" * 1000)
+        answer = self.run_command("--port", "0")
+        self.assertEqual(answer.returncode, 2)
+        self.assertIn("serverless.db: file is not a database", answer.stderr)
+        self.assertEqual((self.dir / "serverless.db").read_bytes(), b"precious bytes" * 1000)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=1)
