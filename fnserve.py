@@ -3251,7 +3251,7 @@ button.danger{background:var(--warn);border-color:var(--warn)}
 pre,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace}
 pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0;white-space:pre-wrap;
 overflow-wrap:anywhere}
-.editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(60vh,40rem)}
+.editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(52vh,40rem)}
 .gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);background:var(--back);overflow:hidden;
 user-select:none;min-width:3rem;white-space:pre;border-radius:0}
 .gutter i{font-style:normal;background:var(--warn);color:var(--paper);display:block;margin:0 -.4rem;padding:0 .4rem}
@@ -3353,7 +3353,8 @@ TEXTS = {  # key: (Traditional Chinese, English)
         "別人已經存了新版本。您的文字保留在下面;請先看看新的版本。",
         "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
     "missing": ("沒有這個函式。", "There is no such function."), "changes": ("差異", "Changes"),
-    "failed": ("請求無法完成。", "The request could not be completed."), "diff": ("與前一版的差異", "Difference to the one before"),
+    "failed": ("請求無法完成。", "The request could not be completed."),
+    "diff": ("與前一版的差異", "Difference to the one before"),
 }
 
 NEW_FUNCTION = '''"""What this function does, in one line."""
@@ -3957,7 +3958,8 @@ class App:
         self.reserved = frozenset(path[10:] for path in ROUTES if path.startswith("/function/"))
         self.protected = NAMES_OF_ADMIN_FUNCTIONS | self.reserved | set(settings.PROTECTED_FUNCTIONS)
         self.signer = Signer(settings.SECRET_KEY, settings.SECRET_TOKEN)
-        self.store, self.journal, self.config = Store(settings.DB_PATH), Journal(settings.JOURNAL_DIR), Config(settings.directory)
+        self.store, self.journal = Store(settings.DB_PATH), Journal(settings.JOURNAL_DIR)
+        self.config = Config(settings.directory)
         self.functions = Functions(settings.FUNCTIONS_DIR, Versions(self.store), make_api(), self.reserved)
         self.folder = Folder(self.journal, self.store, settings, self.protected)
         self.background = Background(self)

@@ -576,6 +576,123 @@ class FunctionsTest(Case):
                     self.assertEqual(answer.data, body)
 
 
+class DropInTest(Case):
+    """A directory of function files written for Flask runs as it is, with Flask installed and without."""
+
+    FILES = {
+        "args": "from flask import request\ndef main(request):\n    return 'Hi ' + request.args.get('name', 'you')",
+        "proxy": "from flask import request as r\ndef main(request):\n    return r.args['name']",
+        "posted": "from flask import jsonify\ndef main(request):\n    data = request.get_json()\n"
+                  "    return jsonify({'sum': data['a'] + data['b']})",
+        "form": "def main(request):\n    if request.method == 'POST':\n        return request.form.get('name')\n"
+                "    return '<form method=post><input name=name></form>'",
+        "sess": "from flask import session, redirect, url_for\ndef main(request):\n    if 'user' in session:\n"
+                "        return 'user ' + session['user']\n    session['user'] = 'tony'\n    session.permanent = True\n"
+                "    return redirect('/function/sess')",
+        "aborts": "from flask import abort, Response\ndef main(request):\n    if not request.args.get('ok'):\n"
+                  "        abort(400)\n    return Response('{\"ok\": true}', status=202, mimetype='application/json')",
+        "template": "from flask import render_template_string\ndef main(request):\n"
+                    "    return render_template_string('<p>{{ name }}</p>', name='<b>')",
+        "database": "import sqlite3\ndef main(request):\n    conn = sqlite3.connect('./serverless.db')\n"
+                    "    conn.execute('CREATE TABLE IF NOT EXISTS notes (text TEXT)')\n"
+                    "    conn.execute('INSERT INTO notes VALUES (?)', ('n',))\n    conn.commit()\n"
+                    "    count = conn.execute('SELECT count(*) FROM notes').fetchone()[0]\n    conn.close()\n"
+                    "    return {'notes': count}",
+        "threads": "import threading\ndef main(request):\n    seen = []\n"
+                   "    ts = [threading.Thread(target=seen.append, args=(i,)) for i in range(4)]\n"
+                   "    [t.start() for t in ts]\n    [t.join() for t in ts]\n    return {'seen': sorted(seen)}",
+        "aio": "import asyncio\nasync def work():\n    await asyncio.sleep(0)\n    return 'done'\n"
+               "def main(request):\n    return asyncio.run(work())",
+        "cfg": "import os\ndef main(request, config=None, **kwargs):\n    return [config['MY_KEY'], os.getenv('MY_KEY')]",
+        "whole": "import flask\ndef main(request):\n    response = flask.make_response('made', 201)\n"
+                 "    response.set_cookie('a', 'b')\n    flask.current_app.logger.info('said')\n    return response",
+    }
+    CALLS = [("args?name=A", None, 200, "Hi A"), ("proxy?name=B", None, 200, "B"), ("posted", {"a": 1, "b": 2}, 200, '{"sum":3}\n'),
+             ("form", None, 200, "<form method=post><input name=name></form>"), ("aborts", None, 400, None),
+             ("aborts?ok=1", None, 202, '{"ok": true}'), ("database", None, 200, '{"notes":1}\n'),
+             ("threads", None, 200, '{"seen":[0,1,2,3]}\n'), ("aio", None, 200, "done"), ("cfg", None, 200, '["v","v"]\n'),
+             ("whole", None, 201, "made")]
+
+    def use(self, **environ: str) -> None:
+        """Start in the directory, and call everything."""
+        module("waitress")
+        (self.dir / ".env").write_text(f"SECRET_TOKEN={TOKEN}\nSECRET_KEY=k\nMY_KEY=v\n")
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
+            db.execute("CREATE TABLE call_stats (func_name TEXT PRIMARY KEY, call_count INTEGER NOT NULL)")
+            db.execute("INSERT INTO call_stats VALUES ('args', 100)")
+        for name, code in self.FILES.items():
+            self.write(name, code)
+        before = {path: path.read_bytes() for path in [self.dir / ".env", *(self.dir / "functions").iterdir()]}
+        server = Server(self.dir, "--workers", "2", **environ)
+        self.addCleanup(server.kill_all)
+        for path, sent, status, body in self.CALLS:
+            with self.subTest(path=path):
+                answer = server.get("/function/" + path, "POST" if sent else "GET", json.dumps(sent) if sent else None,
+                                    **({"Content_Type": "application/json"} if sent else {}))
+                self.assertEqual(answer[0], status)
+                if body is not None:
+                    self.assertEqual(answer[2].decode(), body)
+        first = server.get("/function/sess")
+        cookie = first[1]["Set-Cookie"].partition(";")[0]
+        self.assertEqual((first[0], server.get("/function/sess", Cookie=cookie)[2]), (302, b"user tony"))
+        self.more(server)
+        stats = json.loads(server.get("/function/show_stats", Authorization="Bearer " + TOKEN,
+                                      Accept="application/json")[2])["stats"]
+        self.assertEqual((stats["args"], stats["sess"]), (101, 2))
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual({path: path.read_bytes() for path in before}, before)
+
+    def more(self, server: Server) -> None:
+        """Call what needs packages that this test asks for."""
+
+    def test_without_flask(self):
+        blocked = self.dir / "blocked"
+        for name in ("flask", "werkzeug", "markupsafe"):
+            (blocked / name).mkdir(parents=True)
+            (blocked / name / "__init__.py").write_text("raise ImportError('not here')")
+        self.use(PYTHONPATH=str(blocked))
+
+
+class DropInWithFlaskTest(DropInTest):
+    def test_without_flask(self):
+        module("flask")
+        module("linebot")
+        self.write("line_bot", (HERE / "examples/line_bot.py").read_text())
+        self.use(LINE_CHANNEL_SECRET="s", LINE_CHANNEL_ACCESS_TOKEN="t")
+
+    def more(self, server: Server) -> None:
+        import base64
+        import hashlib
+        import hmac
+        self.assertEqual(server.get("/function/template")[2], b"<p>&lt;b&gt;</p>")
+        with open(self.dir / ".env.local", "a") as file:
+            file.write("LINE_CHANNEL_SECRET=s\nLINE_CHANNEL_ACCESS_TOKEN=t\n")
+        body = b'{"destination": "x", "events": []}'
+        signature = base64.b64encode(hmac.new(b"s", body, hashlib.sha256).digest()).decode()
+        self.assertEqual(server.get("/function/line_bot", "POST", body, X_Line_Signature=signature)[2], b"OK")
+        self.assertEqual(server.get("/function/line_bot", "POST", body, X_Line_Signature="AAAA")[0], 400)
+
+
+class ExamplesTest(Case):
+    def test_examples(self):
+        for name in ("todo", "clock", "upload"):
+            self.write(name, (HERE / f"examples/{name}.py").read_text())
+        self.write("add", (HERE / "functions/add.py").read_text())
+        app = self.make_app()
+        client = self.client(app)
+        self.assertEqual(client.post("/function/todo", json={"text": "milk"}).json, {"done": 0, "id": 1, "text": "milk"})
+        self.assertEqual(client.put("/function/todo/1", json={"done": True}).json["done"], 1)
+        self.assertEqual(len(client.get("/function/todo").json), 1)
+        self.assertEqual([client.delete("/function/todo/1").code, client.get("/function/todo/1").code], [204, 404])
+        self.assertEqual(client.get("/function/add?a=1&b=2").json, {"sum": 3.0})
+        self.assertEqual(client.post("/function/add", json={"a": 1, "b": "x"}).code, 400)
+        self.assertRegex(client.get("/function/clock?n=1").get_data(as_text=True), r"^data: [\d:]+\n\n$")
+        body = b'--B\r\nContent-Disposition: form-data; name="file"; filename="../a b.txt"\r\n\r\nhi\r\n--B--\r\n'
+        kind = {"Content-Type": "multipart/form-data; boundary=B"}
+        self.assertEqual(client.post("/function/upload", data=body, headers=kind).json, {"name": "a_b.txt", "size": 2})
+        self.assertEqual(client.get("/function/upload/a_b.txt").data, b"hi")
+
+
 # == 13 PIPELINE ==========================================================
 
 
@@ -816,6 +933,131 @@ class AdminTest(Case):
             self.assertIn(word, page)
         for key, texts in fnserve.TEXTS.items():
             self.assertEqual(len([text for text in texts if text]), 2, key)
+
+
+class BrowserTest(Case):
+    """A real Chromium goes through the pages, as their user does."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        module("waitress")
+        webdriver = module("selenium.webdriver")
+        chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+        need("chromium", chromium)
+        need("chromedriver", driver)
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+                     "--disable-component-update", "--disable-sync", f"--user-data-dir={self.dir}/profile",
+                     "--disable-dev-shm-usage", "--lang=en-US"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+        self.addCleanup(self.browser.quit)
+        self.server = Server(self.dir, "--workers", "2", "--ui-lang", "en", FNSERVE_SECRET_TOKEN=TOKEN,
+                             FNSERVE_SECRET_KEY="k")
+        self.addCleanup(self.server.kill_all)
+
+    def open(self, path: str) -> None:
+        self.browser.get(f"http://127.0.0.1:{self.server.port}{path}")
+
+    def find(self, selector: str):
+        return self.browser.find_element("css selector", selector)
+
+    def wait(self, true) -> None:
+        """Wait for a page that is on its way."""
+        common = module("selenium.common")
+
+        def settled() -> bool:
+            try:
+                return true()
+            except common.WebDriverException:
+                return False
+        wait_until(settled)
+
+    def text(self) -> str:
+        return self.find("body").text
+
+    def shot(self, name: str) -> None:
+        where = os.environ.get("FNSERVE_SHOTS")
+        if where:
+            self.browser.save_screenshot(os.path.join(where, f"{self.browser.execute_script('return innerWidth')}-{name}.png"))
+
+    def type_code(self, code: str) -> None:
+        self.browser.execute_script("const c = document.querySelector('textarea.code'); c.value = arguments[0];"
+                                    "c.dispatchEvent(new Event('input'))", code)
+
+    def test_walk(self):
+        for width in (375, 1280):
+            with self.subTest(width=width):
+                self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+                    "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+                self.walk()
+        bad = [entry for entry in self.browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+               and "Failed to load resource" not in entry["message"]]
+        self.assertEqual(bad, [])  # 400 and 401 pages are reported as such; nothing else may be
+
+    def walk(self) -> None:
+        self.open("/function/list_functions")
+        self.shot("login")
+        self.find("#token").send_keys(TOKEN + "\n")
+        self.wait(lambda: "Functions" in self.browser.title)
+        self.find("main a.button").click()
+        self.wait(lambda: "Add" in self.browser.title)
+        self.find("#module_name").send_keys("tried")
+        self.type_code("def main(request):\n    retrun 'x'\n")
+        self.find("form button").click()
+        self.wait(lambda: "Line 2" in self.text())
+        self.assertIn("retrun", self.find("textarea.code").get_property("value"))
+        self.assertEqual(self.find(".gutter i").text, "2")
+        self.shot("mistake")
+        self.type_code("def main(request):\n    print('seen')\n    return 'one'\n")
+        self.find("form button").click()
+        self.wait(lambda: "Saved" in self.text())
+        self.assertEqual(self.server.get("/function/tried")[2], b"one")
+        self.browser.refresh()
+        self.shot("list")
+        self.assertLessEqual(self.browser.execute_script("return document.documentElement.scrollWidth - innerWidth"), 0)
+        self.open("/function/edit_function?module_name=tried")
+        area = self.find("textarea.code")
+        area.send_keys(webkeys().CONTROL + webkeys().END)
+        area.send_keys("def more():\n")
+        area.send_keys("pass")
+        self.assertTrue(area.get_property("value").endswith("def more():\n    pass"))
+        area.send_keys(webkeys().CONTROL + "s")
+        self.wait(lambda: "Saved" in self.text())
+        self.shot("edit")
+        self.find("#module_name").clear()
+        self.find("#module_name").send_keys("renamed")
+        self.find("form button").click()
+        self.wait(lambda: self.find("#module_name").get_property("value") == "renamed" and "Saved" in self.text())
+        self.open("/function/delete_function?module_name=tried")
+        self.find("button.danger").click()
+        self.wait(lambda: "Deleted" in self.text())
+        self.assertEqual(self.server.get("/function/tried")[0], 404)
+        self.assertEqual(self.server.get("/function/renamed")[2], b"one")
+        self.open("/admin/logs")
+        self.assertIn("seen", self.text())
+        self.shot("logs")
+        self.open("/function/show_stats")
+        self.assertIn("renamed", self.text())
+        self.shot("stats")
+        self.open("/admin/versions?module_name=renamed&version=1")
+        self.assertIn("def main", self.text())
+        self.open("/function/clear_stats")
+        self.find("button.danger").click()
+        self.wait(lambda: "Cleared" in self.text())
+        self.open("/function/delete_function?module_name=renamed")
+        self.find("button.danger").click()
+        self.wait(lambda: "Deleted" in self.text())
+        self.open("/logout")
+        self.open("/function/list_functions")
+        self.assertIn("Password", self.text())
+
+
+def webkeys():
+    """Return selenium's names of keys."""
+    return module("selenium.webdriver").Keys
 
 
 # == 18 SERVER ============================================================
