@@ -87,6 +87,7 @@ class Case(unittest.TestCase):
         options = {"SECRET_TOKEN": TOKEN, "SECRET_KEY": "k" * 32, **settings}
         app = fnserve.App(fnserve.Settings(options, str(self.dir)), self.clock)
         real = sys.stdout, sys.stderr
+        sys.stdout = io.StringIO()
         app.start()
         self.addCleanup(setattr, sys, "stderr", real[1])
         self.addCleanup(setattr, sys, "stdout", real[0])
@@ -1365,4 +1366,4 @@ class CommandTest(Case):
 
 
 if __name__ == "__main__":
-    unittest.main(verbosity=1)
+    unittest.main(warnings="ignore")
