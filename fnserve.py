@@ -3568,16 +3568,16 @@ def list_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
     """Show the functions in a table."""
     t, sparks = Texts(app, call), hour_of_calls(app, call.started)
     head = tag("tr", *(tag("th", t(key), class_=kind) for key, kind in (
-        ("name", None), ("calls", "n"), ("errors", "n"), ("last", "wide"), ("hour", "wide"), ("status", None))), tag("th"))
+        ("name", None), ("calls", "n"), ("errors", "n"), ("last", "wide"), ("hour", "wide"), ("status", None))))
     body = [tag("tr",
                 tag("td", tag("a", row["name"], href=f"/function/edit_function?module_name={quote(row['name'])}"),
-                    tag("div", row["summary"], class_="soft")),
+                    tag("div", row["summary"], class_="soft"),
+                    tag("div", *function_links(t, row["name"]), class_="row soft")),
                 tag("td", row["calls"], class_="n"), tag("td", row["errors"], class_="n bad" if row["errors"] else "n"),
-                tag("td", local_time(row["last_call"]), class_="soft wide"),
+                tag("td", local_time(row["last_call"]), class_="n soft wide"),
                 tag("td", bars(sparks.get(row["name"], [0]), 120, 24, t("hour")), class_="wide"),
                 tag("td", t(row["status"]), tag("div", row["reason"], class_="soft") if row["reason"] else None,
-                    class_="bad" if row["reason"] else "good"),
-                tag("td", tag("div", *function_links(t, row["name"]), class_="row"))) for row in rows]
+                    class_="bad" if row["reason"] else "good")) for row in rows]
     table = tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="card scroll") if rows \
         else note(t("none"))
     done = call.request.args.get("done", "")
