@@ -116,7 +116,7 @@ REASONS = {
 def whole(low: int, high: int) -> Callable[[str], int]:
     """Make a cast for a whole number in low..high."""
     def cast(text: str) -> int:
-        if not text.isascii() or not text.lstrip("+-").isdigit() or not low <= int(text) <= high:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text, re.A) or not low <= int(text) <= high:
             raise ValueError(f"a whole number from {low} to {high}")
         return int(text)
     return cast
@@ -273,11 +273,11 @@ def _env_binding(text: str, at: int) -> Optional[tuple[int, str, Optional[str]]]
     return (end.end(), key[1] or key[2], value) if end else None
 
 
-def read_env(path: str) -> dict[str, Optional[str]]:
+def read_env(path: str, environ: Optional[Mapping[str, str]] = None) -> dict[str, Optional[str]]:
     """Read a .env file; a missing one is empty, one that isn't UTF-8 or can't be read is a SettingError."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # Notepad starts files with a byte order mark
-            return parse_env(file.read(), os.environ)
+            return parse_env(file.read(), os.environ if environ is None else environ)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -313,7 +313,7 @@ class Settings:
         text, source = row.default, "default"
         for name, values in layers:
             given = values.get(row.name)
-            if given is not None and (given.strip() or not row.default):
+            if given is not None and (given.strip() or "blank:" in row.help):
                 text, source = given.strip(), name
         self.sources[row.name] = source
         try:
@@ -345,22 +345,20 @@ class Config:
         return self._values
 
     def _load(self, stamps: tuple[Any, ...]) -> None:
+        self._stamps = stamps
+        environ = {key: value for key, value in os.environ.items() if self._exported.get(key) != value}
         try:
-            values = {key: value for path in self._paths for key, value in read_env(path).items()}
+            values = read_env(self._paths[0], environ)
+            values.update(read_env(self._paths[1], {**environ, **{key: value or "" for key, value in values.items()}}))
         except SettingError as error:
             log.warning("%s: the values read before stay", error)
-        else:
-            self._export(values)
-            self._values = values
-        self._stamps = stamps
-
-    def _export(self, values: Mapping[str, Optional[str]]) -> None:
-        for key, old in self._exported.items():
-            if os.environ.get(key) == old:
-                del os.environ[key]
-        self._exported = {key: value for key, value in values.items()
-                          if value is not None and key not in os.environ and "\0" not in key + value}
-        os.environ.update(self._exported)
+            return
+        exported = {key: value for key, value in values.items() if value is not None and key not in environ
+                    and "=" not in key and "\0" not in key + value}
+        os.environ.update(exported)
+        for key in self._exported.keys() - exported.keys() - environ.keys():
+            os.environ.pop(key, None)
+        self._values, self._exported = values, exported
 
 
 def file_stamp(path: str) -> Optional[tuple[int, int, int, int]]:
@@ -1580,7 +1578,10 @@ class Store:
         self.path = path
         self._lock = threading.RLock()
         self._connection: Optional[sqlite3.Connection] = None
+        self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
         self._owner = 0
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
 
     def read(self, sql: str, *values: Any) -> list[Any]:
         """Run one SELECT and return its rows."""
@@ -1619,6 +1620,10 @@ class Store:
                 self._connection.close()
             self._connection = None
 
+    def _after_fork(self) -> None:
+        self._inherited.append(self._connection)
+        self._connection, self._lock = None, threading.RLock()
+
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():
             connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
@@ -1626,7 +1631,8 @@ class Store:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=NORMAL")  # a fold that power loss undoes is done again
                 connection.execute("PRAGMA cache_size=-1024")
-                if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'fn_failures'").fetchall():
+                names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+                if not names.issuperset(re.findall(r"NOT EXISTS (\w+)", _SCHEMA)):
                     connection.executescript(_SCHEMA)
             except BaseException:
                 connection.close()
@@ -1776,13 +1782,14 @@ class Tally:
         for record in records:
             try:
                 self._add(record)
-            except (KeyError, TypeError, ValueError, AttributeError):
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
                 self.torn += 1
 
     def _add(self, record: dict[str, Any]) -> None:
-        name, moment, taken = record.get("f"), float(record["t"]), int(record["us"])
+        name, moment, taken = record.get("f"), float(record["t"]), min(int(record["us"]), 1 << 53)
+        name = sql_value(name) if name else None
         method = record["m"] if record["m"] in METHODS else "OTHER"  # nobody may grow the series by inventing methods
-        key = (name, "/function/" + name if name else str(record["r"]), method, int(record["s"]), int(moment) // 60)
+        key = (name, "/function/" + name if name else sql_value(str(record["r"])), method, int(record["s"]), int(moment) // 60)
         group = self.groups.get(key)
         if group is None:
             group = self.groups[key] = [0, 0, 0.0, [0] * (len(BUCKETS) + 1)]
@@ -1791,6 +1798,13 @@ class Tally:
         group[2] = max(group[2], moment)
         group[3][bisect_left(BUCKETS, taken / 1e6)] += 1
         self.calls.append(record)
+
+
+def sql_value(value: Any) -> Any:
+    """Return what SQLite can store of a JSON value; a lone surrogate, which a client can send, becomes a ?."""
+    if isinstance(value, int) and abs(value) < 1 << 62 or value is None or isinstance(value, float):
+        return value
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _parse_record(line: bytes) -> Any:
@@ -1818,7 +1832,7 @@ def add_buckets(one: str, other: list[int]) -> str:
 
 def _read_from(path: str, position: int) -> bytes:
     try:
-        if os.path.getsize(path) <= position:
+        if os.path.getsize(path) == position:
             return b""
         with open(path, "rb") as file:
             file.seek(position)
@@ -1863,7 +1877,10 @@ class Folder:
     def _read(self, connection: sqlite3.Connection) -> tuple[Tally, bool]:
         done, tally = dict(connection.execute("SELECT segment, position FROM fn_journal")), Tally()
         for number in segments(self._directory):
-            data = _read_from(segment_path(self._directory, number), done.get(number, 0))
+            path = segment_path(self._directory, number)
+            with contextlib.suppress(FileNotFoundError):  # power loss can leave less than what was folded
+                done[number] = min(done.get(number, 0), os.path.getsize(path))
+            data = _read_from(path, done.get(number, 0))
             # the last line may be half written yet; one longer than all that is read at once is none of ours
             ready = len(data) if len(data) == FOLD_BYTES and b"\n" not in data else data.rfind(b"\n") + 1
             tally.add([line for line in data[:ready].split(b"\n") if line])
@@ -1903,8 +1920,9 @@ class Folder:
         connection.executemany(
             "INSERT INTO fn_calls (id, time, function, method, path, status, us, bytes, client, trigger, attempt, output,"
             " error) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [(call.get("id"), call["t"], call.get("f") or call.get("r"), call["m"], call.get("p"), call["s"], call["us"],
-              call.get("n"), call.get("c"), call.get("via", "http"), call.get("try", 1), call.get("out"), call.get("err"))
+            [tuple(map(sql_value, (
+                call.get("id"), call["t"], call.get("f") or call.get("r"), call["m"], call.get("p"), call["s"], call["us"],
+                call.get("n"), call.get("c"), call.get("via", "http"), call.get("try", 1), call.get("out"), call.get("err"))))
              for call in calls])
         connection.execute("DELETE FROM fn_calls WHERE number <= (SELECT max(number) FROM fn_calls) - ?",
                            (self._keep_calls,))
@@ -1923,6 +1941,7 @@ class Folder:
                     os.unlink(path)
         with self._store.write() as connection:
             connection.execute("DELETE FROM fn_minutes WHERE minute < ?", (int(oldest) // 60,))
+            connection.execute("DELETE FROM fn_journal WHERE segment < ?", (min(segments(self._directory), default=0),))
             connection.execute("DELETE FROM fn_failures WHERE at < ?", (now - 3600,))
 
 # == 07 FUNCTIONS =========================================================
@@ -2007,6 +2026,11 @@ class Versions:
                                     " ORDER BY version DESC LIMIT 1", name)
             return bytes(rows[0][0]) if rows else None
         return None
+
+    def forget_good(self, name: str) -> None:
+        """Let no version stand in for a file that was deleted on purpose; all can still be restored."""
+        with self._store.write() as connection:
+            connection.execute("UPDATE fn_versions SET loaded = 0 WHERE func_name = ?", (name,))
 
     def mark_broken(self, name: str, error: Optional[LoadError]) -> None:
         """Note that a function can't be loaded, or can again."""
@@ -2097,6 +2121,7 @@ class Functions:
         self._adding = threading.Lock()
         self._watched: dict[str, Any] = {}  #: helper file -> its stamp when it was imported
         self._looked, self._warned = 0.0, set()  # type: float, set[str]
+        self._generation = 0  #: how often helpers have changed
         self._summaries: dict[str, tuple[Any, str, Optional[LoadError]]] = {}
 
     def install(self) -> None:
@@ -2153,8 +2178,7 @@ class Functions:
         groups = [""]
         while groups:
             group = groups.pop()
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
-                    os.scandir(os.path.join(self.root, group)) as entries:
+            with contextlib.suppress(OSError), os.scandir(os.path.join(self.root, group)) as entries:
                 for entry in entries:
                     name = group + entry.name
                     if name.endswith(".py") and valid_name(name[:-3]) and name[:-3] not in self._reserved:
@@ -2178,7 +2202,7 @@ class Functions:
 
     def save(self, name: str, source: bytes) -> None:
         """Write a function's file atomically: a reader sees the old file or the new one."""
-        path = self.path(name)
+        path = os.path.realpath(self.path(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)
         draft = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(4).hex()}")
         mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o644
@@ -2188,7 +2212,7 @@ class Functions:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(draft, mode)
-            os.replace(draft, os.path.realpath(path))
+            os.replace(draft, path)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
@@ -2211,7 +2235,7 @@ class Functions:
     def _load(self, function: Function) -> None:
         """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
         with function.lock:
-            stamp = file_stamp(function.path)
+            stamp, generation = file_stamp(function.path), self._generation
             if stamp is None or stamp == function.stamp:
                 return
             try:
@@ -2225,6 +2249,8 @@ class Functions:
             tick = 2e9 if stamp[0] % 1_000_000_000 == 0 else 2e7
             young = abs(time.time_ns() - stamp[0]) < tick
             function.stamp = () if young or function.error else stamp
+            if generation != self._generation and function.uses_helpers:  # a helper changed while this was loading
+                function.stamp, function.source = (), None
 
     def _swap(self, function: Function, source: bytes) -> None:
         broken, function.source, function.tried = function.error is not None, source, time.monotonic()
@@ -2314,13 +2340,17 @@ class Functions:
         if now - self._looked < 0.5:
             return
         self._looked = now
+        with self._adding:
+            self._forget_helpers()
+
+    def _forget_helpers(self) -> None:
         if all(file_stamp(path) == stamp for path, stamp in list(self._watched.items())):
             return
-        self._watched = {}
+        self._watched, self._generation = {}, self._generation + 1
         for name, module in list(sys.modules.items()):
             if isinstance(getattr(module, "__loader__", None), _HelperLoader):
                 parent, _, last = name.rpartition(".")
-                del sys.modules[name]
+                sys.modules.pop(name, None)
                 getattr(sys.modules.get(parent), "__dict__", {}).pop(last, None)
         for function in list(self._known.values()):
             if function.uses_helpers:
@@ -2339,7 +2369,8 @@ def read_source(path: str) -> bytes:
 def describe_failure(error: BaseException, path: str) -> LoadError:
     """Say what a module raised while it loaded, and at which of its own lines."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return LoadError(f"{type(error).__name__}: {error}", (lines[-1] if lines else 0) or 0, 0, user_traceback(error))
+    text = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
+    return LoadError(text, (lines[-1] if lines else 0) or 0, 0, user_traceback(error))
 
 
 def user_traceback(error: BaseException) -> str:
@@ -2860,7 +2891,7 @@ def handle(app: Any, call: Call) -> Response:
         gate(app, call, target)
         response = make_response(run(app, call, target))
         for function in reversed(call.after):
-            response = function(response) or response
+            response = make_response(function(response) or response)
         return response
     except HTTPException as error:
         return answer_error(app, call, error)
@@ -2951,6 +2982,13 @@ def check_token(app: Any, call: Call, token: str) -> bool:
     """
     if not app.settings.SECRET_TOKEN or not token:
         return False
+    try:
+        return _count_and_compare(app, call, token)
+    except sqlite3.Error:
+        raise HTTPException(503, "The database can't be written to", [("Retry-After", "5")]) from None
+
+
+def _count_and_compare(app: Any, call: Call, token: str) -> bool:
     address, now = client_network(call.request.remote_addr or ""), call.started
     with app.store.write() as connection:
         since = connection.execute("SELECT min(at), count(*) FROM fn_failures WHERE address = ? AND at > ? AND at <= ?",
@@ -3060,7 +3098,8 @@ class Stream:
 
     def __init__(self, app: Any, call: Call, response: Response, silent: bool) -> None:
         self._app, self._call, self._response = app, call, response
-        self._body, self._sent, self._done = iter(response.response), 0, False
+        self._body: Any = ()
+        self._sent, self._done = 0, False
         self._left = response.headers.get("Content-Length", type=int)
         self.failed: Optional[BaseException] = None  #: what the first chunk raised
         self._first: Optional[bytes] = None
@@ -3068,10 +3107,12 @@ class Stream:
             self.close()
             return
         try:
+            self._body = iter(response.response)
             self._first = self._advance()
         except BaseException as error:
             self.failed, self._done = error, True
-            response.close()
+            with contextlib.suppress(Exception):
+                response.close()
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -3117,18 +3158,17 @@ class Stream:
     def close(self) -> None:
         """End the stream, as the server does where the client has gone."""
         token = current_call.set(self._call)
-        try:
-            for part in (self._body, self._response, self._call.request):
+        for part in (self._body, self._response, self._call.request):
+            try:
                 if hasattr(part, "close"):
                     part.close()
-        except BaseException as error:
-            self._call.error = user_traceback(error)
-        finally:
-            current_call.reset(token)
-            self._record()
+            except BaseException as error:  # the function's own code; the other parts must be closed all the same
+                self._call.error = user_traceback(error)
+        current_call.reset(token)
+        self._record()
 
 
-class Capture(io.TextIOBase):
+class Capture:
     """Stands for stdout or stderr: what a call prints is kept with it, and still reaches the real stream."""
 
     def __init__(self, stream: Any) -> None:
@@ -3142,6 +3182,11 @@ class Capture(io.TextIOBase):
         with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail a call
             self._stream.write(text)
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several pieces."""
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         """Flush the real stream."""
@@ -3176,8 +3221,9 @@ class ErrorLog(logging.Handler):
             try:
                 if os.fstat(handle).st_size + len(line) > self._max_bytes:
                     self._rotate(handle)
-                    os.close(handle)
-                    handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                    fresh = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                    os.dup2(fresh, handle, inheritable=False)
+                    os.close(fresh)
                 os.write(handle, line)
             finally:
                 os.close(handle)
@@ -3748,6 +3794,7 @@ def view_delete(app: Any, call: Call) -> Response:
     app.functions.versions.remember(name, read_source(path), loaded=False)
     os.unlink(path)
     app.functions.versions.mark_broken(name, None)
+    app.functions.versions.forget_good(name)
     return answer(call, {"message": "deleted", "module_name": name},
                   lambda: redirect("/function/list_functions?done=deleted", 303), 200 if wants_json(call) else 303)
 
@@ -3830,7 +3877,7 @@ def view_logs(app: Any, call: Call) -> Response:
     args = call.request.args
     limit = max(1, min(1000, args.get("limit", 100, type=int)))
     rows = read_calls(app, args.get("function", ""), args.get("status", ""), args.get("q", ""), limit,
-                      args.get("after", 0, type=int))
+                      args.get("after", 0, type=whole(0, 1 << 53)))
     return answer(call, {"invocations": rows}, lambda: logs_page(app, call, rows))
 
 
@@ -3859,7 +3906,7 @@ def view_versions(app: Any, call: Call) -> Response:
     if rows and now is not None:
         data[0]["current"] = now == read_version(app, name, rows[0][0])
     if "version" in call.request.args:
-        number = call.request.args.get("version", 0, type=int)
+        number = call.request.args.get("version", 0, type=whole(0, 1 << 53))
         code = read_version(app, name, number)
         return answer(call, {"module_name": name, "version": number, "code": code.decode("utf-8", "replace")},
                       lambda: version_page(app, call, name, number, code))
@@ -3907,7 +3954,7 @@ def view_restore(app: Any, call: Call) -> Response:
     """/admin/restore : makes an old version the file again; it becomes the newest version."""
     sent = fields(call)
     name, number = text_field(sent, "module_name"), str(sent.get("version", ""))
-    if not valid_name(name) or not number.isascii() or not number.isdigit():
+    if not valid_name(name) or not re.fullmatch(r"\d{1,15}", number, re.A):
         raise HTTPException(400, "module_name and version are needed")
     source = read_version(app, name, int(number))
     app.functions.save(name, source)
@@ -3969,7 +4016,11 @@ class App:
         call = Call(self, environ)
         token = current_call.set(call)
         try:
-            body = respond(self, call, handle(self, call), start_response)
+            try:
+                body = respond(self, call, handle(self, call), start_response)
+            except BaseException as error:  # an answer that can't be sent: a session or a body that is none
+                call._session = None
+                body = respond(self, call, answer_failure(self, call, error), start_response)
             if not isinstance(body, Stream):
                 call.request.close()
             return body
@@ -4118,7 +4169,7 @@ app = LazyApp()
 # core, which costs more than the work: a worker pinned to one core serves about three times as many requests (bench/).
 
 BACKLOG = 1024
-BIRTH_SECONDS, MAX_BACKOFF = 5.0, 30.0
+BIRTH_SECONDS, MAX_BACKOFF = 1.0, 30.0
 
 
 def open_socket(settings: Settings) -> Any:
@@ -4142,11 +4193,31 @@ def waitress_server(app: Callable[..., Any], opened: Any, settings: Settings) ->
     """Make a waitress on an open socket."""
     import waitress.server
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request is no use to anybody
-    return waitress.server.create_server(
+    made = waitress.server.create_server(
         believe_proxy(app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
         max_request_body_size=settings.MAX_BODY, expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
         clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=1000,
         channel_timeout=75)
+    made.channel_class = json_error_channel()
+    return made
+
+
+def json_error_channel() -> Any:
+    """Make waitress answer what never reaches the app (malformed or too large) as the app answers errors."""
+    from waitress.channel import HTTPChannel
+    from waitress.task import ErrorTask
+
+    class JsonErrorTask(ErrorTask):
+        def execute(self) -> None:
+            error, request_id = self.request.error, os.urandom(8).hex()
+            body = (dump_json({"error": REASONS.get(error.code, error.reason), "request_id": request_id},
+                              sort_keys=False) + "\n").encode()
+            self.status, self.content_length = f"{error.code} {error.reason}", len(body)
+            self.response_headers += [("Content-Type", "application/json"), ("X-Request-Id", request_id)]
+            self.set_close_on_finish()
+            self.write(body)
+
+    return type("Channel", (HTTPChannel,), {"error_task_class": JsonErrorTask})
 
 
 def believe_proxy(app: Callable[..., Any], trusted: str) -> Callable[..., Any]:
@@ -4216,6 +4287,8 @@ class Worker:
         """Serve until `stop`, or until the parent process is gone."""
         from waitress import wasyncore
         while not self._stopping and (parent is None or os.getppid() == parent):
+            if parent is None:
+                notify("WATCHDOG=1")
             wasyncore.loop(timeout=1, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
         wasyncore.dispatcher.close(self._server)  # the listening socket of this process; the trigger stays
         until = time.monotonic() + self._settings.GRACE
@@ -4238,8 +4311,9 @@ class Supervisor:
     def __init__(self, app: App, opened: Any) -> None:
         self._app, self._socket, self._settings = app, opened, app.settings
         self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, monotonic time of birth)
-        self._due: dict[int, float] = {}  #: number -> when it may be forked again
-        self._backoff, self._stopping = 0.0, False
+        self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
+        self._backoff: dict[int, float] = {}  #: number -> seconds to wait, for workers that die at birth
+        self._stopping = False
 
     def run(self) -> int:
         """Supervise until a signal; return the exit status."""
@@ -4251,8 +4325,7 @@ class Supervisor:
             signal.signal(number, self._stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        for worker in range(self._settings.WORKERS):
-            self._fork(worker)
+        self._replace(time.monotonic())
         notify("READY=1")
         while not self._stopping:
             select.select([reading], [], [], 1)
@@ -4293,6 +4366,8 @@ class Supervisor:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         worker = Worker(self._app, self._socket, cores[number % len(cores)] if cores else None)
         signal.signal(signal.SIGTERM, worker.stop)
+        if self._stopping:  # the signal came between the fork and the lines above
+            worker.stop()
         worker.run(supervisor)
 
     def _reap(self) -> None:
@@ -4303,15 +4378,19 @@ class Supervisor:
             number, born = self._workers.pop(pid, (-1, 0.0))
             if number >= 0 and not self._stopping:
                 young = time.monotonic() - born < BIRTH_SECONDS
-                self._backoff = min(MAX_BACKOFF, max(.5, self._backoff * 2)) if young else 0.0
-                self._due[number] = time.monotonic() + self._backoff
+                self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff.get(number, 0) * 2)) if young else 0.0
+                self._due[number] = time.monotonic() + self._backoff[number]
                 log.error("worker %d (process %d) ended with status %d; it is replaced", number, pid, status)
 
     def _replace(self, now: float) -> None:
         for number, due in list(self._due.items()):
             if due <= now:
                 del self._due[number]
-                self._fork(number)
+                try:
+                    self._fork(number)
+                except OSError as error:  # no memory or no process ids left just now
+                    log.error("worker %d can't be started: %s", number, error)
+                    self._due[number] = now + 1
 
     def _drain(self) -> int:
         """Tell the workers to finish; kill those that don't within GRACE and a little."""
