@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import importlib.machinery
 import io
 import json
 import logging
+import operator
 import os
 import re
 import sqlite3
@@ -407,6 +409,7 @@ _MISSING = object()
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 FORM_FIELDS = 1000  # parts of a multipart body, and bytes of its fields in memory: Werkzeug's own limits
 FORM_MEMORY = 500_000
+QUERY_FIELDS = 20_000
 SPOOL = 512 * 1024  # an upload above this goes to disk, not to memory
 CHUNK = 64 * 1024
 
@@ -637,8 +640,7 @@ def parse_options(value: str) -> tuple[str, dict[str, str]]:
         key = key.lower()
         if key.endswith("*") and text.count("'") >= 2:
             charset, _, text = text.split("'", 2)
-            with contextlib.suppress(LookupError):
-                key, text = key[:-1], unquote_to_bytes(text).decode(charset, "replace")
+            key, text = key[:-1], decode_text(unquote_to_bytes(text), charset)
         options[key] = text.strip()
     return main.strip().lower(), options
 
@@ -706,6 +708,14 @@ def http_date(moment: Any) -> str:
 def decode_wsgi(text: str) -> str:
     """Turn WSGI's bytes-as-latin-1 into text; bytes that aren't UTF-8 become U+FFFD (PEP 3333)."""
     return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "replace")
+
+
+def decode_text(data: bytes, charset: str = "utf-8") -> str:
+    """Decode what a client sent; what can't be decoded becomes U+FFFD, an unknown charset is read as UTF-8."""
+    try:
+        return data.decode(charset, "replace")
+    except (LookupError, ValueError):  # idna, punycode and such fail in ways of their own
+        return data.decode("utf-8", "replace")
 
 
 class FileStorage:
@@ -842,14 +852,6 @@ def _part_headers(parts: _Parts) -> Headers:
     return headers
 
 
-def decode_text(data: bytes, charset: str = "utf-8") -> str:
-    """Decode what a client sent; what can't be decoded becomes U+FFFD, an unknown charset is read as UTF-8."""
-    try:
-        return data.decode(charset, "replace")
-    except LookupError:
-        return data.decode("utf-8", "replace")
-
-
 class Accept:
     """An Accept header (RFC 9110 12.5.1): `best_match`, `quality`, ``in``, best first when iterated."""
 
@@ -879,20 +881,9 @@ class Accept:
                 best, best_quality = value, self.quality(value)
         return best
 
-    @property
-    def accept_html(self) -> bool:
-        """Whether text/html is accepted."""
-        return "text/html" in self
-
-    @property
-    def accept_json(self) -> bool:
-        """Whether application/json is accepted."""
-        return "application/json" in self
-
-    @property
-    def best(self) -> Optional[str]:
-        """The value wanted most."""
-        return self._values[0][0] if self._values else None
+    accept_html = property(lambda self: "text/html" in self, doc="Whether text/html is accepted.")
+    accept_json = property(lambda self: "application/json" in self, doc="Whether application/json is accepted.")
+    best = property(lambda self: self._values[0][0] if self._values else None, doc="The value wanted most.")
 
     def values(self) -> Iterator[str]:
         """Yield the values, best first."""
@@ -924,17 +915,17 @@ class Authorization:
 class UserAgent(str):
     """The User-Agent header; `.string` as in Flask."""
 
-    @property
-    def string(self) -> str:
-        """The header as it is."""
-        return str(self)
+    string = property(lambda self: str(self), doc="The header as it is.")
 
 
 class lazy:
     """A property that is computed once and then a plain attribute."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
+    def __init__(self, function: Callable[[Any], Any], doc: Optional[str] = None) -> None:
+        self.function, self.__doc__ = function, doc or function.__doc__
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self.name = name
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         if instance is None:
@@ -943,38 +934,27 @@ class lazy:
         return value
 
 
-class _Input:
-    """The body stream: never more than `limit` bytes, 413 beyond; 400 where it ends before its Content-Length."""
+class _Input(io.RawIOBase):
+    """The body: 413 above `limit` bytes, 400 where it ends before its Content-Length."""
 
     def __init__(self, stream: Any, length: Optional[int], limit: int) -> None:
-        self._stream, self._left, self._limit, self._read = stream, length, limit, 0
+        self._stream, self._left, self._room = stream, length, limit
 
-    def read(self, count: Optional[int] = -1) -> bytes:
-        """Read `count` bytes, or all."""
-        if count is None or count < 0:
-            return b"".join(iter(lambda: self.read(CHUNK), b""))
-        want = count
-        if self._left is not None:
-            want = min(want, self._left)
-        data = self._stream.read(want) if want > 0 else b""
-        self._read += len(data)
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        want = len(buffer) if self._left is None else min(len(buffer), self._left)
+        data = self._stream.read(want) if want else b""
         if self._left is not None:
             self._left -= len(data)
             if want and not data:
                 raise HTTPException(400, "The body ends before its Content-Length")
-        if self._read > self._limit:
+        self._room -= len(data)
+        if self._room < 0:
             raise HTTPException(413)
-        return data
-
-    def readline(self, limit: int = -1) -> bytes:
-        """Read up to a line end."""
-        line = b""
-        while not line.endswith(b"\n") and (limit < 0 or len(line) < limit) and (byte := self.read(1)):
-            line += byte
-        return line
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self.readline, b"")
+        buffer[:len(data)] = data
+        return len(data)
 
 
 class Request:
@@ -990,24 +970,15 @@ class Request:
         self.view_args: dict[str, Any] = {}
         self.endpoint: Optional[str] = None
 
-    @lazy
-    def headers(self) -> RequestHeaders:
-        """The header fields."""
-        return RequestHeaders(self.environ)
+    headers = lazy(lambda self: RequestHeaders(self.environ), "The header fields.")
 
     @lazy
     def args(self) -> MultiDict:
         """The parameters of the query string."""
         return MultiDict(parse_query(self.environ.get("QUERY_STRING", "")))
 
-    @lazy
-    def cookies(self) -> MultiDict:
-        """The cookies."""
-        return parse_cookies(self.environ.get("HTTP_COOKIE", ""))
-
-    @lazy
-    def _content(self) -> tuple[str, dict[str, str]]:
-        return parse_options(self.environ.get("CONTENT_TYPE") or "")
+    cookies = lazy(lambda self: parse_cookies(self.environ.get("HTTP_COOKIE", "")), "The cookies.")
+    _content = lazy(lambda self: parse_options(self.environ.get("CONTENT_TYPE") or ""))
 
     @property
     def content_type(self) -> Optional[str]:
@@ -1019,10 +990,7 @@ class Request:
         """The content type in lower case, without parameters."""
         return self._content[0]
 
-    @property
-    def mimetype_params(self) -> dict[str, str]:
-        """The parameters of the content type."""
-        return self._content[1]
+    mimetype_params = property(lambda self: self._content[1], doc="The parameters of the content type.")
 
     @property
     def content_length(self) -> Optional[int]:
@@ -1038,7 +1006,7 @@ class Request:
             raise HTTPException(413)
         if length is None and not self.environ.get("wsgi.input_terminated"):
             length = 0  # PEP 3333: without a length reading could block for ever
-        return _Input(self.environ["wsgi.input"], length, self.max_content_length)
+        return io.BufferedReader(_Input(self.environ["wsgi.input"], length, self.max_content_length), CHUNK)
 
     def get_data(self, cache: bool = True, as_text: bool = False, parse_form_data: bool = False) -> Any:
         """Return the body as bytes, or as text; empty where a form was parsed before."""
@@ -1049,18 +1017,14 @@ class Request:
                 self.__dict__["_data"] = data
         return decode_text(data) if as_text else data
 
-    @property
-    def data(self) -> bytes:
-        """The body, unless it is a form."""
-        return b"" if self._is_form else self.get_data()
-
-    @property
-    def _is_form(self) -> bool:
-        return self.mimetype in ("application/x-www-form-urlencoded", "multipart/form-data")
+    data = property(lambda self: b"" if self._is_form else self.get_data(), doc="The body, unless it is a form.")
+    _is_form = property(lambda self: self.mimetype in ("application/x-www-form-urlencoded", "multipart/form-data"))
 
     @lazy
     def _form_and_files(self) -> tuple[MultiDict, MultiDict]:
         if self.mimetype == "application/x-www-form-urlencoded":
+            if (self.content_length or 0) > FORM_MEMORY or len(self.get_data()) > FORM_MEMORY:
+                raise HTTPException(413)
             return MultiDict(parse_query(self.get_data().decode("latin-1"))), MultiDict()
         if self.mimetype == "multipart/form-data":
             boundary = self.mimetype_params.get("boundary", "").encode("latin-1", "replace")
@@ -1070,15 +1034,8 @@ class Request:
             return parse_multipart(self.stream if data is None else io.BytesIO(data), boundary)
         return MultiDict(), MultiDict()
 
-    @property
-    def form(self) -> MultiDict:
-        """The fields of a form."""
-        return self._form_and_files[0]
-
-    @property
-    def files(self) -> MultiDict:
-        """The uploaded files of a form."""
-        return self._form_and_files[1]
+    form = property(lambda self: self._form_and_files[0], doc="The fields of a form.")
+    files = property(lambda self: self._form_and_files[1], doc="The uploaded files of a form.")
 
     @lazy
     def values(self) -> MultiDict:
@@ -1095,10 +1052,7 @@ class Request:
         kind = self.mimetype
         return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
-    @property
-    def json(self) -> Any:
-        """The parsed JSON body: 415 for another content type, 400 for bad JSON."""
-        return self.get_json()
+    json = property(lambda self: self.get_json(), doc="The parsed JSON body: 415 for another content type, 400 for bad JSON.")
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
         """Return the parsed JSON body; `silent` gives None for what would be 415 or 400."""
@@ -1119,15 +1073,8 @@ class Request:
         """The raw query string."""
         return self.environ.get("QUERY_STRING", "").encode("latin-1", "replace")
 
-    @property
-    def scheme(self) -> str:
-        """http or https."""
-        return self.environ.get("wsgi.url_scheme", "http")
-
-    @property
-    def is_secure(self) -> bool:
-        """Whether the client came by https."""
-        return self.scheme == "https"
+    scheme = property(lambda self: self.environ.get("wsgi.url_scheme", "http"), doc="http or https.")
+    is_secure = property(lambda self: self.scheme == "https", doc="Whether the client came by https.")
 
     @property
     def host(self) -> str:
@@ -1138,11 +1085,7 @@ class Request:
         standard = ":443" if self.is_secure else ":80"
         return host[:-len(standard)] if host.endswith(standard) else host
 
-    @property
-    def host_url(self) -> str:
-        """``http://host/``."""
-        return f"{self.scheme}://{self.host}/"
-
+    host_url = property(lambda self: f"{self.scheme}://{self.host}/", doc="``http://host/``.")
     url_root = root_url = host_url
 
     @property
@@ -1173,10 +1116,7 @@ class Request:
         route = [part.strip() for part in forwarded.split(",") if part.strip()]
         return route or [self.remote_addr] if self.remote_addr else route
 
-    @lazy
-    def user_agent(self) -> UserAgent:
-        """The User-Agent header."""
-        return UserAgent(self.environ.get("HTTP_USER_AGENT", ""))
+    user_agent = lazy(lambda self: UserAgent(self.environ.get("HTTP_USER_AGENT", "")), "The User-Agent header.")
 
     @lazy
     def authorization(self) -> Optional[Authorization]:
@@ -1184,20 +1124,9 @@ class Request:
         header = self.environ.get("HTTP_AUTHORIZATION")
         return Authorization(header) if header else None
 
-    @property
-    def referrer(self) -> Optional[str]:
-        """The Referer header."""
-        return self.environ.get("HTTP_REFERER")
-
-    @lazy
-    def accept_mimetypes(self) -> Accept:
-        """The Accept header."""
-        return Accept(self.environ.get("HTTP_ACCEPT", ""))
-
-    @lazy
-    def accept_languages(self) -> Accept:
-        """The Accept-Language header."""
-        return Accept(self.environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+    referrer = property(lambda self: self.environ.get("HTTP_REFERER"), doc="The Referer header.")
+    accept_mimetypes = lazy(lambda self: Accept(self.environ.get("HTTP_ACCEPT", "")), "The Accept header.")
+    accept_languages = lazy(lambda self: Accept(self.environ.get("HTTP_ACCEPT_LANGUAGE", "")), "The Accept-Language header.")
 
     def close(self) -> None:
         """Close the uploaded files."""
@@ -1223,7 +1152,10 @@ def parse_query(text: str) -> list[tuple[str, str]]:
     """Read key=value pairs of a query string or a urlencoded body given as latin-1 (WHATWG URL 5.1)."""
     if not text:
         return []
-    return parse_qsl(text if text.isascii() else decode_wsgi(text), keep_blank_values=True, errors="replace")
+    try:
+        return parse_qsl(text if text.isascii() else decode_wsgi(text), True, errors="replace", max_num_fields=QUERY_FIELDS)
+    except ValueError:
+        raise HTTPException(413, f"More than {QUERY_FIELDS} fields") from None
 
 
 def dump_json(value: Any, **options: Any) -> str:
@@ -1342,10 +1274,7 @@ class Response:
     def location(self, value: str) -> None:
         self.headers["Location"] = iri_to_uri(value)
 
-    @property
-    def is_streamed(self) -> bool:
-        """Whether the body is made while it is sent."""
-        return not isinstance(self._body, bytes)
+    is_streamed = property(lambda self: not isinstance(self._body, bytes), doc="Whether the body is made while it is sent.")
 
     def get_data(self, as_text: bool = False) -> Any:
         """Return the whole body; a stream is read to its end."""
@@ -1359,19 +1288,13 @@ class Response:
 
     data = property(get_data, set_data)
 
-    @property
-    def json(self) -> Any:
-        """The body parsed as JSON, None where it isn't JSON."""
-        return self.get_json()
+    json = property(lambda self: self.get_json(), doc="The body parsed as JSON, None where it isn't JSON.")
 
     def get_json(self, force: bool = False, silent: bool = False) -> Any:
         """Return the body parsed as JSON."""
         return json.loads(self.get_data()) if force or "json" in self.mimetype else None
 
-    @property
-    def is_json(self) -> bool:
-        """Whether the content type is JSON's."""
-        return "json" in self.mimetype
+    is_json = property(lambda self: "json" in self.mimetype, doc="Whether the content type is JSON's.")
 
     def set_cookie(self, key: str, value: str = "", **options: Any) -> None:
         """Add a Set-Cookie header; options are `dump_cookie`'s."""
@@ -1744,24 +1667,17 @@ class Journal:
             log.error("%s: %s; %d records lost so far", self.directory, error, self.lost)
 
 
-_SECRET = r"token|key|secret|signature|password|passwd|authorization|cookie"
-_SECRET_PAIR = re.compile(rf"([?&;](?:[^=&;]*(?:{_SECRET})[^=&;]*)=)[^&;]*", re.I)
+_SECRET = re.compile("token|key|secret|signature|password|passwd|authorization|cookie", re.I)
 
 
-def scrub(url: str) -> str:
-    """Blank the values of query parameters that carry secrets."""
-    if "?" not in url:
-        return url
-    path, _, query = url.partition("?")
-    return path + _SECRET_PAIR.sub(r"\1***", "?" + unquote_keys(query))
-
-
-def unquote_keys(query: str) -> str:
-    """Undo percent-encoding in the names of query parameters, so that no spelling hides one."""
-    if "%" not in query:
-        return query
-    pairs = (pair.partition("=") for pair in query.split("&"))
-    return "&".join(unquote_to_bytes(key).decode("utf-8", "replace") + equals + value for key, equals, value in pairs)
+def scrub(query: str) -> str:
+    """Blank the values of query parameters that carry secrets, however their names are spelt; cut a long query."""
+    shown = []
+    for pair in query[:1000].replace(";", "&").split("&"):
+        name, equals, value = pair.partition("=")
+        secret = equals and _SECRET.search(unquote_to_bytes(name).decode("utf-8", "replace"))
+        shown.append(name + "=***" if secret else pair)
+    return "&".join(shown)
 
 
 class Tally:
@@ -2480,17 +2396,9 @@ class Context(NamedTuple):
 class Globals(types.SimpleNamespace):
     """Flask's `g`: attributes, `in`, get() and pop()."""
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return an attribute or the default."""
-        return self.__dict__.get(name, default)
-
-    def pop(self, name: str, default: Any = None) -> Any:
-        """Take an attribute out."""
-        return self.__dict__.pop(name, default)
-
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        """Return an attribute, set to the default where it is missing."""
-        return self.__dict__.setdefault(name, default)
+    get = property(lambda self: vars(self).get)
+    pop = property(lambda self: vars(self).pop)
+    setdefault = property(lambda self: vars(self).setdefault)
 
     def __contains__(self, name: str) -> bool:
         return name in self.__dict__
@@ -2509,6 +2417,10 @@ def serving() -> Call:
     except LookupError:
         raise RuntimeError("this works only while a function is called, in its thread or one that copied its context"
                            ) from None
+
+
+def _forward(operation: Callable[..., Any]) -> Any:
+    return lambda self, *values: operation(self._find(), *values)
 
 
 class Proxy:
@@ -2532,23 +2444,8 @@ class Proxy:
     def __delattr__(self, name: str) -> None:
         delattr(self._find(), name)
 
-    def __getitem__(self, key: Any) -> Any:
-        return self._find()[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._find()[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self._find()[key]
-
-    def __contains__(self, key: Any) -> bool:
-        return key in self._find()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._find())
-
-    def __len__(self) -> int:
-        return len(self._find())
+    __getitem__, __setitem__, __delitem__ = _forward(operator.getitem), _forward(operator.setitem), _forward(operator.delitem)
+    __contains__, __iter__, __len__ = _forward(operator.contains), _forward(iter), _forward(len)
 
     def __eq__(self, other: Any) -> bool:
         return bool(self._find() == other)
@@ -2625,13 +2522,8 @@ def after_this_request(function: Callable[[Response], Any]) -> Callable[[Respons
 
 
 def stream_with_context(body: Any) -> Any:
-    """Return the generator as it is: a stream always runs inside its call here."""
-    if not callable(body):
-        return body
-
-    def decorated(*args: Any, **kwargs: Any) -> Any:
-        return body(*args, **kwargs)
-    return decorated
+    """Return the generator, or the generator function, as it is: a stream always runs inside its call here."""
+    return body
 
 
 class Markup(str):
@@ -2843,21 +2735,12 @@ class Client:
                 self.cookies[key] = value
         return response
 
-    def get(self, path: str, **options: Any) -> Response:
-        """GET a path."""
-        return self.open(path, "GET", **options)
-
-    def post(self, path: str, **options: Any) -> Response:
-        """POST to a path."""
-        return self.open(path, "POST", **options)
-
-    def put(self, path: str, **options: Any) -> Response:
-        """PUT to a path."""
-        return self.open(path, "PUT", **options)
-
-    def delete(self, path: str, **options: Any) -> Response:
-        """DELETE a path."""
-        return self.open(path, "DELETE", **options)
+    get = functools.partialmethod(open, method="GET")
+    head = functools.partialmethod(open, method="HEAD")
+    post = functools.partialmethod(open, method="POST")
+    put = functools.partialmethod(open, method="PUT")
+    patch = functools.partialmethod(open, method="PATCH")
+    delete = functools.partialmethod(open, method="DELETE")
 
 
 # == 13 PIPELINE ==========================================================
@@ -2928,6 +2811,8 @@ def gate(app: Any, call: Call, target: Target) -> None:
             raise HTTPException(405, headers=[("Allow", ", ".join(target.route.methods))])
         if target.route.admin:
             require_admin(app, call)
+        else:
+            call.request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
     elif call.function in app.protected:
         if not app.settings.ADMIN:
             raise HTTPException(404, f'Function "{call.function}" not found')
@@ -2989,8 +2874,9 @@ def check_token(app: Any, call: Call, token: str) -> bool:
 
 
 def _count_and_compare(app: Any, call: Call, token: str) -> bool:
-    address, now = client_network(call.request.remote_addr or ""), call.started
+    address = client_network(call.request.remote_addr or "")
     with app.store.write() as connection:
+        now = app.clock()  # not when the request began: those under way together must count each other
         since = connection.execute("SELECT min(at), count(*) FROM fn_failures WHERE address = ? AND at > ? AND at <= ?",
                                    (address, now - FAILURE_SECONDS, now)).fetchone()
         right = same_secret(token, app.settings.SECRET_TOKEN) and since[1] < FAILURES
@@ -3023,21 +2909,25 @@ def answer_error(app: Any, call: Call, error: HTTPException) -> Response:
     if wants_page and app.error_page is not None and call.route != "(unknown)" or wants_page and error.code == 401:
         response: Response = app.error_page(app, call, error)
     else:
-        body = {**error.body, "request_id": call.id}
-        response = Response(dump_json(body, sort_keys=False) + "\n", mimetype="application/json")
+        response = json_error(call, error)
     response.status = error.code
     for name, value in error.headers:
         response.headers[name] = value
     return response
 
 
+def json_error(call: Call, error: HTTPException) -> Response:
+    """Make the JSON of an error: its fields and the request id."""
+    body = dump_json({**error.body, "request_id": call.id}, sort_keys=False) + "\n"
+    return Response(body, error.code, mimetype="application/json")
+
+
 def answer_failure(app: Any, call: Call, error: BaseException) -> Response:
     """Log a failure, the traceback for the admin only, and answer 500."""
     call.error = error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error)
-    log.error("%s %s: %s", call.request.method, scrub(call.request.path), call.error.rstrip(), extra={"call": call.id})
-    response = Response(dump_json({"error": "Function execution failed", "request_id": call.id}, sort_keys=False) + "\n",
-                        500, mimetype="application/json")
-    return response
+    log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(),
+              extra={"call": call.id})
+    return json_error(call, HTTPException(500, "Function execution failed"))
 
 
 def respond(app: Any, call: Call, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -3069,7 +2959,7 @@ def record(app: Any, call: Call, status: int, size: int) -> None:
     environ = call.request.environ
     where, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
     if query:
-        where = scrub(f"{where}?{query}")
+        where = f"{where}?{scrub(query)}"
     taken = (time.perf_counter() - call.clock) * 1e6
     more = ""
     if call.output or call.error or call.attempt > 1 or call.trigger != "http":
@@ -3127,7 +3017,7 @@ class Stream:
                 chunk = self._advance()
             except BaseException as error:  # the status is out: all that is left is to cut the connection
                 self._call.error = user_traceback(error)
-                log.error("%s: the stream broke: %s", self._call.request.path, self._call.error.rstrip(),
+                log.error("%s: the stream broke: %s", quote(self._call.request.path)[:500], self._call.error.rstrip(),
                           extra={"call": self._call.id})
                 self.close()
                 raise ConnectionAbortedError("the function failed in the middle of its answer") from None
@@ -3495,6 +3385,11 @@ def answer(call: Call, data: Any, show: Callable[[], Response], status: int = 20
     return secure(Response(dump_json(data, sort_keys=False, ensure_ascii=False) + "\n", status, mimetype="application/json"))
 
 
+def done(call: Call, message: str, url: str, status: int = 200, **data: Any) -> Response:
+    """Answer that something was done: JSON with `status`, or a page by way of a redirect."""
+    return answer(call, {"message": message, **data}, lambda: redirect(url, 303), status if wants_json(call) else 303)
+
+
 def note(text: str, kind: str = "") -> Markup:
     """Make the box that says what has happened."""
     return tag("div", text, class_=f"card note {kind}".strip(), role="status")
@@ -3526,6 +3421,14 @@ def local_path(text: str) -> str:
 def local_time(moment: Optional[float]) -> str:
     """Show a Unix time in the machine's zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment else ""
+
+
+def table(heads: Iterable[Any], rows: Iterable[Any], empty: str) -> Markup:
+    """Make a table of rows, or a note where there are none."""
+    body = list(rows)
+    if not body:
+        return note(empty)
+    return tag("div", tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body)), class_="card scroll")
 
 
 def bars(values: list[int], width: int, height: int, label: str) -> Markup:
@@ -3567,13 +3470,13 @@ def view_login(app: Any, call: Call) -> Response:
         return answer(call, {"message": "登入失敗"}, lambda: login_page(app, call, going_to, True, 401), 401)
     call.session.clear()
     call.session["_login"] = app.signer.login_mark(int(call.started + app.settings.SESSION_HOURS * 3600))
-    return answer(call, {"message": "登入成功"}, lambda: redirect(going_to, 303), 200 if wants_json(call) else 303)
+    return done(call, "登入成功", going_to)
 
 
 def view_logout(app: Any, call: Call) -> Response:
     """/logout : ends the session."""
     call.session.clear()
-    return answer(call, {"message": "已登出"}, lambda: redirect("/", 303), 200 if wants_json(call) else 303)
+    return done(call, "已登出", "/")
 
 
 def error_page(app: Any, call: Call, error: HTTPException) -> Response:
@@ -3613,8 +3516,8 @@ def view_list(app: Any, call: Call) -> Response:
 def list_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
     """Show the functions in a table."""
     t, sparks = Texts(app, call), hour_of_calls(app, call.started)
-    head = tag("tr", *(tag("th", t(key), class_=kind) for key, kind in (
-        ("name", None), ("calls", "n"), ("errors", "n"), ("last", "wide"), ("hour", "wide"), ("status", None))))
+    heads = (tag("th", t(key), class_=kind) for key, kind in (
+        ("name", None), ("calls", "n"), ("errors", "n"), ("last", "wide"), ("hour", "wide"), ("status", None)))
     body = [tag("tr",
                 tag("td", tag("a", row["name"], href=f"/function/edit_function?module_name={quote(row['name'])}"),
                     tag("div", row["summary"], class_="soft"),
@@ -3624,11 +3527,9 @@ def list_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
                 tag("td", bars(sparks.get(row["name"], [0]), 120, 24, t("hour")), class_="wide"),
                 tag("td", t(row["status"]), tag("div", row["reason"], class_="soft") if row["reason"] else None,
                     class_="bad" if row["reason"] else "good")) for row in rows]
-    table = tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="card scroll") if rows \
-        else note(t("none"))
-    done = call.request.args.get("done", "")
-    return page(app, call, t("functions"), note(t(done)) if done in ("saved", "deleted", "restored") else None,
-                tag("p", tag("a", t("add"), href="/function/add_function", class_="button")), table)
+    news = call.request.args.get("done", "")
+    return page(app, call, t("functions"), note(t(news)) if news in ("saved", "deleted", "restored") else None,
+                tag("p", tag("a", t("add"), href="/function/add_function", class_="button")), table(heads, body, t("none")))
 
 
 def function_links(t: Texts, name: str) -> list[Markup]:
@@ -3675,8 +3576,7 @@ def view_save(app: Any, call: Call) -> Response:
         version = store_code(app, name, code)
     except Refused as error:
         return refuse(app, call, error, name, code, "/function/save_function", 0)
-    return answer(call, {"message": "saved", "module_name": name, "version": version},
-                  lambda: redirect("/function/list_functions?done=saved", 303), 201 if wants_json(call) else 303)
+    return done(call, "saved", "/function/list_functions?done=saved", 201, module_name=name, version=version)
 
 
 def view_edit(app: Any, call: Call) -> Response:
@@ -3704,9 +3604,8 @@ def view_update(app: Any, call: Call) -> Response:
         version = store_code(app, name, code)
     except Refused as error:
         return refuse(app, call, error, name, code, "/function/update_function", seen, original)
-    return answer(call, {"message": "saved", "module_name": name, "version": version}, lambda: redirect(
-        f"/function/edit_function?module_name={quote(name)}&done=saved", 303),
-        (201 if name != original else 200) if wants_json(call) else 303)
+    return done(call, "saved", f"/function/edit_function?module_name={quote(name)}&done=saved",
+                201 if name != original else 200, module_name=name, version=version)
 
 
 def existing_name(app: Any, name: str) -> str:
@@ -3753,11 +3652,10 @@ def refuse(app: Any, call: Call, error: Refused, name: str, code: str, action: s
 def editor_page(app: Any, call: Call, name: str, code: str, action: str, version: Any, error: Optional[Refused] = None,
                 text: str = "", original: str = "") -> Response:
     """Show the editor."""
-    t, done = Texts(app, call), call.request.args.get("done") == "saved"
-    box = None
+    t, box = Texts(app, call), None
     if error is not None:
         box = note((t("line", error.line) + ": " if error.line else "") + text, "bad")
-    elif done:
+    elif call.request.args.get("done") == "saved":
         box = note(t("saved"))
     editor = tag("div", tag("pre", class_="gutter", aria_hidden="true"),
                  tag("textarea", "\n" + code, class_="code", id="code", name="code", spellcheck="false", wrap="off",
@@ -3795,8 +3693,7 @@ def view_delete(app: Any, call: Call) -> Response:
     os.unlink(path)
     app.functions.versions.mark_broken(name, None)
     app.functions.versions.forget_good(name)
-    return answer(call, {"message": "deleted", "module_name": name},
-                  lambda: redirect("/function/list_functions?done=deleted", 303), 200 if wants_json(call) else 303)
+    return done(call, "deleted", "/function/list_functions?done=deleted", module_name=name)
 
 
 def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
@@ -3826,14 +3723,13 @@ def stats_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
                                         " '/function/%' GROUP BY minute", first * 60):
         if minute // 60 - first < 24:
             hours[minute // 60 - first] += calls
-    head = tag("tr", tag("th", t("function")), *(tag("th", word, class_="n") for word in (
-        t("calls"), t("errors"), "p50", "p95")))
+    heads = (tag("th", word, class_=kind) for word, kind in (
+        (t("function"), None), (t("calls"), "n"), (t("errors"), "n"), ("p50", "n"), ("p95", "n")))
     body = [tag("tr", tag("td", row["name"]), tag("td", row["calls"], class_="n"), tag("td", row["errors"], class_="n"),
                 *(tag("td", f"{row[key] * 1000:.0f} ms", class_="n") for key in ("p50", "p95"))) for row in rows]
-    table = tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="card scroll") if rows \
-        else note(t("no_calls"))
     return page(app, call, t("stats"), note(t("cleared")) if call.request.args.get("done") == "cleared" else None,
-                tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card"), table,
+                tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card"),
+                table(heads, body, t("no_calls")),
                 tag("p", tag("a", t("clear"), href="/function/clear_stats", class_="button plain")))
 
 
@@ -3847,8 +3743,7 @@ def view_clear(app: Any, call: Call) -> Response:
         for table in ("call_stats", "fn_functions", "fn_minutes"):
             connection.execute(f"DELETE FROM {table}")
     app.folder.fold(within=clear)
-    return answer(call, {"message": "cleared"}, lambda: redirect("/function/show_stats?done=cleared", 303),
-                  200 if wants_json(call) else 303)
+    return done(call, "cleared", "/function/show_stats?done=cleared")
 
 
 LOG_COLUMNS = "id time function method path status ms trigger attempt output error".split()
@@ -3884,15 +3779,13 @@ def view_logs(app: Any, call: Call) -> Response:
 def logs_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
     """Show the calls in a table, with what they printed and why they failed."""
     t = Texts(app, call)
-    head = tag("tr", *(tag("th", t(key)) for key in ("time", "function", "request", "status", "took")))
+    heads = (tag("th", t(key)) for key in ("time", "function", "request", "status", "took"))
     body = [tag("tr", tag("td", local_time(row["time"]), class_="soft"), tag("td", row["function"]),
                 tag("td", f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
                     tag("div", row["id"], class_="soft")),
                 tag("td", row["status"], class_="bad" if row["status"] >= 500 else None),
                 tag("td", f"{row['ms']:.1f} ms", class_="n")) for row in rows]
-    table = tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="card scroll") if rows \
-        else note(t("no_calls"))
-    return page(app, call, t("logs"), table)
+    return page(app, call, t("logs"), table(heads, body, t("no_calls")))
 
 
 def view_versions(app: Any, call: Call) -> Response:
@@ -3959,8 +3852,7 @@ def view_restore(app: Any, call: Call) -> Response:
     source = read_version(app, name, int(number))
     app.functions.save(name, source)
     version = app.functions.versions.remember(name, source, loaded=False)
-    return answer(call, {"message": "restored", "module_name": name, "version": version},
-                  lambda: redirect("/function/list_functions?done=restored", 303), 200 if wants_json(call) else 303)
+    return done(call, "restored", "/function/list_functions?done=restored", module_name=name, version=version)
 
 
 def view_asset(app: Any, call: Call) -> Response:

@@ -438,8 +438,22 @@ class JournalTest(Case):
     def test_secrets_in_queries_are_blanked(self):
         for query in ("token=S3CRET", "a=1&api_key=S3CRET", "Password=S3CRET", "X-Signature=S3CRET", "to%6Ben=S3CRET"):
             with self.subTest(query=query):
-                self.assertNotIn("S3CRET", fnserve.scrub("/x?" + query))
-        self.assertEqual(fnserve.scrub("/x?name=Tony"), "/x?name=Tony")
+                self.assertNotIn("S3CRET", fnserve.scrub(query))
+        self.assertEqual(fnserve.scrub("name=Tony&x=%41"), "name=Tony&x=%41")
+
+    def test_records_that_sqlite_refuses(self):
+        self.write("prn", "def main(request):\n    print(request.json['m'])\n    raise ValueError(request.json['m'])")
+        app = self.make_app()
+        self.call(app, "POST", "/function/prn", data=b'{"m": "\\ud800"}', headers={"Content-Type": "application/json"})
+        for line in ('{"t":Infinity,"f":"x","m":"GET","s":200,"us":1}', '{"t":1,"id":{},"f":"x","m":"GET","s":200,"us":1}',
+                     '{"t":1,"f":"x","m":"GET","s":200,"us":99999999999999999999999999}', '{"t":1,"f":[],"m":[],"s":2,"us":1}'):
+            app.journal.append(line)
+        for method in ("FOO1", "FOO2"):
+            self.call(app, method, "/function/prn")
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"]["prn"], 3)
+        self.assertIn("?", self.admin(app).get("/admin/logs?function=prn").json["invocations"][-1]["output"])
+        self.assertEqual({row[0] for row in app.store.read("SELECT method FROM fn_requests WHERE endpoint LIKE '%prn'")},
+                         {"POST", "OTHER"})
 
     def test_keep_invocations(self):
         self.write("hello", "def main(request): print('p' * 9000); return 'x'")
@@ -726,6 +740,41 @@ class PipelineTest(Case):
         log = (self.dir / "serverless_error.log").read_text()
         self.assertIn(row["id"], log)
         self.assertIn("secret detail", log)
+
+    def test_answers_that_cannot_be_sent_are_500_and_recorded(self):
+        app = self.make_app()
+        for number, code in enumerate((
+                "from flask import Response\ndef main(request): return Response(5)",
+                "from flask import session\ndef main(request):\n    session['x'] = object()\n    return ''",
+                "from flask import abort\ndef main(request): abort(400, b'x')",
+                "from flask import abort\ndef main(request): abort(99)",
+                "class Bad:\n    def __iter__(self): return self\n    def __next__(self): 1/0\n    def close(self): 1/0\n"
+                "def main(request): return Bad()")):
+            with self.subTest(code=code):
+                self.write(f"f{number}", code)
+                answer = self.call(app, "GET", f"/function/f{number}")
+                self.assertEqual((answer.code, answer.json["error"]), (500, "Function execution failed"))
+                row = self.admin(app).get(f"/admin/logs?function=f{number}").json["invocations"][0]
+                self.assertEqual(row["id"], answer.headers["X-Request-Id"])
+        self.write("after", "from flask import after_this_request\ndef main(request):\n"
+                            "    after_this_request(lambda response: 'replaced')\n    return ''")
+        self.assertEqual(self.call(app, "GET", "/function/after").data, b"replaced")
+
+    def test_odd_requests(self):
+        self.write("form", "def main(request): return dict(request.form)")
+        app = self.make_app()
+        part = b'--B\r\nContent-Disposition: form-data; name="a"\r\nContent-Type: text/plain; charset=idna\r\n\r\nx\r\n--B--'
+        for headers, data, status in (
+                ({"Accept": "text/html;q*=idna''abc"}, b"", 200), ({"Content-Type": "x/y;q*=idna''abc"}, b"", 200),
+                ({"Content-Type": "multipart/form-data"}, b"x", 400), ({"Content-Type": "multipart/form-data; boundary=B"}, part, 200),
+                ({"Content-Type": "application/x-www-form-urlencoded"}, b"a=1&" * 30000, 413),
+                ({"Content-Type": "application/x-www-form-urlencoded"}, b"%ff=%fe&&=&=x", 200),
+                ({"Cookie": "=;;a=\x01;session=%00"}, b"", 200), ({"Host": "a b"}, b"", 200), ({"Range": "bytes=9-1"}, b"", 200)):
+            with self.subTest(headers=headers):
+                answer = fnserve.Client(app).post("/function/form", data=data, headers=headers)
+                self.assertEqual(answer.code, status)
+        self.assertLessEqual(len(fnserve.scrub("key" * 80000)), 1000)  # cut before it is looked at
+        self.assertEqual(fnserve.Client(app).post("/login", data=b"a&" * 100_000).code, 413)
 
     def test_unread_and_cut_bodies(self):
         self.write("body", "def main(request): return str(len(request.get_data()))")
