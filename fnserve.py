@@ -2179,8 +2179,8 @@ class Functions:
             function.error = None
             self.versions.remember(function.name, source, loaded=True)
         function.code = code
-        if broken or function.error is None:
-            self.versions.mark_broken(function.name, function.error)
+        if broken:
+            self.versions.mark_broken(function.name, None)  # a helper module without main() is not broken either
 
     def _fail(self, function: Function, error: LoadError) -> None:
         """Keep the last good version serving: this process's, else what another one stored."""
@@ -2310,7 +2310,8 @@ def find_entry(module: types.ModuleType) -> Optional[Callable[..., Any]]:
         return getattr(module, str(name))
     if callable(getattr(module, "main", None)):
         return module.main
-    marked = [value for value in vars(module).values() if getattr(value, "_fnserve_entry", "") == module.__name__]
+    marked = [value for value in vars(module).values() if isinstance(value, types.FunctionType)
+              and getattr(value, "_fnserve_entry", "") == module.__name__]
     return marked[0] if len(marked) == 1 else None
 
 
@@ -2482,7 +2483,7 @@ def jsonify(*args: Any, **kwargs: Any) -> Response:
     """Return a JSON response of the one argument, of a list of several, or of a dict of keywords."""
     if args and kwargs:
         raise TypeError("jsonify() takes arguments or keywords, not both")
-    value = kwargs if not args else args[0] if len(args) == 1 else list(args)
+    value = args[0] if len(args) == 1 else list(args) if args else kwargs or None
     return Response(dump_json(value) + "\n", mimetype="application/json")
 
 
@@ -4214,7 +4215,8 @@ class Supervisor:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+            if signal.getsignal(number) != signal.SIG_IGN:  # a shell script's background job ignores SIGINT
+                signal.signal(number, self._stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._replace(time.monotonic())
@@ -4460,8 +4462,10 @@ def cmd_check(arguments: Any, options: dict[str, Any]) -> int:
     for name in app.functions.names():
         function = app.functions.get(name)
         error = function.error if function else None
-        failed += error is not None
-        print(f"{name}: {error or 'fine'}")
+        helper = isinstance(error, NoEntry) and function is not None and function.code is not None \
+            and function.code.entry is None
+        failed += error is not None and not helper
+        print(f"{name}: {'fine, a helper module' if helper else error or 'fine'}")
     return int(failed > 0)
 
 

@@ -567,7 +567,9 @@ class FunctionsTest(Case):
         self.write("f", "import flask, sys\nfrom flask import request as r\nfrom fnserve import request as s\n"
                         "def main(request): return [r is s, 'flask' in sys.modules and sys.modules['flask'] is flask]")
         self.write("g", "import flask.views")
+        self.write("helper", "from flask import request, session, g\ndef who(): return request.path")
         app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/helper").code, 400)
         self.assertEqual(self.call(app, "GET", "/function/f").json, [True, False])
         self.assertEqual(self.call(app, "GET", "/function/g").code, 500)
 
@@ -1370,6 +1372,7 @@ class CommandTest(Case):
         answer = self.run_command("call", "echo", "-X", "PUT", "-d", '{"a": 1}', "-H", "X-A: b")
         self.assertEqual(json.loads(answer.stdout), ["PUT", {"a": 1}, "b"])
         self.assertEqual(self.run_command("call", "nope").returncode, 1)
+        self.write("helper", "from flask import request\ndef who(): return request.path")
         self.assertEqual(self.run_command("check").returncode, 0)
         self.write("broken", "def main(")
         checked = self.run_command("check")
