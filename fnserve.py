@@ -1573,7 +1573,7 @@ class Store:
 # its last line has been written, and it is done with after one more read.
 
 SEGMENT_BYTES = 8 * 1024 * 1024
-FOLD_BYTES = 4 * 1024 * 1024  # read per transaction: bounds memory, and how long others wait for the write lock
+FOLD_BYTES = 256 * 1024  # read per transaction: bounds memory, and how long others wait for the write lock
 OUTPUT_BYTES = 8 * 1024
 BUCKETS = (.005, .01, .025, .05, .075, .1, .25, .5, .75, 1.0, 2.5, 5.0, 7.5, 10.0)  # prometheus_client's defaults
 

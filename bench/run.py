@@ -103,8 +103,8 @@ class Candidate:
         if "Non-2xx" in out:
             raise SystemExit(f"{self.name} failed calls:\n{out}")
         self.rates.append(float(re.search(r"Requests/sec:\s+([\d.]+)", out)[1]))
-        self.p50.append(re.search(r"50%\s+(\S+)", out)[1])
-        self.p99.append(re.search(r"99%\s+(\S+)", out)[1])
+        self.p50.append(re.search(r"\n +50% +(\S+)", out)[1])
+        self.p99.append(re.search(r"\n +99% +(\S+)", out)[1])
 
     def memory(self) -> float:
         """Return the PSS of the whole tree in MB."""
