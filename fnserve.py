@@ -3561,54 +3561,6 @@ class Refused(Exception):
         self.status, self.text, self.line, self.column = status, text, line, column
 
 
-def view_add(app: Any, call: Call) -> Response:
-    """/function/add_function : the empty form; POST is save_function."""
-    if call.request.method == "POST":
-        return view_save(app, call)
-    return editor_page(app, call, "", NEW_FUNCTION, "/function/save_function", 0)
-
-
-def view_save(app: Any, call: Call) -> Response:
-    """/function/save_function : makes a new function of module_name and code."""
-    sent = fields(call)
-    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
-    try:
-        check_new_name(app, name)
-        version = store_code(app, name, code)
-    except Refused as error:
-        return refuse(app, call, error, name, code, "/function/save_function", 0)
-    return done(call, "saved", "/function/list_functions?done=saved", 201, module_name=name, version=version)
-
-
-def view_edit(app: Any, call: Call) -> Response:
-    """/function/edit_function?module_name= : the code and its version."""
-    name = existing_name(app, call.request.args.get("module_name", ""))
-    source = read_source(app.functions.path(name))
-    version = app.functions.versions.remember(name, source, loaded=False)
-    data = {"module_name": name, "code": source.decode("utf-8", "replace"), "version": version}
-    return answer(call, data, lambda: editor_page(app, call, name, data["code"], "/function/update_function", version))
-
-
-def view_update(app: Any, call: Call) -> Response:
-    """/function/update_function : stores code under module_name; under a new one where original_name differs."""
-    sent = fields(call)
-    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
-    original, seen = text_field(sent, "original_name") or name, str(sent.get("version") or "")
-    try:
-        if name != original:
-            check_new_name(app, name)
-        else:
-            existing_name(app, name)
-            source = read_source(app.functions.path(name))
-            if seen and seen != str(app.functions.versions.remember(name, source, loaded=False)):
-                raise Refused(409, "stale")
-        version = store_code(app, name, code)
-    except Refused as error:
-        return refuse(app, call, error, name, code, "/function/update_function", seen, original)
-    return done(call, "saved", f"/function/edit_function?module_name={quote(name)}&done=saved",
-                201 if name != original else 200, module_name=name, version=version)
-
-
 def existing_name(app: Any, name: str) -> str:
     """Return the name of a function that there is a file for; 404 otherwise."""
     if not valid_name(name) or not os.path.isfile(app.functions.path(name)):
@@ -3672,6 +3624,54 @@ def editor_page(app: Any, call: Call, name: str, code: str, action: str, version
                    tag("a", t("cancel"), href="/function/list_functions", class_="button plain"), links, class_="row"),
                method="post", action=action)
     return page(app, call, t("edit" if version else "add"), box, tag("div", form, class_="card"))
+
+
+def view_add(app: Any, call: Call) -> Response:
+    """/function/add_function : the empty form; POST is save_function."""
+    if call.request.method == "POST":
+        return view_save(app, call)
+    return editor_page(app, call, "", NEW_FUNCTION, "/function/save_function", 0)
+
+
+def view_save(app: Any, call: Call) -> Response:
+    """/function/save_function : makes a new function of module_name and code."""
+    sent = fields(call)
+    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
+    try:
+        check_new_name(app, name)
+        version = store_code(app, name, code)
+    except Refused as error:
+        return refuse(app, call, error, name, code, "/function/save_function", 0)
+    return done(call, "saved", "/function/list_functions?done=saved", 201, module_name=name, version=version)
+
+
+def view_edit(app: Any, call: Call) -> Response:
+    """/function/edit_function?module_name= : the code and its version."""
+    name = existing_name(app, call.request.args.get("module_name", ""))
+    source = read_source(app.functions.path(name))
+    version = app.functions.versions.remember(name, source, loaded=False)
+    data = {"module_name": name, "code": source.decode("utf-8", "replace"), "version": version}
+    return answer(call, data, lambda: editor_page(app, call, name, data["code"], "/function/update_function", version))
+
+
+def view_update(app: Any, call: Call) -> Response:
+    """/function/update_function : stores code under module_name; under a new one where original_name differs."""
+    sent = fields(call)
+    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
+    original, seen = text_field(sent, "original_name") or name, str(sent.get("version") or "")
+    try:
+        if name != original:
+            check_new_name(app, name)
+        else:
+            existing_name(app, name)
+            source = read_source(app.functions.path(name))
+            if seen and seen != str(app.functions.versions.remember(name, source, loaded=False)):
+                raise Refused(409, "stale")
+        version = store_code(app, name, code)
+    except Refused as error:
+        return refuse(app, call, error, name, code, "/function/update_function", seen, original)
+    return done(call, "saved", f"/function/edit_function?module_name={quote(name)}&done=saved",
+                201 if name != original else 200, module_name=name, version=version)
 
 
 def ask(app: Any, call: Call, title: str, text: str, button: str, **hidden: str) -> Response:
