@@ -24,6 +24,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import http
 import importlib.machinery
 import io
 import json
@@ -79,22 +80,7 @@ class NoEntry(LoadError):
     """The file loads, but has no main()."""
 
 
-REASONS = {
-    100: "Continue", 101: "Switching Protocols", 102: "Processing", 103: "Early Hints", 200: "OK", 201: "Created",
-    202: "Accepted", 203: "Non-Authoritative Information", 204: "No Content", 205: "Reset Content",
-    206: "Partial Content", 207: "Multi-Status", 208: "Already Reported", 226: "IM Used", 300: "Multiple Choices",
-    301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified", 305: "Use Proxy",
-    307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized",
-    402: "Payment Required", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable",
-    407: "Proxy Authentication Required", 408: "Request Timeout", 409: "Conflict", 410: "Gone",
-    411: "Length Required", 412: "Precondition Failed", 413: "Request Entity Too Large", 414: "Request URI Too Long",
-    415: "Unsupported Media Type", 416: "Requested Range Not Satisfiable", 417: "Expectation Failed",
-    418: "I'm a teapot", 421: "Misdirected Request", 422: "Unprocessable Entity", 423: "Locked",
-    424: "Failed Dependency", 425: "Too Early", 426: "Upgrade Required", 428: "Precondition Required",
-    429: "Too Many Requests", 431: "Request Header Fields Too Large", 451: "Unavailable For Legal Reasons",
-    500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
-    504: "Gateway Timeout", 505: "HTTP Version Not Supported", 507: "Insufficient Storage",
-}  # RFC 9110 15 and IANA's registry; http.HTTPStatus says the same, but costs the import of enum and http
+REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 class HTTPException(Exception):
@@ -414,6 +400,13 @@ SPOOL = 512 * 1024  # an upload above this goes to disk, not to memory
 CHUNK = 64 * 1024
 
 
+def _read(value: Any, cast: Optional[Callable[[Any], Any]], default: Any) -> Any:
+    try:
+        return value if cast is None else cast(value)
+    except (ValueError, TypeError):
+        return default
+
+
 class BadRequestKeyError(HTTPException, KeyError):
     """A key that the client had to send is missing: a 400, and a KeyError for who catches that."""
 
@@ -447,23 +440,14 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
         return super().__iter__()
 
     def get(self, key: str, default: Any = None, type: Optional[Callable[[Any], Any]] = None) -> Any:
-        """Return the first value, made by `type`; the default where it is missing or `type` refuses it."""
-        try:
-            value = super().__getitem__(key)[0]
-            return value if type is None else type(value)
-        except (KeyError, IndexError, ValueError, TypeError):
-            return default
+        """Return the first value of `key`, made by `type`; the default where it is missing or `type` refuses it."""
+        values = super().get(key)
+        return _read(values[0], type, default) if values else default
 
     def getlist(self, key: str, type: Optional[Callable[[Any], Any]] = None) -> list[Any]:
         """Return every value of `key`, those that `type` refuses left out."""
-        values = super().get(key, [])
-        if type is None:
-            return list(values)
-        kept = []
-        for value in values:
-            with contextlib.suppress(ValueError, TypeError):
-                kept.append(type(value))
-        return kept
+        found = (_read(value, type, _MISSING) for value in super().get(key, []))
+        return [value for value in found if value is not _MISSING]
 
     def items(self, multi: bool = False) -> Any:
         """Yield (key, first value), or every pair with `multi`."""
@@ -493,7 +477,7 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
 
     def copy(self) -> MultiDict:
         """Return a copy with lists of its own."""
-        return MultiDict({key: list(values) for key, values in super().items()})
+        return MultiDict(self.to_dict(flat=False))
 
     def __repr__(self) -> str:
         return f"MultiDict({list(self.items(multi=True))!r})"
@@ -523,9 +507,8 @@ class Headers(MutableMapping[str, str]):
 
     def add(self, name: str, value: Any, **parameters: Any) -> None:
         """Append a field; keywords become ``; name="value"`` parameters."""
-        for key, item in parameters.items():
-            value = f'{value}; {key.replace("_", "-")}="{item}"'
-        self._list.append((name, header_value(name, value)))
+        more = "".join(f'; {key.replace("_", "-")}="{item}"' for key, item in parameters.items())
+        self._list.append((name, header_value(name, f"{value}{more}")))
 
     def extend(self, pairs: Any) -> None:
         """Append the fields of a mapping or of pairs; a list as value is several fields."""
@@ -541,11 +524,7 @@ class Headers(MutableMapping[str, str]):
 
     def get(self, name: str, default: Any = None, type: Optional[Callable[[str], Any]] = None) -> Any:
         """Return the first value of a field, made by `type`."""
-        try:
-            value = self[name]
-            return value if type is None else type(value)
-        except (KeyError, ValueError, TypeError):
-            return default
+        return _read(self[name], type, default) if name in self else default
 
     def set(self, name: str, value: Any) -> None:
         """Replace every field of this name by one."""
@@ -556,15 +535,14 @@ class Headers(MutableMapping[str, str]):
         return self._list
 
     def __getitem__(self, name: str) -> str:
-        lower = name.lower()
-        for key, value in self._list:
-            if key.lower() == lower:
-                return value
+        for value in self.getlist(name):
+            return value
         raise KeyError(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        checked, lower = header_value(name, value), name.lower()
-        self._list = [pair for pair in self._list if pair[0].lower() != lower] + [(name, checked)]
+        checked = header_value(name, value)
+        del self[name]
+        self._list.append((name, checked))
 
     def __delitem__(self, name: str) -> None:
         self._list = [pair for pair in self._list if pair[0].lower() != name.lower()]
@@ -573,7 +551,7 @@ class Headers(MutableMapping[str, str]):
         return any(key.lower() == str(name).lower() for key, _ in self._list)
 
     def __iter__(self) -> Iterator[Any]:  # like Werkzeug's: for name, value in headers
-        return iter(self._list)
+        return iter(list(self._list))
 
     def keys(self) -> Any:
         """Return the names in order."""
@@ -606,20 +584,15 @@ class RequestHeaders(Headers):
                  if key.startswith("HTTP_") or key in ("CONTENT_TYPE", "CONTENT_LENGTH") and value]
         return [(key.replace("_", "-").title(), value) for key, value in named]
 
-    def __getitem__(self, name: str) -> str:
+    def getlist(self, name: str) -> list[str]:
+        """Return the field, without making a list of them all."""
         key = name.replace("-", "_").upper()
-        if key in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-            return self._environ[key] or self._missing(name)
-        return self._environ["HTTP_" + key]
-
-    def _missing(self, name: str) -> str:
-        raise KeyError(name)
+        bare = key in ("CONTENT_TYPE", "CONTENT_LENGTH")
+        value = self._environ.get(key if bare else "HTTP_" + key)
+        return [] if value is None or bare and not value else [value]
 
     def __contains__(self, name: object) -> bool:
-        try:
-            return bool(self[str(name)]) or True
-        except KeyError:
-            return False
+        return bool(self.getlist(str(name)))
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("the headers of a request can't be changed")
@@ -633,6 +606,11 @@ def decode_text(data: bytes, charset: str = "utf-8") -> str:
         return data.decode(charset, "replace")
     except (LookupError, ValueError):  # idna, punycode and such fail in ways of their own
         return data.decode("utf-8", "replace")
+
+
+def decode_wsgi(text: str) -> str:
+    """Turn WSGI's bytes-as-latin-1 into text; bytes that aren't UTF-8 become U+FFFD (PEP 3333)."""
+    return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
 _OPTION = re.compile(r";\s*([^\s=;]+)\s*=\s*(\"(?:[^\"\\]|\\.)*\"|[^;]*)")
@@ -699,7 +677,7 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
     return "; ".join(parts)
 
 
-def http_date(moment: Any) -> str:
+def http_date(moment: Any = None) -> str:
     """Format a datetime, struct_time or Unix time as RFC 9110 5.6.7 says: ``Sun, 06 Nov 1994 08:49:37 GMT``."""
     if hasattr(moment, "utctimetuple"):
         moment = moment.utctimetuple()
@@ -713,33 +691,69 @@ def http_date(moment: Any) -> str:
             f"{moment.tm_hour:02}:{moment.tm_min:02}:{moment.tm_sec:02} GMT")
 
 
-def decode_wsgi(text: str) -> str:
-    """Turn WSGI's bytes-as-latin-1 into text; bytes that aren't UTF-8 become U+FFFD (PEP 3333)."""
-    return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "replace")
+def parse_date(text: Optional[str]) -> Any:
+    """Read an HTTP date into a datetime in UTC; None for anything else."""
+    from datetime import timezone
+    from email.utils import parsedate_to_datetime  # only for conditional requests
+    with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
+        found = parsedate_to_datetime(text or "")
+        return found.replace(tzinfo=timezone.utc) if found.tzinfo is None else found.astimezone(timezone.utc)
+    return None
+
+
+class ETags:
+    """An If-Match or If-None-Match header (RFC 9110 13.1): ``in`` compares strongly, `contains_weak` weakly."""
+
+    def __init__(self, header: Optional[str]) -> None:
+        found = re.findall(r'(W/)?(?:"([^"]*)"|([^\s,"]+))(?:\s*,\s*|$)', header or "")
+        self._strong = {quoted or bare for weak, quoted, bare in found if not weak and bare != "*"}
+        self._weak = {quoted or bare for weak, quoted, bare in found if weak}
+        self.star_tag = (header or "").strip() == "*"
+
+    def contains_weak(self, etag: str) -> bool:
+        """Tell whether `etag` is one of them, weak or not."""
+        return etag in self._weak or etag in self
+
+    def __contains__(self, etag: object) -> bool:
+        return self.star_tag or etag in self._strong
+
+    def __bool__(self) -> bool:
+        return self.star_tag or bool(self._strong or self._weak)
+
+
+class CacheControl(dict):
+    """A Cache-Control header by names: ``max_age``, ``no_store``; True is a bare directive. Changes go to `changed`."""
+
+    def __init__(self, header: str, changed: Optional[Callable[[str], Any]] = None) -> None:
+        for key, equals, value in (part.strip().partition("=") for part in header.split(",") if part.strip()):
+            self[key.strip().lower().replace("-", "_")] = value.strip().strip('"') if equals else True
+        self.__dict__["changed"] = changed
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.get(name, None if name in ("max_age", "s_maxage", "max_stale", "min_fresh") else False)
+        return int(value) if str(value).isdecimal() else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.pop(name, None)
+        if value is not None and value is not False:
+            self[name] = value
+        if self.changed:
+            self.changed(str(self))
+
+    def __str__(self) -> str:
+        return ", ".join(key.replace("_", "-") + ("" if value is True else f"={value}") for key, value in self.items())
 
 
 class FileStorage:
     """An uploaded file: filename, name, content_type, headers, stream; read() and save() as in Flask."""
 
-    def __init__(self, stream: Any, filename: str = "", name: str = "",
-                 headers: Optional[Headers] = None) -> None:
+    def __init__(self, stream: Any, filename: str = "", name: str = "", headers: Optional[Headers] = None) -> None:
         self.stream, self.filename, self.name = stream, filename, name
         self.headers = headers if headers is not None else Headers()
 
-    @property
-    def content_type(self) -> str:
-        """The part's Content-Type, as sent."""
-        return self.headers.get("Content-Type", "")
-
-    @property
-    def mimetype(self) -> str:
-        """The content type without its parameters."""
-        return parse_options(self.content_type)[0]
-
-    @property
-    def content_length(self) -> int:
-        """The part's Content-Length, 0 where it has none."""
-        return self.headers.get("Content-Length", 0, type=int)
+    content_type = property(lambda self: self.headers.get("Content-Type"), doc="The part's Content-Type, or None.")
+    content_length = property(lambda self: self.headers.get("Content-Length", 0, type=int), doc="As sent, or 0.")
+    mimetype = property(lambda self: parse_options(self.content_type or "")[0], doc="The type without parameters.")
 
     def save(self, destination: Any, buffer_size: int = CHUNK) -> None:
         """Write the file to a path or an open file."""
@@ -747,10 +761,6 @@ class FileStorage:
             out = destination if hasattr(destination, "write") else stack.enter_context(open(destination, "wb"))
             while chunk := self.stream.read(buffer_size):
                 out.write(chunk)
-
-    def close(self) -> None:
-        """Close the stream."""
-        self.stream.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -790,14 +800,20 @@ class _Parts:
 class _Limited(io.BytesIO):
     """A buffer that refuses more than `limit` bytes with a 413."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
+    limit = 0
 
     def write(self, data: Any) -> int:
         if self.tell() + len(data) > self.limit:
             raise HTTPException(413)
         return super().write(data)
+
+    @classmethod
+    def until(cls, parts: _Parts, mark: bytes, limit: int) -> bytes:
+        """Read the bytes before a mark."""
+        buffer = cls()
+        buffer.limit = limit
+        parts.until(mark, buffer.write)
+        return buffer.getvalue()
 
 
 class _Spool:
@@ -824,7 +840,11 @@ def parse_multipart(stream: Any, boundary: bytes) -> tuple[MultiDict, MultiDict]
     for _ in range(FORM_FIELDS + 1):
         if parts.peek(2) == b"--":
             return form, files
-        headers = _part_headers(parts)
+        headers = Headers()
+        for line in _Limited.until(parts, b"\r\n\r\n", 16 * 1024).decode("utf-8", "replace").split("\r\n"):
+            key, colon, value = line.partition(":")
+            if colon and _HEADER_NAME.fullmatch(key.strip()):
+                headers._list.append((key.strip(), value.strip()))  # as sent: names of files are in any script
         options = parse_options(headers.get("Content-Disposition", ""))[1]
         name = options.get("name", "")
         if "filename" in options:
@@ -833,23 +853,11 @@ def parse_multipart(stream: Any, boundary: bytes) -> tuple[MultiDict, MultiDict]
             spool.file.seek(0)
             files.add(name, FileStorage(spool.file, options["filename"], name, headers))
         else:
-            field = _Limited(memory)
-            parts.until(mark, field.write)
-            memory -= field.tell()
+            field = _Limited.until(parts, mark, memory)
+            memory -= len(field)
             charset = parse_options(headers.get("Content-Type", ""))[1].get("charset", "utf-8")
-            form.add(name, decode_text(field.getvalue(), charset))
+            form.add(name, decode_text(field, charset))
     raise HTTPException(413)
-
-
-def _part_headers(parts: _Parts) -> Headers:
-    block = _Limited(16 * 1024)
-    parts.until(b"\r\n\r\n", block.write)
-    headers = Headers()
-    for line in block.getvalue().decode("utf-8", "replace").split("\r\n"):
-        name, colon, value = line.partition(":")
-        if colon and _HEADER_NAME.fullmatch(name.strip()):
-            headers._list.append((name.strip(), value.strip()))  # as sent: names of files are in any script
-    return headers
 
 
 class Accept:
@@ -866,20 +874,17 @@ class Accept:
 
     def quality(self, value: str) -> float:
         """Return how much `value` is wanted, 0.0 to 1.0; the most exact entry decides."""
-        group = value.partition("/")[0] + "/*"
-        for wanted in (value, group, "*/*", "*"):
+        for wanted in (value.lower(), value.partition("/")[0] + "/*", "*/*", "*"):
             for name, quality in self._values:
-                if name == wanted.lower():
+                if name == wanted:
                     return quality
         return 0.0
 
     def best_match(self, matches: Iterable[str], default: Optional[str] = None) -> Optional[str]:
         """Return the one of `matches` that the client wants most."""
-        best, best_quality = default, 0.0
-        for value in matches:
-            if self.quality(value) > best_quality:
-                best, best_quality = value, self.quality(value)
-        return best
+        wanted = list(matches)
+        best = max(wanted, key=self.quality, default="")
+        return best if wanted and self.quality(best) else default
 
     accept_html = property(lambda self: "text/html" in self, doc="Whether text/html is accepted.")
     accept_json = property(lambda self: "application/json" in self, doc="Whether application/json is accepted.")
@@ -897,6 +902,9 @@ class Accept:
 
     def __bool__(self) -> bool:
         return bool(self._values)
+
+    def __str__(self) -> str:
+        return ",".join(value if quality == 1 else f"{value};q={quality:g}" for value, quality in self._values)
 
 
 class Authorization:
@@ -932,6 +940,11 @@ class lazy:
             return self
         value = instance.__dict__[self.name] = self.function(instance)
         return value
+
+
+def _sent(key: str, cast: Callable[[str], Any], doc: str, empty: Any = None) -> property:
+    """Make a property of Request that reads one key of the environ; `empty` where it is missing or blank."""
+    return property(lambda self: cast(self.environ[key]) if self.environ.get(key) else empty, doc=doc)
 
 
 class _Input(io.RawIOBase):
@@ -971,32 +984,35 @@ class Request:
         self.endpoint: Optional[str] = None
 
     headers = lazy(lambda self: RequestHeaders(self.environ), "The header fields.")
-
-    @lazy
-    def args(self) -> MultiDict:
-        """The parameters of the query string."""
-        return MultiDict(parse_query(self.environ.get("QUERY_STRING", "")))
-
+    args = lazy(lambda self: MultiDict(parse_query(self.environ.get("QUERY_STRING", ""))), "The query's parameters.")
     cookies = lazy(lambda self: parse_cookies(self.environ.get("HTTP_COOKIE", "")), "The cookies.")
     _content = lazy(lambda self: parse_options(self.environ.get("CONTENT_TYPE") or ""))
-
-    @property
-    def content_type(self) -> Optional[str]:
-        """The Content-Type header, or None."""
-        return self.environ.get("CONTENT_TYPE") or None
-
-    @property
-    def mimetype(self) -> str:
-        """The content type in lower case, without parameters."""
-        return self._content[0]
-
+    mimetype = property(lambda self: self._content[0], doc="The content type in lower case, without parameters.")
     mimetype_params = property(lambda self: self._content[1], doc="The parameters of the content type.")
-
-    @property
-    def content_length(self) -> Optional[int]:
-        """The Content-Length in bytes, None where there is none or it is nonsense."""
-        text = self.environ.get("CONTENT_LENGTH") or ""
-        return int(text) if text.isascii() and text.isdigit() else None
+    content_type = _sent("CONTENT_TYPE", str, "The Content-Type header, or None.")
+    content_length = _sent("CONTENT_LENGTH", lambda text: int(text) if text.isascii() and text.isdigit() else None,
+                           "The Content-Length in bytes, None where there is none or it is nonsense.")
+    content_encoding = _sent("HTTP_CONTENT_ENCODING", str, "The Content-Encoding header, or None.")
+    origin = _sent("HTTP_ORIGIN", str, "The Origin header, or None.")
+    referrer = _sent("HTTP_REFERER", str, "The Referer header, or None.")
+    remote_addr = _sent("REMOTE_ADDR", str, "The client's address; the proxy's word is taken only from TRUSTED_PROXY.")
+    remote_user = _sent("REMOTE_USER", str, "Who the server in front says this is, or None.")
+    authorization = _sent("HTTP_AUTHORIZATION", Authorization, "The Authorization header, or None.")
+    user_agent = _sent("HTTP_USER_AGENT", UserAgent, "The User-Agent header.", UserAgent())
+    date = _sent("HTTP_DATE", parse_date, "The Date header as a datetime, or None.")
+    if_modified_since = _sent("HTTP_IF_MODIFIED_SINCE", parse_date, "That header as a datetime, or None.")
+    if_unmodified_since = _sent("HTTP_IF_UNMODIFIED_SINCE", parse_date, "That header as a datetime, or None.")
+    if_match = _sent("HTTP_IF_MATCH", ETags, "The If-Match header.", ETags(""))
+    if_none_match = _sent("HTTP_IF_NONE_MATCH", ETags, "The If-None-Match header.", ETags(""))
+    cache_control = _sent("HTTP_CACHE_CONTROL", CacheControl, "The Cache-Control header.", CacheControl(""))
+    accept_mimetypes = _sent("HTTP_ACCEPT", Accept, "The Accept header.", Accept(""))
+    accept_languages = _sent("HTTP_ACCEPT_LANGUAGE", Accept, "The Accept-Language header.", Accept(""))
+    accept_encodings = _sent("HTTP_ACCEPT_ENCODING", Accept, "The Accept-Encoding header.", Accept(""))
+    accept_charsets = _sent("HTTP_ACCEPT_CHARSET", Accept, "The Accept-Charset header.", Accept(""))
+    scheme = property(lambda self: self.environ.get("wsgi.url_scheme", "http"), doc="http or https.")
+    is_secure = property(lambda self: self.scheme == "https", doc="Whether the client came by https.")
+    query_string = property(lambda self: self.environ.get("QUERY_STRING", "").encode("latin-1", "replace"),
+                            doc="The raw query, as bytes.")
 
     @lazy
     def stream(self) -> Any:
@@ -1012,26 +1028,29 @@ class Request:
         """Return the body as bytes, or as text; empty where a form was parsed before."""
         data = self.__dict__.get("_data")
         if data is None:
+            if parse_form_data:
+                self.form  # noqa: B018  # reads the body where it is a form
             data = self.stream.read()
             if cache:
                 self.__dict__["_data"] = data
         return decode_text(data) if as_text else data
 
-    data = property(lambda self: b"" if self._is_form else self.get_data(), doc="The body, unless it is a form.")
-    _is_form = property(lambda self: self.mimetype in ("application/x-www-form-urlencoded", "multipart/form-data"))
+    data = property(lambda self: self.get_data(parse_form_data=True), doc="The body; empty where it is a form.")
 
     @lazy
     def _form_and_files(self) -> tuple[MultiDict, MultiDict]:
+        data = self.__dict__.get("_data")
+        stream = self.stream if data is None else io.BytesIO(data)
         if self.mimetype == "application/x-www-form-urlencoded":
-            if (self.content_length or 0) > FORM_MEMORY or len(self.get_data()) > FORM_MEMORY:
+            text = stream.read(FORM_MEMORY + 1)
+            if len(text) > FORM_MEMORY:
                 raise HTTPException(413)
-            return MultiDict(parse_query(self.get_data().decode("latin-1"))), MultiDict()
+            return MultiDict(parse_query(text.decode("latin-1"))), MultiDict()
         if self.mimetype == "multipart/form-data":
             boundary = self.mimetype_params.get("boundary", "").encode("latin-1", "replace")
             if not boundary:
                 raise HTTPException(400, "The multipart body has no boundary")
-            data = self.__dict__.get("_data")
-            return parse_multipart(self.stream if data is None else io.BytesIO(data), boundary)
+            return parse_multipart(stream, boundary)
         return MultiDict(), MultiDict()
 
     form = property(lambda self: self._form_and_files[0], doc="The fields of a form.")
@@ -1041,17 +1060,12 @@ class Request:
     def values(self) -> MultiDict:
         """`args`, and for everything but GET and HEAD `form` too; args come first."""
         both = self.args.copy()
-        if self.method not in ("GET", "HEAD"):
-            for key, value in self.form.items(multi=True):
-                both.add(key, value)
+        for key, value in self.form.items(multi=True) if self.method not in ("GET", "HEAD") else ():
+            both.add(key, value)
         return both
 
-    @property
-    def is_json(self) -> bool:
-        """Whether the content type is JSON's."""
-        kind = self.mimetype
-        return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
-
+    is_json = property(lambda self: bool(re.fullmatch(r"application/(json|.*\+json)", self.mimetype)),
+                       doc="Whether the content type is JSON's.")
     json = property(lambda self: self.get_json(), doc="The parsed JSON body: 415 for another content type, 400 for bad JSON.")
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
@@ -1069,14 +1083,6 @@ class Request:
             raise HTTPException(400, "The body is not valid JSON") from None
 
     @property
-    def query_string(self) -> bytes:
-        """The raw query string."""
-        return self.environ.get("QUERY_STRING", "").encode("latin-1", "replace")
-
-    scheme = property(lambda self: self.environ.get("wsgi.url_scheme", "http"), doc="http or https.")
-    is_secure = property(lambda self: self.scheme == "https", doc="Whether the client came by https.")
-
-    @property
     def host(self) -> str:
         """The Host header, a standard port left out; the server's name where the client sent none, or nonsense."""
         host = self.environ.get("HTTP_HOST", "")
@@ -1085,13 +1091,15 @@ class Request:
         standard = ":443" if self.is_secure else ":80"
         return host[:-len(standard)] if host.endswith(standard) else host
 
+    script_root = property(lambda self: decode_wsgi(self.environ.get("SCRIPT_NAME", "")).rstrip("/"),
+                           doc="Where the application is mounted, without a slash at the end.")
+    root_path = script_root
     host_url = property(lambda self: f"{self.scheme}://{self.host}/", doc="``http://host/``.")
-    url_root = root_url = host_url
-
-    @property
-    def base_url(self) -> str:
-        """The URL without its query."""
-        return self.host_url + uri_to_iri(quote(self.path.lstrip("/"), safe="/:@!$&'()*+,;=~%"))
+    url_root = root_url = property(lambda self: self.host_url + _shown((self.script_root + "/").lstrip("/")),
+                                   doc="``http://host/`` and where the application is mounted.")
+    base_url = property(lambda self: self.url_root + _shown(self.path.lstrip("/")), doc="The URL without its query.")
+    full_path = property(lambda self: f'{self.path}?{decode_wsgi(self.environ.get("QUERY_STRING", ""))}',
+                         doc="The path, a question mark and the query.")
 
     @property
     def url(self) -> str:
@@ -1100,33 +1108,11 @@ class Request:
         return self.base_url + ("?" + uri_to_iri(query) if query else "")
 
     @property
-    def full_path(self) -> str:
-        """The path, a question mark and the query."""
-        return f'{self.path}?{decode_wsgi(self.environ.get("QUERY_STRING", ""))}'
-
-    @property
-    def remote_addr(self) -> Optional[str]:
-        """The client's address; the proxy's word is taken only from TRUSTED_PROXY."""
-        return self.environ.get("REMOTE_ADDR")
-
-    @property
     def access_route(self) -> list[str]:
         """The client and the proxies behind it."""
         forwarded = self.environ.get("HTTP_X_FORWARDED_FOR", "")
         route = [part.strip() for part in forwarded.split(",") if part.strip()]
         return route or [self.remote_addr] if self.remote_addr else route
-
-    user_agent = lazy(lambda self: UserAgent(self.environ.get("HTTP_USER_AGENT", "")), "The User-Agent header.")
-
-    @lazy
-    def authorization(self) -> Optional[Authorization]:
-        """The Authorization header, or None."""
-        header = self.environ.get("HTTP_AUTHORIZATION")
-        return Authorization(header) if header else None
-
-    referrer = property(lambda self: self.environ.get("HTTP_REFERER"), doc="The Referer header.")
-    accept_mimetypes = lazy(lambda self: Accept(self.environ.get("HTTP_ACCEPT", "")), "The Accept header.")
-    accept_languages = lazy(lambda self: Accept(self.environ.get("HTTP_ACCEPT_LANGUAGE", "")), "The Accept-Language header.")
 
     def close(self) -> None:
         """Close the uploaded files."""
@@ -1146,6 +1132,15 @@ def uri_to_iri(uri: str) -> str:
         except UnicodeDecodeError:
             return found[0]
     return re.sub(r"(?:%[89A-Fa-f][0-9A-Fa-f])+", decode, uri)
+
+
+def _shown(path: str) -> str:
+    return uri_to_iri(quote(path, safe="/:@!$&'()*+,;=~%"))
+
+
+def iri_to_uri(iri: str) -> str:
+    """Percent-encode what a URL in a header may not hold (RFC 3987 3.1)."""
+    return quote(iri, safe="%!#$&'()*+,/:;=?@[]~")
 
 
 def parse_query(text: str) -> list[tuple[str, str]]:
@@ -1179,6 +1174,16 @@ def _json_default(value: Any) -> Any:
 _HTML = ("Content-Type", "text/html; charset=utf-8")
 
 
+def _header(name: str, load: Callable[[str], Any] = str, dump: Callable[[Any], str] = str) -> property:
+    """Make a property of Response that reads and writes one header; None takes it out."""
+    def write(response: Response, value: Any) -> None:
+        if value is None:
+            del response.headers[name]
+        else:
+            response.headers[name] = dump(value)
+    return property(lambda self: load(self.headers[name]) if name in self.headers else None, write, doc=f"The {name} header.")
+
+
 class Response:
     """An HTTP response, with Flask's names: a body (str, bytes or an iterable of them), a status and headers."""
 
@@ -1189,6 +1194,7 @@ class Response:
         self.headers = Headers(headers or ())
         self.status = status if status is not None else 200
         self.direct_passthrough = direct_passthrough
+        self._on_close: list[Callable[[], Any]] = []
         if content_type is not None:
             self.headers["Content-Type"] = content_type
         elif mimetype is None and not headers and self.default_mimetype == "text/html":
@@ -1231,49 +1237,30 @@ class Response:
         self.code = int(code)
         self._status = f"{code} {reason or REASONS.get(self.code, 'Unknown')}"
 
-    @property
-    def status_code(self) -> int:
-        """The status as a number."""
-        return self.code
-
-    @status_code.setter
-    def status_code(self, value: int) -> None:
-        self.status = value
-
-    @property
-    def mimetype(self) -> str:
-        """The content type without its parameters; text gets a charset when it is set."""
-        return parse_options(self.headers.get("Content-Type", ""))[0]
-
-    @mimetype.setter
-    def mimetype(self, value: str) -> None:
+    def _set_mimetype(self, value: str) -> None:
         textual = value.startswith("text/") or value in ("application/xml", "application/javascript") \
             or value.endswith("+xml")
         self.headers["Content-Type"] = value + ("; charset=utf-8" if textual and "charset" not in value else "")
 
-    @property
-    def content_type(self) -> Optional[str]:
-        """The Content-Type header."""
-        return self.headers.get("Content-Type")
-
-    @content_type.setter
-    def content_type(self, value: str) -> None:
-        self.headers["Content-Type"] = value
-
-    @property
-    def content_length(self) -> Optional[int]:
-        """The Content-Length, where it is known."""
-        return len(self._body) if isinstance(self._body, bytes) else self.headers.get("Content-Length", type=int)
-
-    @property
-    def location(self) -> Optional[str]:
-        """The Location header."""
-        return self.headers.get("Location")
-
-    @location.setter
-    def location(self, value: str) -> None:
-        self.headers["Location"] = iri_to_uri(value)
-
+    status_code = property(lambda self: self.code, lambda self, value: setattr(self, "status", value),
+                           doc="The status as a number.")
+    mimetype = property(lambda self: parse_options(self.headers.get("Content-Type", ""))[0], _set_mimetype,
+                        doc="The content type without its parameters; text gets a charset when it is set.")
+    mimetype_params = property(lambda self: parse_options(self.headers.get("Content-Type", ""))[1],
+                               doc="The parameters of the content type.")
+    content_type, location = _header("Content-Type"), _header("Location", dump=iri_to_uri)
+    content_encoding, content_language = _header("Content-Encoding"), _header("Content-Language")
+    content_location, accept_ranges = _header("Content-Location", dump=iri_to_uri), _header("Accept-Ranges")
+    access_control_allow_origin = _header("Access-Control-Allow-Origin")
+    age, vary, allow, retry_after = _header("Age", int), _header("Vary"), _header("Allow"), _header("Retry-After")
+    date, expires = _header("Date", parse_date, http_date), _header("Expires", parse_date, http_date)
+    last_modified = _header("Last-Modified", parse_date, http_date)
+    cache_control = property(lambda self: CacheControl(
+        self.headers.get("Cache-Control", ""), lambda text: _header("Cache-Control").fset(self, text or None)),  # type: ignore[misc]
+        doc="The Cache-Control header: ``response.cache_control.max_age = 60``.")
+    content_length = property(
+        lambda self: len(self._body) if isinstance(self._body, bytes) else self.headers.get("Content-Length", type=int),
+        lambda self, value: self.headers.set("Content-Length", value), doc="The Content-Length, where it is known.")
     is_streamed = property(lambda self: not isinstance(self._body, bytes), doc="Whether the body is made while it is sent.")
 
     def get_data(self, as_text: bool = False) -> Any:
@@ -1287,14 +1274,13 @@ class Response:
         self.response = value
 
     data = property(get_data, set_data)
-
     json = property(lambda self: self.get_json(), doc="The body parsed as JSON, None where it isn't JSON.")
+    text = property(lambda self: self.get_data(as_text=True), doc="The body as text.")
+    is_json = property(lambda self: "json" in self.mimetype, doc="Whether the content type is JSON's.")
 
     def get_json(self, force: bool = False, silent: bool = False) -> Any:
         """Return the body parsed as JSON."""
-        return json.loads(self.get_data()) if force or "json" in self.mimetype else None
-
-    is_json = property(lambda self: "json" in self.mimetype, doc="Whether the content type is JSON's.")
+        return json.loads(self.get_data()) if force or self.is_json else None
 
     def set_cookie(self, key: str, value: str = "", **options: Any) -> None:
         """Add a Set-Cookie header; options are `dump_cookie`'s."""
@@ -1304,18 +1290,76 @@ class Response:
         """Make the browser forget a cookie."""
         self.set_cookie(key, expires=0, max_age=0, path=path, domain=domain, **options)
 
+    def set_etag(self, etag: str, weak: bool = False) -> None:
+        """Set the ETag header."""
+        self.headers["ETag"] = f'{"W/" if weak else ""}"{etag}"'
+
+    def get_etag(self) -> tuple[Optional[str], Optional[bool]]:
+        """Return the ETag without its quotes and whether it is weak; (None, None) where there is none."""
+        text = self.headers.get("ETag", "")
+        return (text.removeprefix("W/").strip('"'), text.startswith("W/")) if text else (None, None)
+
+    def add_etag(self, overwrite: bool = False, weak: bool = False) -> None:
+        """Set the ETag to a hash of the body."""
+        import hashlib
+        if overwrite or "ETag" not in self.headers:
+            self.set_etag(hashlib.sha1(self.get_data()).hexdigest(), weak)
+
+    def make_conditional(self, request: Any, accept_ranges: bool = False, complete_length: Optional[int] = None) -> Response:
+        """Become a 304, 412, 206 or 416 where the request's If-... and Range headers say so (RFC 9110 13 and 14)."""
+        request = request if hasattr(request, "environ") else Request(request)
+        if request.method not in ("GET", "HEAD"):
+            return self
+        asked = request.headers.get("Range")
+        if asked and accept_ranges and complete_length and self._is_for_this(request.headers.get("If-Range")):
+            start, stop = parse_range(asked, complete_length)
+            self._body = self._body[start:stop] if isinstance(self._body, bytes) else self._body.part(start, stop)
+            self.status, self.content_length = 206, stop - start
+            self.headers["Accept-Ranges"], self.headers["Content-Range"] = "bytes", f"bytes {start}-{stop - 1}/{complete_length}"
+        elif not self._is_modified(request):
+            self.status = 412 if request.if_match else 304
+        return self
+
+    def _is_for_this(self, if_range: Optional[str]) -> bool:
+        date = parse_date(if_range)
+        if date is not None:
+            return self.last_modified is not None and self.last_modified <= date
+        return not if_range or self.get_etag()[0] in ETags(if_range)
+
+    def _is_modified(self, request: Any) -> bool:
+        since, etag = request.if_modified_since, self.get_etag()[0]
+        same = bool(since and self.last_modified and self.last_modified <= since)
+        if etag and request.if_none_match:
+            same = request.if_none_match.contains_weak(etag)
+        if etag and request.if_match:
+            same = etag not in request.if_match
+        return not same
+
+    def call_on_close(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Have `function` called once the answer was sent."""
+        self._on_close.append(function)
+        return function
+
     def close(self) -> None:
-        """Close the body, where it can be closed."""
-        if hasattr(self._body, "close"):
-            self._body.close()
+        """Close the body, where it can be closed, and call what waits for it."""
+        for function in [getattr(self._body, "close", None), *self._on_close]:
+            if function is not None:
+                function()
+        self._on_close = []
 
     def __repr__(self) -> str:
         return f"<Response [{self.status}]>"
 
 
-def iri_to_uri(iri: str) -> str:
-    """Percent-encode what a URL in a header may not hold (RFC 3987 3.1)."""
-    return quote(iri, safe="%!#$&'()*+,/:;=?@[]~")
+def parse_range(header: str, length: int) -> tuple[int, int]:
+    """Read ``bytes=0-99``, ``bytes=100-`` or ``bytes=-50`` into [start, stop); 416 for anything else (RFC 9110 14.1)."""
+    found = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", header, re.A | re.I)
+    if found and (found[1] or found[2]):
+        start = int(found[1]) if found[1] else length - int(found[2])
+        stop = min(int(found[2]) + 1, length) if found[1] and found[2] else length
+        if 0 <= start < stop:
+            return start, stop
+    raise HTTPException(416, headers=[("Content-Range", f"bytes */{length}")])
 
 
 _TUPLE_FORMS = "(body, status), (body, headers) or (body, status, headers)"
@@ -1338,9 +1382,7 @@ def make_response(*values: Any) -> Response:
     response = _body_response(value)
     if status is not None:
         response.status = status
-    if headers is None:
-        return response
-    for name, item in (headers.items() if hasattr(headers, "items") else headers):
+    for name, item in (headers.items() if hasattr(headers, "items") else headers or ()):
         del response.headers[name]
         response.headers.extend([(name, item)])
     return response
