@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import contextvars
 import functools
 import http
 import importlib.machinery
@@ -43,7 +44,6 @@ from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextvars import ContextVar
 from json.encoder import encode_basestring_ascii as quote_json
 from typing import Any, Callable, NamedTuple, Optional, Union
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
@@ -93,8 +93,27 @@ class HTTPException(Exception):
                  response: Optional[Response] = None, **fields: Any) -> None:
         super().__init__(code, description)
         self.code, self.headers, self.response = code, list(headers), response
-        self.description = description if description is not None else REASONS.get(code, "Error")
+        self.name = REASONS.get(code, "Error")
+        self.description = description if description is not None else self.name
         self.body = {"error": self.description, **fields}
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.name}: {self.description}"
+
+
+def _named(name: str, code: int) -> type[HTTPException]:
+    """Make the exception that Werkzeug has for a status: ``NotFound("why")``."""
+    def __init__(self: Any, description: Any = None, response: Optional[Response] = None, **more: Any) -> None:
+        HTTPException.__init__(self, code, description, more.get("headers") or (), response)
+    return type(name, (HTTPException,), {"__init__": __init__, "code": code})
+
+
+EXCEPTIONS = {code: _named(name, code) for code, name in {
+    400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed",
+    406: "NotAcceptable", 408: "RequestTimeout", 409: "Conflict", 410: "Gone", 412: "PreconditionFailed",
+    413: "RequestEntityTooLarge", 415: "UnsupportedMediaType", 418: "ImATeapot", 422: "UnprocessableEntity",
+    423: "Locked", 429: "TooManyRequests", 500: "InternalServerError", 501: "NotImplemented", 502: "BadGateway",
+    503: "ServiceUnavailable", 504: "GatewayTimeout"}.items()}
 
 # == 02 SETTINGS ==========================================================
 # What can be set, and where each value came from. Uses 01. The one table below makes the parsing, the --help text
@@ -184,6 +203,7 @@ SETTINGS_TABLE = (
     Setting("GRACE", seconds, "30", "seconds that calls get to finish at a stop"),
     Setting("SESSION_HOURS", seconds, "12", "hours that a login lasts"),
     Setting("TRUSTED_PROXY", str, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
+    Setting("API_TOKENS", words, "", "tokens that callers of functions with auth 'token' hold, separated by commas", True),
     Setting("PROTECTED_FUNCTIONS", words, "", "further functions that only the admin may call"),
     Setting("ADMIN", switch, "on", "off: all admin URLs answer 404"),
     Setting("UI_LANG", choice("auto", "zh-TW", "en"), "auto", "language of the pages; auto: the browser's"),
@@ -730,7 +750,7 @@ class CacheControl(dict):
         self.__dict__["changed"] = changed
 
     def __getattr__(self, name: str) -> Any:
-        value = self.get(name, None if name in ("max_age", "s_maxage", "max_stale", "min_fresh") else False)
+        value: Any = self.get(name, None if name in ("max_age", "s_maxage", "max_stale", "min_fresh") else False)
         return int(value) if str(value).isdecimal() else value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -1315,7 +1335,8 @@ class Response:
             start, stop = parse_range(asked, complete_length)
             self._body = self._body[start:stop] if isinstance(self._body, bytes) else self._body.part(start, stop)
             self.status, self.content_length = 206, stop - start
-            self.headers["Accept-Ranges"], self.headers["Content-Range"] = "bytes", f"bytes {start}-{stop - 1}/{complete_length}"
+            self.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{complete_length}"
+            self.accept_ranges = "bytes"
         elif not self._is_modified(request):
             self.status = 412 if request.if_match else 304
         return self
@@ -1370,7 +1391,7 @@ def make_response(*values: Any) -> Response:
     value = values[0] if len(values) == 1 else values
     if value.__class__ is str:
         return Response(value)
-    status, headers = None, None
+    status, headers = None, None  # type: Any, Any
     if isinstance(value, tuple):
         if len(value) == 3:
             value, status, headers = value
@@ -1904,6 +1925,7 @@ class Folder:
 # Names to files, files to modules. Uses 01, 02 and 05; the modules that `from flask import ...` means are handed in.
 # `Functions` owns what this process has loaded; `Versions` keeps every source in the database, for all processes.
 
+HOOKS = "_hooks"
 PACKAGE = "functions"  # what functions are called in sys.modules, whatever FUNCTIONS_DIR is called
 KEEP_VERSIONS = 50
 GROUP_DEPTH = 8
@@ -2004,13 +2026,34 @@ class Versions:
         return dict(self._store.read("SELECT func_name, error FROM fn_broken"))
 
 
+class Entry(NamedTuple):
+    """An entry point and how it wants to be called."""
+    function: Callable[..., Any]
+    takes_request: bool
+    wants: tuple[str, ...]  #: which of config, protected, context it takes
+    kind: str = "http"  #: http or cloud_event
+
+
+class CallSettings(NamedTuple):
+    """What a function's SETTINGS say about its calls, checked."""
+    methods: tuple[str, ...] = ()  #: blank: every method
+    auth: str = "public"
+    cors: tuple[str, ...] = ()  #: origins, or *
+    rate: tuple[int, float] = (0, 0.0)  #: calls per seconds of one client; 0 is unbounded
+    concurrency: int = 0  #: calls at once in one worker; 0: what the worker allows
+    timeout: float = 0.0  #: seconds; 0: TIMEOUT
+    max_body: int = 0  #: bytes; 0: MAX_BODY
+    entry: str = ""
+    parameters: Mapping[str, Any] = types.MappingProxyType({})
+
+
 class Code(NamedTuple):
     """A version of a function that has loaded."""
     source: bytes
     module: types.ModuleType
-    entry: Optional[Callable[..., Any]]
-    wants: tuple[str, ...]  #: which of config, protected, context the entry point takes
-    takes_request: bool
+    settings: CallSettings
+    entries: dict[str, Entry]  #: by name; main is "", and alone
+    handlers: list[tuple[Any, Callable[[Any], Any]]]  #: what functions_framework.errorhandler marked: (status or class, it)
 
 
 class Function:
@@ -2022,6 +2065,7 @@ class Function:
         self.source: Optional[bytes] = None  #: the newest source, good or not
         self.code: Optional[Code] = None
         self.error: Optional[LoadError] = None
+        self.is_hooks = name.rpartition("/")[2] == HOOKS
         self.tried = 0.0  #: monotonic time of the last attempt to load
         self.uses_helpers = False
         self.lock = threading.RLock()
@@ -2128,6 +2172,19 @@ class Functions:
             self._load(function)
         return function
 
+    def hooks(self, name: str) -> list[types.ModuleType]:
+        """Return the _hooks.py of functions/ and of each group that `name` is in; LoadError where one never loaded."""
+        found, groups = [], name.split("/")[:-1]
+        for count in range(len(groups) + 1):
+            name = "/".join([*groups[:count], HOOKS])
+            if name in self._known or os.access(os.path.join(self.root, *groups[:count], HOOKS + ".py"), os.F_OK):
+                function = self.get(name)
+                if function is not None and function.code is None:
+                    raise function.error or LoadError(f"{function.path}: it could not be loaded")
+                if function is not None and function.code is not None:
+                    found.append(function.code.module)
+        return found
+
     def names(self) -> list[str]:
         """List every function there is a file for."""
         found: list[str] = []
@@ -2211,7 +2268,7 @@ class Functions:
     def _swap(self, function: Function, source: bytes) -> None:
         broken, function.source, function.tried = function.error is not None, source, time.monotonic()
         code = self._execute(function, source)
-        if code.entry is None:
+        if not code.entries and not function.is_hooks:
             if function.code is not None or self.versions.last_good(function.name):
                 raise NoEntry("it has no main()")
             function.error = NoEntry("it has no main()")
@@ -2228,7 +2285,7 @@ class Functions:
             log.error("%s: %s%s", function.path, error, "\n" + error.trace if error.trace else "")
             self.versions.mark_broken(function.name, error)
         function.error = error
-        if function.code is None or function.code.entry is None:
+        if function.code is None or not function.code.entries and not function.is_hooks:
             source = self.versions.last_good(function.name)
             with contextlib.suppress(LoadError):
                 function.code = self._execute(function, source) if source else None
@@ -2247,7 +2304,9 @@ class Functions:
         sys.modules[name] = module
         try:
             exec(program, module.__dict__)
-            entry = find_entry(module)
+            code = Code(source, module, read_settings(module), find_entries(module), find_handlers(module))
+            if function.is_hooks and hasattr(module, "on_start"):
+                module.on_start()
         except BaseException as error:  # a module may raise anything; none of it may end the server
             if before is None:
                 sys.modules.pop(name, None)
@@ -2259,14 +2318,16 @@ class Functions:
         parent = sys.modules.get(module.__package__ or "")
         if parent is not None:
             setattr(parent, name.rpartition(".")[2], module)
-        takes_request, wants = inspect_entry(entry) if entry else (False, ())
-        return Code(source, module, entry, wants, takes_request)
+        return code
 
     def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         """Stand in for __import__ in function files: flask and such are fnserve; helpers are noted, to be watched."""
-        if level == 0 and name.partition(".")[0] in self._api:
+        top = name.partition(".")[0]
+        if level == 0 and fromlist and name in self._api:
+            return self._api[name]
+        if level == 0 and top in self._api:
             if name in self._api:
-                return self._api[name]
+                return self._api[top]
             raise ImportError(f"{name} is not part of fnserve; see the README for what of it is", name=name)
         if level and globals is not None and not globals.get("__package__"):  # `import foo` made it a top-level module
             group = os.path.relpath(os.path.dirname(globals.get("__file__") or self.root), self.root).replace(os.sep, ".")
@@ -2340,19 +2401,89 @@ def user_traceback(error: BaseException) -> str:
 KEYWORDS = ("config", "protected", "context")
 
 
-def find_entry(module: types.ModuleType) -> Optional[Callable[..., Any]]:
-    """Find the entry point: SETTINGS["entry"], else main, else the one function that functions_framework marked."""
-    settings = getattr(module, "SETTINGS", {})
-    name = settings.get("entry") if isinstance(settings, dict) else None
-    if name is not None:
-        if not callable(getattr(module, str(name), None)):
+def find_entries(module: types.ModuleType) -> dict[str, Entry]:
+    """Find the entry points: SETTINGS["entry"], several that functions_framework marked, main, or the one marked."""
+    marked = {name: value for name, value in vars(module).items() if isinstance(value, types.FunctionType)
+              and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}
+    name = read_settings(module).entry
+    if name:
+        if not callable(getattr(module, name, None)):
             raise LoadError(f"SETTINGS['entry']: the file has no function {name!r}")
-        return getattr(module, str(name))
-    if callable(getattr(module, "main", None)):
-        return module.main
-    marked = [value for value in vars(module).values() if isinstance(value, types.FunctionType)
-              and getattr(value, "_fnserve_entry", "") == module.__name__]
-    return marked[0] if len(marked) == 1 else None
+        return {"": make_entry(getattr(module, name))}
+    if len(marked) > 1:
+        return {name: make_entry(value) for name, value in marked.items()}
+    for value in [getattr(module, "main", None), *marked.values()]:
+        if callable(value):
+            return {"": make_entry(value)}
+    return {}
+
+
+def find_handlers(module: types.ModuleType) -> list[tuple[Any, Callable[[Any], Any]]]:
+    """Find what functions_framework.errorhandler marked."""
+    return [(value.__dict__["_fnserve_handles"], value) for value in vars(module).values()
+            if isinstance(value, types.FunctionType) and "_fnserve_handles" in value.__dict__]
+
+
+def make_entry(function: Callable[..., Any]) -> Entry:
+    """Look at an entry point."""
+    return Entry(function, *inspect_entry(function), getattr(function, "_fnserve_entry", ("", "http"))[1])
+
+
+def _list_of(check: Callable[[str], str], what: str) -> Callable[[Any], tuple[str, ...]]:
+    def cast(value: Any) -> tuple[str, ...]:
+        found = value.replace(",", " ").split() if isinstance(value, str) else value
+        if not isinstance(found, (list, tuple, set, frozenset)) or not found or not all(isinstance(x, str) for x in found):
+            raise ValueError(what)
+        return tuple(map(check, found))
+    return cast
+
+
+def _rate(value: Any) -> tuple[int, float]:
+    found = re.fullmatch(r"([1-9]\d{0,8})\s*/\s*(s|sec|second|m|min|minute|h|hour|d|day)", str(value), re.A)
+    if not found:
+        raise ValueError("calls per time, such as 60/min: s, min, hour or day")
+    return int(found[1]), {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2][0]]
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.\-]*://[^/\s]+", text, re.I):
+        raise ValueError("* or origins such as https://example.com")
+    return text
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("a dict")
+    return value
+
+
+SETTINGS_CASTS: dict[str, Callable[[Any], Any]] = {
+    "methods": _list_of(lambda name: choice(*METHODS)(name), "a list of HTTP methods"),
+    "auth": lambda value: choice("public", "login", "token", "internal")(str(value)),
+    "cors": _list_of(_origin, "* or origins such as https://example.com"), "rate": _rate,
+    "concurrency": lambda value: whole(1, 256)(str(value)), "timeout": lambda value: seconds(str(value)),
+    "max_body": lambda value: size(str(value)), "parameters": _mapping,
+    "entry": lambda value: choice(str(value))(str(value) if str(value).isidentifier() else ""),
+}
+
+
+def read_settings(module: types.ModuleType) -> CallSettings:
+    """Check a file's SETTINGS; LoadError names the key that can't be used."""
+    given = getattr(module, "SETTINGS", {})
+    if not isinstance(given, dict):
+        raise LoadError("SETTINGS: must be a dict")
+    found = {}
+    for key, value in given.items():
+        if key not in SETTINGS_CASTS:
+            raise LoadError(f"SETTINGS[{key!r}]: there is no such key; there are {', '.join(SETTINGS_CASTS)}")
+        try:
+            found[key] = SETTINGS_CASTS[key](value)
+        except ValueError as error:
+            raise LoadError(f"SETTINGS[{key!r}] = {value!r}: must be {error}") from None
+    return CallSettings(**found) if found else PLAIN
+
+
+PLAIN = CallSettings()
 
 
 def inspect_entry(entry: Callable[..., Any]) -> tuple[bool, tuple[str, ...]]:
@@ -2385,10 +2516,10 @@ class Call:
     """One call on its way through the pipeline: request, answer so far, and what it printed."""
 
     __slots__ = ("app", "request", "id", "started", "clock", "function", "route", "trigger", "attempt", "deadline",
-                 "_session", "_g", "after", "output", "printed", "error")
+                 "_session", "_g", "after", "hooks", "code", "output", "printed", "error", "failed")
 
-    def __init__(self, app: Any, environ: dict[str, Any], trigger: str = "http", attempt: int = 1) -> None:
-        self.app, self.trigger, self.attempt = app, trigger, attempt
+    def __init__(self, app: Any, environ: dict[str, Any]) -> None:
+        self.app, self.trigger, self.attempt = app, environ.get("fnserve.trigger", "http"), environ.get("fnserve.attempt", 1)
         self.request = Request(environ, app.settings.MAX_BODY)
         self.id = app.new_id()
         self.started, self.clock = app.clock(), time.perf_counter()
@@ -2398,9 +2529,12 @@ class Call:
         self._session: Optional[Session] = None
         self._g: Optional[types.SimpleNamespace] = None
         self.after: list[Callable[[Response], Any]] = []
+        self.hooks: list[types.ModuleType] = []
+        self.code: Optional[Code] = None  #: the version of the function that serves
         self.output: list[str] = []
         self.printed = 0  #: characters printed, those beyond OUTPUT_BYTES too
         self.error = ""  #: traceback, for the admin
+        self.failed: Optional[BaseException] = None  #: what the function raised
 
     @property
     def session(self) -> Session:
@@ -2447,7 +2581,7 @@ class Globals(types.SimpleNamespace):
         return iter(self.__dict__)
 
 
-current_call: ContextVar[Call] = ContextVar("fnserve_call")
+current_call: contextvars.ContextVar[Call] = contextvars.ContextVar("fnserve_call")
 
 
 def serving() -> Call:
@@ -2530,6 +2664,8 @@ def abort(code: Any, description: Any = None, *_: Any, response: Optional[Respon
     """Answer with this status: `description` is the JSON's "error"; a Response is sent as it is."""
     if isinstance(code, Response):
         raise HTTPException(code.status_code, response=code)
+    if int(code) in EXCEPTIONS:
+        raise EXCEPTIONS[int(code)](description, response)
     raise HTTPException(int(code), description, response=response)
 
 
@@ -2590,49 +2726,57 @@ def guess_type(name: str) -> str:
 def send_file(path_or_file: Any, mimetype: Optional[str] = None, as_attachment: bool = False,
               download_name: Optional[str] = None, conditional: bool = True, etag: Any = True,
               last_modified: Any = None, max_age: Any = None) -> Response:
-    """Return a file's contents, streamed; `download_name` may be in any script (RFC 6266)."""
+    """Return a file's contents, streamed; `download_name` may be in any script (RFC 6266). Ranges are answered."""
+    tag = ""
     if isinstance(path_or_file, (str, os.PathLike)):
         path = os.fspath(path_or_file)
         file, found = open(path, "rb"), os.stat(path)
         download_name = download_name or os.path.basename(path)
         length, last_modified = found.st_size, last_modified or found.st_mtime
-        tag = f'"{found.st_mtime_ns:x}-{found.st_size:x}"' if etag is True else f'"{etag}"' if etag else ""
+        tag = f"{found.st_mtime_ns:x}-{found.st_size:x}" if etag is True else ""
     else:
-        file, tag, start = path_or_file, "", path_or_file.tell()
+        file, start = path_or_file, path_or_file.tell()
         length = file.seek(0, 2) - start
         file.seek(start)
     if mimetype is None and download_name is None:
-        raise ValueError("send_file() needs a mimetype or a download_name for a file without a name")
+        raise TypeError("send_file() needs a mimetype or a download_name for a file without a name")
     response = Response(FileBody(file), mimetype=mimetype or guess_type(download_name or ""))
-    response.headers["Content-Length"] = str(length)
+    response.content_length = length
     if as_attachment or download_name:
         response.headers["Content-Disposition"] = content_disposition(as_attachment, download_name or "")
     if last_modified is not None:
-        response.headers["Last-Modified"] = http_date(last_modified)
+        response.last_modified = last_modified
     response.headers["Cache-Control"] = "no-cache" if max_age is None else f"public, max-age={int(max_age)}"
-    if tag:
-        response.headers["ETag"] = tag
-    known = serving().request.headers.get("If-None-Match", "") if current_call.get(None) else ""
-    if conditional and tag and tag in [item.strip().removeprefix("W/") for item in known.split(",")]:
-        file.close()
-        response.response, response.status = b"", 304
-        del response.headers["Content-Length"]
+    if tag or isinstance(etag, str):
+        response.set_etag(tag or etag)
+    if conditional and has_request_context():
+        try:
+            response.make_conditional(serving().request, True, length)
+        except HTTPException:
+            file.close()
+            raise
     return response
 
 
 class FileBody:
-    """Yields an open file in chunks, and closes it."""
+    """Yields an open file, or a `part` of it, in chunks, and closes it."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, file: Any, left: float = float("inf")) -> None:
+        self._file, self._left = file, left
+
+    def part(self, start: int, stop: int) -> FileBody:
+        """Return the bytes from `start` to `stop` of what is left."""
+        self._file.seek(start, 1)
+        return FileBody(self._file, stop - start)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        chunk = self._file.read(CHUNK)
+        chunk = self._file.read(int(min(CHUNK, self._left)))
         if not chunk:
             raise StopIteration
+        self._left -= len(chunk)
         return chunk
 
     def close(self) -> None:
@@ -2687,32 +2831,130 @@ def render_template_string(source: str, **values: Any) -> str:
     return _jinja(serving().app).from_string(source).render(**values)
 
 
-def mark_entry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark an entry point: functions_framework.http."""
-    function._fnserve_entry = function.__module__  # type: ignore[attr-defined]
-    return function
+def copy_current_request_context(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` bound to this call, to be run in a thread."""
+    context = contextvars.copy_context()
+    return lambda *args, **kwargs: context.copy().run(function, *args, **kwargs)
+
+
+def has_request_context() -> bool:
+    """Tell whether a call is being served here."""
+    return current_call.get(None) is not None
+
+
+def flash(message: str, category: str = "message") -> None:
+    """Keep a message in the session for the next page."""
+    session["_flashes"] = [*session.get("_flashes", []), [category, message]]
+
+
+def get_flashed_messages(with_categories: bool = False, category_filter: Iterable[str] = ()) -> list[Any]:
+    """Take the messages out of the session."""
+    wanted = list(category_filter)
+    found = [tuple(pair) for pair in session.pop("_flashes", []) if not wanted or pair[0] in wanted]
+    return found if with_categories else [message for _, message in found]
+
+
+class CloudEvent:
+    """A CloudEvent 1.0: `data`, and its attributes by ``event["type"]``, `get` and `get_attributes`."""
+
+    def __init__(self, attributes: Mapping[str, Any], data: Any = None) -> None:
+        self._attributes, self.data = {"specversion": "1.0", **attributes}, data
+        missing = [name for name in ("id", "source", "type") if not self._attributes.get(name)]
+        if missing:
+            raise HTTPException(400, f"The CloudEvent lacks {', '.join(missing)}")
+
+    def get_attributes(self) -> dict[str, Any]:
+        """Return all attributes."""
+        return dict(self._attributes)
+
+    def get_data(self) -> Any:
+        """Return the data."""
+        return self.data
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return one attribute."""
+        return self._attributes.get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._attributes[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._attributes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._attributes)
+
+    def __repr__(self) -> str:
+        return f"CloudEvent({self._attributes!r})"
+
+
+def read_event(request: Request) -> CloudEvent:
+    """Read a CloudEvent from a request, in binary or structured mode (CloudEvents 1.0, HTTP binding 3); 400 for none."""
+    if request.mimetype == "application/cloudevents+json":
+        sent = request.get_json()
+        if not isinstance(sent, dict):
+            raise HTTPException(400, "The CloudEvent is not a JSON object")
+        data = sent.pop("data", None)
+        if "data_base64" in sent:
+            with contextlib.suppress(Base64Error, ValueError, TypeError):
+                data = a2b_base64(sent["data_base64"])
+            del sent["data_base64"]
+        return CloudEvent(sent, data)
+    named = {name[3:].lower(): decode_wsgi(value) for name, value in request.headers if name.startswith("Ce-")}
+    if request.content_type:
+        named["datacontenttype"] = request.content_type
+    body = request.get_data()
+    if body and (request.is_json or not request.content_type):
+        with contextlib.suppress(ValueError, RecursionError):
+            body = json.loads(body)
+    return CloudEvent({name.replace("-", "_"): value for name, value in named.items()}, body or None)
+
+
+def mark_entry(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a decorator that marks an entry point: functions_framework.http and .cloud_event."""
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        function._fnserve_entry = (function.__module__, kind)  # type: ignore[attr-defined]
+        return function
+    return mark
+
+
+def mark_handler(handles: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a decorator that marks what answers a status or an exception: functions_framework.errorhandler."""
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        function._fnserve_handles = handles  # type: ignore[attr-defined]
+        return function
+    return mark
+
+
+PUBLIC = """request session g current_app jsonify abort redirect url_for Response Request make_response send_file
+send_from_directory stream_with_context after_this_request render_template render_template_string escape Markup flash
+get_flashed_messages copy_current_request_context has_request_context Client CloudEvent""".split()
 
 
 def make_api() -> dict[str, types.ModuleType]:
-    """Make the modules that imports in function files mean; markupsafe's and werkzeug's only where they are missing."""
-    here = sys.modules[__name__]
-    public = {name: getattr(here, name) for name in (
-        "request", "session", "g", "current_app", "jsonify", "abort", "redirect", "url_for", "Response", "Request",
-        "make_response", "send_file", "send_from_directory", "stream_with_context", "after_this_request",
-        "render_template", "render_template_string", "escape", "Markup", "Client")}
-    flask = types.ModuleType("flask", "Flask's names, as fnserve means them.")
-    flask.__dict__.update(public, json=json)
-    framework = types.ModuleType("functions_framework")
-    framework.__dict__.update(http=mark_entry)
-    made = {"flask": flask, "functions_framework": framework, "fnserve": here}
-    for name, values in (("markupsafe", {"escape": escape, "Markup": Markup}),
-                         ("werkzeug.utils", {"secure_filename": secure_filename})):
-        if importlib.machinery.PathFinder.find_spec(name.partition(".")[0]) is None:
-            made[name] = types.ModuleType(name)
-            made[name].__dict__.update(values)
-    if "werkzeug.utils" in made:
-        made["werkzeug"] = types.ModuleType("werkzeug")
-        made["werkzeug"].__dict__["utils"] = made["werkzeug.utils"]
+    """Make the modules that imports in function files mean; those of other packages only where they are missing."""
+    here, made = sys.modules[__name__], {}
+
+    def module(name: str, **values: Any) -> types.ModuleType:
+        made[name] = types.ModuleType(name, f"What {name} means inside function files.")
+        made[name].__dict__.update(values)
+        return made[name]
+    public = {name: getattr(here, name) for name in PUBLIC}
+    module("flask", **public, has_app_context=has_request_context, json=json,
+           typing=module("flask.typing", ResponseReturnValue=Any))
+    made.update({"flask.json": json, "flask.globals": made["flask"], "flask.helpers": made["flask"],
+                 "flask.wrappers": made["flask"]})
+    module("functions_framework", http=mark_entry("http"), cloud_event=mark_entry("cloud_event"), errorhandler=mark_handler)
+    made["fnserve"] = here
+    errors = {kind.__name__: kind for kind in EXCEPTIONS.values()}
+    module("werkzeug.exceptions", HTTPException=HTTPException, BadRequestKeyError=BadRequestKeyError, abort=abort, **errors)
+    if importlib.machinery.PathFinder.find_spec("werkzeug") is None:
+        module("werkzeug", utils=module("werkzeug.utils", secure_filename=secure_filename),
+               exceptions=made["werkzeug.exceptions"])
+    if importlib.machinery.PathFinder.find_spec("markupsafe") is None:
+        module("markupsafe", escape=escape, Markup=Markup)
+    if importlib.machinery.PathFinder.find_spec("cloudevents") is None:
+        module("cloudevents", http=module("cloudevents.http", CloudEvent=CloudEvent))
     return made
 
 
@@ -2812,13 +3054,9 @@ def handle(app: Any, call: Call) -> Response:
         target = resolve(app, call)
         gate(app, call, target)
         response = make_response(run(app, call, target))
-        for function in reversed(call.after):
-            response = make_response(function(response) or response)
-        return response
-    except HTTPException as error:
-        return answer_error(app, call, error)
     except BaseException as error:  # SystemExit and the like too: a function must not be able to end its worker
-        return answer_failure(app, call, error)
+        response = recover(app, call, error)
+    return finish(app, call, response) if call.after or call.hooks else response
 
 
 def resolve(app: Any, call: Call) -> Target:
@@ -2844,38 +3082,184 @@ def resolve(app: Any, call: Call) -> Target:
 
 
 def gate(app: Any, call: Call, target: Target) -> None:
-    """Refuse what may not be served: method, login, origin, size."""
-    if target.route is not None:
-        if call.request.method not in target.route.methods:
+    """Refuse what may not be served: method, login, origin, rate, size."""
+    request = call.request
+    if target.function is not None:
+        code = call.code = target.function.code
+        if code is not None and code.settings is not PLAIN:
+            gate_function(app, call, code.settings)
+        if call.function in app.protected:
+            if not app.settings.ADMIN:
+                raise HTTPException(404, f'Function "{call.function}" not found')
+            require_admin(app, call)
+    elif target.route is not None:
+        if request.method not in target.route.methods:
             raise HTTPException(405, headers=[("Allow", ", ".join(target.route.methods))])
         if target.route.admin:
             require_admin(app, call)
         else:
-            call.request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
-    elif call.function in app.protected:
-        if not app.settings.ADMIN:
-            raise HTTPException(404, f'Function "{call.function}" not found')
-        require_admin(app, call)
-    length = call.request.content_length
-    if length is not None and length > call.request.max_content_length:
+            request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
+    length = request.content_length
+    if length is not None and length > request.max_content_length:
         raise HTTPException(413)
+
+
+def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
+    """Refuse what a function's SETTINGS refuse; answer a preflight."""
+    request = call.request
+    if settings.auth == "internal" and call.trigger == "http":
+        raise HTTPException(404, f'Function "{call.function}" not found')
+    if settings.cors:
+        share_origin(call, settings)
+    allowed = settings.methods + (("HEAD",) if "GET" in settings.methods else ())
+    if allowed and request.method not in allowed:
+        raise HTTPException(405, headers=[("Allow", ", ".join(dict.fromkeys(allowed)))])
+    if settings.auth == "login":
+        require_admin(app, call)
+    elif settings.auth == "token" and not has_api_token(app, request):
+        require_admin(app, call)
+    if settings.rate[0]:
+        app.rates.take(call, settings.rate)
+    if settings.max_body:
+        request.max_content_length = settings.max_body
+    if settings.timeout:
+        call.deadline = call.started + settings.timeout
+
+
+def has_api_token(app: Any, request: Request) -> bool:
+    """Tell whether a request carries one of API_TOKENS; all are compared, so that time tells nothing."""
+    given = request.authorization
+    token = given.token if given is not None and given.type == "bearer" else ""
+    return bool(token) and sum(same_secret(token, known) for known in app.settings.API_TOKENS) > 0
+
+
+def share_origin(call: Call, settings: CallSettings) -> None:
+    """Let a function's other origins read its answers (CORS, Fetch standard 3.2); a preflight is answered here."""
+    origin, asked = call.request.origin, call.request.environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD")
+
+    def add(response: Response) -> Response:
+        if "*" not in settings.cors:
+            response.headers.add("Vary", "Origin")
+        if origin and (origin in settings.cors or "*" in settings.cors):
+            response.access_control_allow_origin = "*" if "*" in settings.cors else origin
+        return response
+    call.after.append(add)
+    if origin and asked and call.request.method == "OPTIONS":
+        headers = call.request.headers.get("Access-Control-Request-Headers", "")
+        raise HTTPException(204, response=Response(status=204, headers={
+            "Access-Control-Allow-Methods": ", ".join(settings.methods or METHODS), "Access-Control-Max-Age": "600",
+            **({"Access-Control-Allow-Headers": headers} if headers else {})}))
+
+
+class Rates:
+    """Counts each client's calls of the functions that bound them, in this worker; `share` is the number of workers."""
+
+    def __init__(self) -> None:
+        self.share = 1
+        self._lock = threading.Lock()
+        self._calls: dict[tuple[Optional[str], str], list[float]] = {}
+
+    def take(self, call: Call, rate: tuple[int, float]) -> None:
+        """Count a call, or raise 429 with the time until there is room."""
+        limit, key = max(1, -(-rate[0] // self.share)), (call.function, client_network(call.request.remote_addr or ""))
+        with self._lock:
+            recent = [at for at in self._calls.pop(key, ()) if call.started - rate[1] < at <= call.started]
+            self._calls[key] = recent  # now the last of the dict, whose first is the one not seen for longest
+            if len(self._calls) > 10_000:
+                del self._calls[next(iter(self._calls))]
+            if len(recent) >= limit:
+                wait = max(1, int(recent[0] + rate[1] - call.started) + 1)
+                raise HTTPException(429, "Too many calls", [("Retry-After", str(wait))])
+            recent.append(call.started)
 
 
 def run(app: Any, call: Call, target: Target) -> Any:
     """Call the view or the function, and return what it returns."""
-    if target.function is None:
+    function, code = target.function, call.code
+    if function is None:
         return target.route.view(app, call)  # type: ignore[union-attr]
-    code = target.function.code
     if code is None:
-        raise target.function.error or LoadError("it could not be loaded")
-    if code.entry is None:
-        raise HTTPException(400, f'Module "{target.function.name}" has no main()')
-    keywords = {word: app.keyword(word, call) for word in code.wants} if code.wants else {}
-    value = code.entry(call.request, **keywords) if code.takes_request else code.entry(**keywords)
+        raise function.error or LoadError("it could not be loaded")
+    call.hooks = app.functions.hooks(function.name)
+    for hook in call.hooks:
+        value = hook.before_request(call.request) if hasattr(hook, "before_request") else None
+        if value is not None:
+            return value
+    return call_entry(app, call, code.entries[""] if "" in code.entries else choose_entry(call, function, code))
+
+
+def choose_entry(call: Call, function: Function, code: Code) -> Entry:
+    """Take the next part of the path as the name of one of several entry points."""
+    if not code.entries:
+        raise HTTPException(400, f'Module "{function.name}" has no main()')
+    name, _, rest = call.request.view_args["subpath"].partition("/")
+    if name not in code.entries:
+        raise HTTPException(404, f'Module "{function.name}" has these functions', functions=[
+            f"/function/{function.name}/{known}" for known in code.entries])
+    call.request.view_args["subpath"] = rest
+    return code.entries[name]
+
+
+def call_entry(app: Any, call: Call, entry: Entry) -> Any:
+    """Call an entry point with what it takes."""
+    keywords = {word: app.keyword(word, call) for word in entry.wants} if entry.wants else {}
+    if entry.kind == "cloud_event":
+        value = entry.function(read_event(call.request), **keywords)
+        return value if isinstance(value, types.CoroutineType) else "OK"
+    value = entry.function(call.request, **keywords) if entry.takes_request else entry.function(**keywords)
     if isinstance(value, types.CoroutineType):
         import asyncio  # only for async functions
         value = asyncio.run(value)
     return value
+
+
+def recover(app: Any, call: Call, error: BaseException) -> Response:
+    """Make the answer to what went wrong: the function's own handler's, the hooks', or the platform's."""
+    if type(error).__module__.startswith("werkzeug.") and hasattr(error, "get_response"):  # the real Werkzeug's
+        known: Any = error
+        error = HTTPException(known.code or 500, known.description, response=known.response and make_response(known.response))
+    for handler in find_handlers_of(call, error):
+        try:
+            value = handler(error)
+            if value is not None:
+                return make_response(value)
+        except BaseException as again:
+            error = again
+            break
+    if isinstance(error, HTTPException):
+        return answer_error(app, call, error)
+    return answer_failure(app, call, error)
+
+
+def find_handlers_of(call: Call, error: BaseException) -> Iterator[Callable[[Any], Any]]:
+    """Yield the handlers of an error: functions_framework.errorhandler's, then the hooks', the innermost first."""
+    status = getattr(error, "code", 500) if isinstance(error, HTTPException) else 500
+    for handles, handler in call.code.handlers if call.code else ():
+        if isinstance(error, handles) if isinstance(handles, type) else handles == status:
+            yield handler
+    for hook in reversed(call.hooks):
+        if hasattr(hook, "errorhandler"):
+            yield functools.partial(hook.errorhandler, call.request)
+
+
+def finish(app: Any, call: Call, response: Response) -> Response:
+    """Let what was left for the end see the response: after_this_request, CORS, the hooks; the innermost first."""
+    failed: Optional[BaseException] = None
+    try:
+        for function in reversed(call.after):
+            response = make_response(function(response) or response)
+        for hook in reversed(call.hooks):
+            if hasattr(hook, "after_request"):
+                response = make_response(hook.after_request(call.request, response) or response)
+    except BaseException as error:
+        failed, response = error, recover(app, call, error)
+    for hook in reversed(call.hooks):
+        try:
+            if hasattr(hook, "teardown_request"):
+                hook.teardown_request(call.request, failed or call.failed)
+        except BaseException as error:
+            response = answer_failure(app, call, error)
+    return response
 
 
 def require_admin(app: Any, call: Call) -> None:
@@ -2963,6 +3347,7 @@ def json_error(call: Call, error: HTTPException) -> Response:
 
 def answer_failure(app: Any, call: Call, error: BaseException) -> Response:
     """Log a failure, the traceback for the admin only, and answer 500."""
+    call.failed = error
     call.error = error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error)
     log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(),
               extra={"call": call.id})
@@ -3929,7 +4314,7 @@ class App:
         self.config = Config(settings.directory)
         self.functions = Functions(settings.FUNCTIONS_DIR, Versions(self.store), make_api(), self.reserved)
         self.folder = Folder(self.journal, self.store, settings, self.protected)
-        self.background = Background(self)
+        self.background, self.rates = Background(self), Rates()
         self.templates: Any = None  #: Jinja2's environment, once it is used
         self._starting, self._started = threading.Lock(), 0
         self._ids: list[str] = []
@@ -4348,6 +4733,7 @@ class Supervisor:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the supervisor passes on a stop
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._app.rates.share = self._settings.WORKERS
         worker = Worker(self._app, self._socket, cores[number % len(cores)] if cores else None)
         signal.signal(signal.SIGTERM, worker.stop)
         if self._stopping:  # the signal came between the fork and the lines above
@@ -4520,7 +4906,8 @@ def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
     app = prepare(**options)
     app.start()
     headers.setdefault("Authorization", "Bearer " + app.settings.SECRET_TOKEN)  # whoever runs this owns the files
-    response = Client(app).open("/function/" + quote(arguments.name), arguments.method or ("POST" if data else "GET"),
+    client = Client(lambda environ, start: app({**environ, "fnserve.trigger": "cli"}, start))
+    response = client.open("/function/" + quote(arguments.name), arguments.method or ("POST" if data else "GET"),
                                 query=dict(pair.partition("=")[::2] for pair in arguments.query), data=data,
                                 headers=headers)
     sys.stdout.flush()
@@ -4542,7 +4929,7 @@ def cmd_check(arguments: Any, options: dict[str, Any]) -> int:
         function = app.functions.get(name)
         error = function.error if function else None
         helper = isinstance(error, NoEntry) and function is not None and function.code is not None \
-            and function.code.entry is None
+            and not function.code.entries
         failed += error is not None and not helper
         print(f"{name}: {'fine, a helper module' if helper else error or 'fine'}")
     return int(failed > 0)
