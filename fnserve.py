@@ -22,6 +22,7 @@ pages (16) read only what was folded.
 from __future__ import annotations
 
 import builtins
+import codecs
 import contextlib
 import contextvars
 import functools
@@ -213,53 +214,44 @@ SETTINGS_TABLE = (
 #   [export] key [= value] [# comment]
 #   key   = 'quoted' or any characters but = # and white space
 #   value = 'single \' quoted' | "double \n quoted" | unquoted, up to " #" or the end of the line
-_ENV_SPACE = re.compile(r"\s*")
-_ENV_KEY = re.compile(r"(?:export[^\S\r\n]+)?(?:'([^']+)'|([^=#\s]+))[^\S\r\n]*")
-_ENV_VALUE = re.compile(r"""=[^\S\r\n]*(?:'((?:\\'|[^'])*)'|"((?:\\"|[^"])*)"|([^\r\n]*))""")
-_ENV_END = re.compile(r"[^\S\r\n]*(?:#[^\r\n]*)?(?=\r\n|\n|\r|\Z)")
+_ENV_START = re.compile(r"\s*(?:export[^\S\r\n]+)?")
+_ENV_KEY = re.compile(r"(?:'([^']+)'|(?!')([^=#\s]+)|(?=#))[^\S\r\n]*")
+_ENV_VALUE = re.compile(r"""=(?:[^\S\r\n]+(?=\#)|[^\S\r\n]*(?:'((?:\\[\s\S]|[^'\\])*)'|"((?:\\[\s\S]|[^"\\])*)"
+                            |(?![^\S\r\n]*['"])([^\r\n]*)))""", re.X)
+_ENV_END = re.compile(r"(?:[^\S\r\n]*#[^\r\n]*)?[^\S\r\n]*(?:\r\n|\n|\r|\Z)")
 _ENV_REST = re.compile(r"[^\r\n]*")
 _ENV_ESCAPE = re.compile(r"\\([\\'\"abfnrtv])")
 _ENV_VARIABLE = re.compile(r"\$\{(?P<name>[^}:]*)(?::-(?P<default>[^}]*))?\}")
 _ESCAPED = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 
 
-def _env_binding(text: str, at: int) -> Optional[tuple[int, str, Optional[str]]]:
-    """Read one binding, or a comment (whose key is blank); None where the line is neither."""
-    if text[at] == "#":
-        return _ENV_REST.match(text, at).end(), "", None  # type: ignore[union-attr]
-    key = _ENV_KEY.match(text, at)
-    if not key:
-        return None
-    value: Optional[str] = None
-    at = key.end()
-    found = _ENV_VALUE.match(text, at)
-    if found and found[3] is not None and found[3][:1] in ("'", '"'):
-        return None  # a quote that is never closed
-    if found:
-        at = found.end()
-        if found[1] is not None:
-            value = re.sub(r"\\([\\'])", r"\1", found[1])
-        elif found[2] is not None:
-            value = _ENV_ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[1]), found[2])
-        else:
-            value = re.sub(r"\s+#.*", "", found[3]).rstrip()
-    end = _ENV_END.match(text, at)
-    return (end.end(), key[1] or key[2], value) if end else None
+def _env_binding(text: str, at: int) -> tuple[int, str, Optional[str]]:
+    """Read one binding; the key is blank for a comment, and for a line that is no binding."""
+    at = _ENV_START.match(text, at).end()  # type: ignore[union-attr]  # like the rest of a line, it always matches
+    key, value = _ENV_KEY.match(text, at), None
+    if key:
+        at = key.end()
+        found = _ENV_VALUE.match(text, at)
+        if found:
+            at = found.end()
+            if found[1] is not None:
+                value = re.sub(r"\\([\\'])", r"\1", found[1])
+            elif found[2] is not None:
+                value = _ENV_ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[1]), found[2])
+            else:
+                value = re.sub(r"\s+#.*", "", found[3] or "").rstrip()
+        end = _ENV_END.match(text, at)
+        if end:
+            return end.end(), key[1] or key[2] or "", value
+    return _ENV_REST.match(text, at).end(), "", None  # type: ignore[union-attr]
 
 
 def _env_bindings(text: str) -> Iterator[tuple[str, Optional[str]]]:
     at = 0
-    while True:
-        at = _ENV_SPACE.match(text, at).end()  # type: ignore[union-attr]  # \s* always matches
-        if at >= len(text):
-            return
-        found = _env_binding(text, at)
-        if found is None:
-            at = _ENV_REST.match(text, at).end()  # type: ignore[union-attr]
-        else:
-            at, key, value = found
-            if key:
-                yield key, value
+    while at < len(text):
+        at, key, value = _env_binding(text, at)
+        if key:
+            yield key, value
 
 
 def _lookup(found: re.Match[str], values: Mapping[str, Optional[str]], environ: Mapping[str, str]) -> str:
@@ -517,6 +509,11 @@ def header_value(name: str, value: Any) -> str:
     return text
 
 
+def quote_text(text: str) -> str:
+    """Write a quoted string (RFC 9110 5.6.4)."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
 class Headers(MutableMapping[str, str]):
     """Header fields in order, names in any case; ``[]`` sets and gets one, `add` and `getlist` several."""
 
@@ -527,7 +524,8 @@ class Headers(MutableMapping[str, str]):
 
     def add(self, name: str, value: Any, **parameters: Any) -> None:
         """Append a field; keywords become ``; name="value"`` parameters."""
-        more = "".join(f'; {key.replace("_", "-")}="{item}"' for key, item in parameters.items())
+        more = "".join(f'; {key.replace("_", "-")}=' + (item if _HEADER_NAME.fullmatch(item) else quote_text(item))
+                       for key, item in parameters.items())
         self._list.append((name, header_value(name, f"{value}{more}")))
 
     def extend(self, pairs: Any) -> None:
@@ -659,8 +657,8 @@ def parse_cookies(header: str) -> MultiDict:
     """Read a Cookie header (RFC 6265 4.2.1), with the octal escapes that http.cookies and Werkzeug write."""
     cookies = MultiDict()
     for part in header.split(";"):
-        key, equals, value = part.strip().partition("=")
-        if not equals or not key.strip():
+        key, _, value = part.strip().partition("=")
+        if not key.strip():
             continue
         value = value.strip()
         if len(value) > 1 and value[0] == value[-1] == '"':
@@ -683,6 +681,7 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
     parts = [f"{key}={value}"]
     if max_age is not None:
         max_age = int(max_age.total_seconds() if hasattr(max_age, "total_seconds") else max_age)
+        expires = time.time() + max_age if expires is None else expires
     if expires is not None:
         expires = expires if isinstance(expires, str) else http_date(expires)
     if samesite is not None and samesite.title() not in ("Strict", "Lax", "None"):
@@ -886,7 +885,7 @@ class Accept:
     def __init__(self, header: str) -> None:
         self._values: list[tuple[str, float]] = []
         for part in header.split(","):
-            value, options = parse_options(part)
+            value, options = part.partition(";")[0].strip(), parse_options(part)[1]
             with contextlib.suppress(ValueError):
                 if value:
                     self._values.append((value, max(0.0, min(1.0, float(options.get("q", "1"))))))
@@ -896,9 +895,12 @@ class Accept:
         """Return how much `value` is wanted, 0.0 to 1.0; the most exact entry decides."""
         for wanted in (value.lower(), value.partition("/")[0] + "/*", "*/*", "*"):
             for name, quality in self._values:
-                if name == wanted:
+                if name.lower() == wanted:
                     return quality
-        return 0.0
+        return 0
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._values[key] if isinstance(key, int) else self.quality(key)
 
     def best_match(self, matches: Iterable[str], default: Optional[str] = None) -> Optional[str]:
         """Return the one of `matches` that the client wants most."""
@@ -927,17 +929,24 @@ class Accept:
         return ",".join(value if quality == 1 else f"{value};q={quality:g}" for value, quality in self._values)
 
 
-class Authorization:
+class Authorization(NamedTuple):
     """An Authorization header: `type` in lower case, `token`, or `username` and `password` for Basic (RFC 7617)."""
+    type: str
+    token: Optional[str] = None
+    username: Optional[str] = None
+    password: Optional[str] = None
 
-    def __init__(self, header: str) -> None:
-        kind, _, rest = header.partition(" ")
-        self.type, self.token = kind.lower(), rest.strip()
-        self.username = self.password = None  # type: Optional[str]
-        if self.type == "basic":
-            with contextlib.suppress(Base64Error, ValueError):
-                text = a2b_base64(self.token).decode("utf-8", "replace")
-                self.username, _, self.password = text.partition(":")
+
+def parse_authorization(header: str) -> Optional[Authorization]:
+    """Read an Authorization header; None where Basic's part can't be decoded."""
+    kind, _, rest = header.partition(" ")
+    if kind.lower() != "basic":
+        return Authorization(kind.lower(), rest.strip())
+    try:
+        name, colon, password = a2b_base64(rest).decode().partition(":")
+    except (Base64Error, ValueError):
+        return None
+    return Authorization("basic", None, name, password) if colon else None
 
 
 class UserAgent(str):
@@ -1017,7 +1026,7 @@ class Request:
     referrer = _sent("HTTP_REFERER", str, "The Referer header, or None.")
     remote_addr = _sent("REMOTE_ADDR", str, "The client's address; the proxy's word is taken only from TRUSTED_PROXY.")
     remote_user = _sent("REMOTE_USER", str, "Who the server in front says this is, or None.")
-    authorization = _sent("HTTP_AUTHORIZATION", Authorization, "The Authorization header, or None.")
+    authorization = _sent("HTTP_AUTHORIZATION", parse_authorization, "The Authorization header, or None.")
     user_agent = _sent("HTTP_USER_AGENT", UserAgent, "The User-Agent header.", UserAgent())
     date = _sent("HTTP_DATE", parse_date, "The Date header as a datetime, or None.")
     if_modified_since = _sent("HTTP_IF_MODIFIED_SINCE", parse_date, "That header as a datetime, or None.")
@@ -1163,12 +1172,16 @@ def iri_to_uri(iri: str) -> str:
     return quote(iri, safe="%!#$&'()*+,/:;=?@[]~")
 
 
+codecs.register_error("fnserve.percent", lambda error: (  # bytes that aren't UTF-8 stay percent-encoded, as in Werkzeug
+    quote(error.object[error.start:error.end], safe=""), error.end))  # type: ignore[attr-defined]
+
+
 def parse_query(text: str) -> list[tuple[str, str]]:
     """Read key=value pairs of a query string or a urlencoded body given as latin-1 (WHATWG URL 5.1)."""
     if not text:
         return []
     try:
-        return parse_qsl(text if text.isascii() else decode_wsgi(text), True, errors="replace", max_num_fields=QUERY_FIELDS)
+        return parse_qsl(decode_wsgi(text), True, errors="fnserve.percent", max_num_fields=QUERY_FIELDS)
     except ValueError:
         raise HTTPException(413, f"More than {QUERY_FIELDS} fields") from None
 
@@ -1276,7 +1289,7 @@ class Response:
     date, expires = _header("Date", parse_date, http_date), _header("Expires", parse_date, http_date)
     last_modified = _header("Last-Modified", parse_date, http_date)
     cache_control = property(lambda self: CacheControl(
-        self.headers.get("Cache-Control", ""), lambda text: _header("Cache-Control").fset(self, text or None)),  # type: ignore[misc]
+        self.headers.get("Cache-Control", ""), lambda text: self.headers.set("Cache-Control", text)),
         doc="The Cache-Control header: ``response.cache_control.max_age = 60``.")
     content_length = property(
         lambda self: len(self._body) if isinstance(self._body, bytes) else self.headers.get("Content-Length", type=int),
@@ -1331,14 +1344,17 @@ class Response:
         if request.method not in ("GET", "HEAD"):
             return self
         asked = request.headers.get("Range")
+        if accept_ranges:
+            self.accept_ranges = "bytes"
         if asked and accept_ranges and complete_length and self._is_for_this(request.headers.get("If-Range")):
             start, stop = parse_range(asked, complete_length)
             self._body = self._body[start:stop] if isinstance(self._body, bytes) else self._body.part(start, stop)
             self.status, self.content_length = 206, stop - start
             self.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{complete_length}"
-            self.accept_ranges = "bytes"
         elif not self._is_modified(request):
             self.status = 412 if request.if_match else 304
+            if self.code == 304:
+                self.last_modified = None
         return self
 
     def _is_for_this(self, if_range: Optional[str]) -> bool:
@@ -2786,10 +2802,11 @@ class FileBody:
 
 def content_disposition(attachment: bool, name: str) -> str:
     """Write a Content-Disposition; a name that isn't plain ASCII is given twice (RFC 6266 4.3)."""
+    import unicodedata
     kind = "attachment" if attachment else "inline"
-    plain = name.encode("ascii", "ignore").decode().replace("\\", "").replace('"', "")
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     both = "" if plain == name else "; filename*=UTF-8''" + quote(name, safe="!#$&+-.^_`|~")
-    return f'{kind}; filename="{plain}"{both}' if re.search(r"[^\w.\-]", plain) else f"{kind}; filename={plain}{both}"
+    return f"{kind}; filename={plain if _HEADER_NAME.fullmatch(plain) else quote_text(plain)}{both}"
 
 
 def send_from_directory(directory: Any, path: str, **options: Any) -> Response:
@@ -2849,8 +2866,10 @@ def flash(message: str, category: str = "message") -> None:
 
 def get_flashed_messages(with_categories: bool = False, category_filter: Iterable[str] = ()) -> list[Any]:
     """Take the messages out of the session."""
-    wanted = list(category_filter)
-    found = [tuple(pair) for pair in session.pop("_flashes", []) if not wanted or pair[0] in wanted]
+    wanted, kept = list(category_filter), serving().g.__dict__
+    if "_flashes" not in kept:  # as often as they are asked for in this call
+        kept["_flashes"] = session.pop("_flashes", [])
+    found = [tuple(pair) for pair in kept["_flashes"] if not wanted or pair[0] in wanted]
     return found if with_categories else [message for _, message in found]
 
 
@@ -3360,16 +3379,16 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
         save_session(call._session, call.request, response, app.signer, call.started)
     body, headers = response.response, response.headers.to_wsgi_list()
     bare = response.code in (204, 304) or response.code < 200
+    if bare or isinstance(body, bytes):
+        unwanted = ("content-length", "content-type") if bare else ("content-length",)
+        headers = [pair for pair in headers if pair[0].lower() not in unwanted]
     if isinstance(body, bytes):
-        if bare:
-            headers = [pair for pair in headers if pair[0].lower() not in ("content-length", "content-type")]
-            headers, body = [*headers, ("X-Request-Id", call.id)], b""
-        else:
-            headers = [pair for pair in headers if pair[0].lower() != "content-length"]
-            headers += [("Content-Length", str(len(body))), ("X-Request-Id", call.id)]
-        record(app, call, response.code, len(body))
+        if not bare:
+            headers.append(("Content-Length", str(len(body))))
+        headers.append(("X-Request-Id", call.id))
+        record(app, call, response.code, 0 if bare else len(body))
         start_response(response.status, headers)
-        return [b"" if call.request.method == "HEAD" else body]
+        return [b"" if bare or call.request.method == "HEAD" else body]
     headers = headers + [("X-Request-Id", call.id)]
     stream = Stream(app, call, response, call.request.method == "HEAD" or bare)
     if stream.failed is not None:
@@ -4960,6 +4979,57 @@ def cmd_stats(arguments: Any, options: dict[str, Any]) -> int:
     return 0
 
 
+EXPORTED = '''\
+"""{name}, exported from fnserve: functions-framework --target main serves it, and so do Cloud Run functions."""
+import os
+
+os.chdir(os.path.dirname(os.path.abspath(__file__)))
+import functions_framework
+from flask import Response
+
+import fnserve
+
+state = os.environ.get("FNSERVE_STATE", "/tmp/fnserve")  # the only directory that it writes to
+os.makedirs(state, exist_ok=True)
+app = fnserve.App(fnserve.Settings({{
+    "ADMIN": "off", "JOURNAL_DIR": state + "/journal", "LOG_FILE": state + "/error.log", "KEEP_DAYS": 0, **{settings!r}}}))
+
+
+@functions_framework.http
+def main(request):
+    environ = {{**request.environ, "PATH_INFO": "/function/{path}" + request.environ["PATH_INFO"].rstrip("/")}}
+    started = []
+    body = app(environ, lambda *values: started.append(values))
+    return Response(body, started[0][0], started[0][1])
+'''
+
+
+def cmd_export(arguments: Any, options: dict[str, Any]) -> int:
+    """write a directory that Google's functions-framework serves"""
+    app, name, target = App(Settings(options)), arguments.name, os.path.abspath(arguments.to)
+    if not valid_name(name) or not os.path.isfile(app.functions.path(name)):
+        raise SettingError(f"there is no function {name!r}")
+    if os.path.isdir(target) and os.listdir(target):
+        raise SettingError(f"--to {arguments.to}: the directory is not empty")
+    import shutil
+    own = {row.name for row in SETTINGS_TABLE}
+    shown = ("MAX_BODY", "TIMEOUT", "TRUSTED_PROXY", "UI_LANG", "SESSION_HOURS")
+    settings = {key: row for key, row in app.config.current().items() if key in shown}
+    shutil.copytree(app.settings.FUNCTIONS_DIR, os.path.join(target, PACKAGE), ignore=shutil.ignore_patterns("_*_", ".*"))
+    shutil.copy(__file__, os.path.join(target, "fnserve.py"))
+    write_new(os.path.join(target, "main.py"), EXPORTED.format(name=name, path=quote(name), settings=settings))
+    needed = ["functions-framework\n"]
+    with contextlib.suppress(FileNotFoundError), open("requirements.txt", encoding="utf-8") as file:
+        needed += [line for line in file if not line.startswith(("waitress", "functions-framework"))]
+    write_new(os.path.join(target, "requirements.txt"), "".join(needed))
+    write_new(os.path.join(target, "Procfile"), "web: functions-framework --target main --port $PORT\n")
+    values = {key: value for key, value in app.config.current().items() if key not in own and value is not None}
+    text = "".join("{}='{}'\n".format(key, value.replace("\\", "\\\\").replace("'", "\\'")) for key, value in values.items())
+    if write_new(os.path.join(target, ".env"), text):
+        os.chmod(os.path.join(target, ".env"), 0o600)
+    return 0
+
+
 UNIT = """\
 # systemd unit for fnserve: put it into /etc/systemd/system/, then  systemctl enable --now fnserve
 [Unit]
@@ -5095,7 +5165,8 @@ def make_parser() -> Any:
     parser.add_argument("--version", action="version", version=f"fnserve {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     made = {}
-    for function in (cmd_serve, cmd_init, cmd_new, cmd_list, cmd_call, cmd_check, cmd_logs, cmd_stats, cmd_service, cmd_nginx):
+    for function in (cmd_serve, cmd_init, cmd_new, cmd_list, cmd_call, cmd_check, cmd_logs, cmd_stats, cmd_export,
+                     cmd_service, cmd_nginx):
         name = function.__name__[4:]
         made[name] = commands.add_parser(name, parents=[settings], help=function.__doc__)
         made[name].set_defaults(run=function)
@@ -5109,6 +5180,8 @@ def make_parser() -> Any:
     made["logs"].add_argument("name", nargs="?")
     made["logs"].add_argument("-n", type=int, default=20, metavar="N")
     made["logs"].add_argument("-f", dest="follow", action="store_true")
+    made["export"].add_argument("name")
+    made["export"].add_argument("--to", required=True, metavar="DIR")
     made["service"].add_argument("--user", default="fnserve")
     made["service"].add_argument("--python", default="/usr/bin/python3")
     made["nginx"].add_argument("--server-name", required=True)
