@@ -11,8 +11,8 @@ platform: the standard library, served by waitress. ``python3 fnserve.py`` start
 Ground floor first; a section uses only what stands above it, and numbers left out are kept free.
 
     01 errors        02 settings      03 http          04 sessions      05 store         06 journal
-    07 functions     08 function API  13 pipeline      15 assets        16 admin         17 app
-    18 server        19 command line
+    07 functions     08 function API  09 signatures    10 triggers      11 queue         12 schedule
+    13 pipeline      15 assets        16 admin         17 app           18 server        19 command line
 
 The way of one call: waitress hands an environ to `App.__call__` (17), which makes a `Call` (08) and sends it through
 `handle` (13): resolve, gate, run, respond, record. Resolving asks `Functions` (07) for the newest good version of the
@@ -206,6 +206,9 @@ SETTINGS_TABLE = (
     Setting("TRUSTED_PROXY", str, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
     Setting("API_TOKENS", words, "", "tokens that callers of functions with auth 'token' hold, separated by commas", True),
     Setting("PROTECTED_FUNCTIONS", words, "", "further functions that only the admin may call"),
+    Setting("QUEUE_MAX", whole(1, 10**9), "100000", "calls that may wait in the queue; more get 503"),
+    Setting("TIMEZONE", str, "", "time zone of schedules; blank: the machine's"),
+    Setting("SCHEDULER_ALLOWED_HOSTS", words, "*", "names of the machines that run the schedule; * is all"),
     Setting("ADMIN", switch, "on", "off: all admin URLs answer 404"),
     Setting("UI_LANG", choice("auto", "zh-TW", "en"), "auto", "language of the pages; auto: the browser's"),
 )
@@ -1547,7 +1550,7 @@ def save_session(session: Session, request: Request, response: Response, signer:
 # serverless.db: one connection per process behind a lock. Uses 01. The users' own tables live beside ours; call_stats
 # is as they know it, all others of ours start with fn_.
 
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS call_stats (func_name TEXT PRIMARY KEY, call_count INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS fn_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS fn_journal (segment INTEGER PRIMARY KEY, position INTEGER NOT NULL);
@@ -1575,8 +1578,8 @@ class Store:
     Opened by the first use in each process, so that no connection crosses a fork (sqlite.org/howtocorrupt 2.6).
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, schema: str, synchronous: str = "NORMAL") -> None:
+        self.path, self._schema, self._synchronous = path, schema, synchronous
         self._lock = threading.RLock()
         self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
@@ -1588,6 +1591,13 @@ class Store:
         """Run one SELECT and return its rows."""
         with self._lock:
             return self._open().execute(sql, values).fetchall()
+
+    def rows(self, sql: str, *values: Any) -> list[Any]:
+        """Run one SELECT and return rows that are read by the names of their columns."""
+        with self._lock:
+            cursor = self._open().cursor()
+            cursor.row_factory = sqlite3.Row
+            return cursor.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
@@ -1630,11 +1640,11 @@ class Store:
             connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("PRAGMA synchronous=NORMAL")  # a fold that power loss undoes is done again
+                connection.execute(f"PRAGMA synchronous={self._synchronous}")  # a fold that power loss undoes is done again
                 connection.execute("PRAGMA cache_size=-1024")
                 names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-                if not names.issuperset(re.findall(r"NOT EXISTS (\w+)", _SCHEMA)):
-                    connection.executescript(_SCHEMA)
+                if not names.issuperset(re.findall(r"TABLE IF NOT EXISTS (\w+)", self._schema)):
+                    connection.executescript(self._schema)
             except BaseException:
                 connection.close()
                 raise
@@ -1976,6 +1986,20 @@ def summarize(source: bytes, path: str) -> str:
     return ""
 
 
+def read_schedule(path: str) -> Any:
+    """Return the literal SETTINGS["schedule"] of a file, None where there is none."""
+    with contextlib.suppress(LoadError, ValueError, IndexError):
+        source = read_source(path)
+        if b"schedule" in source:
+            import ast  # only for files that may have a schedule
+            for node in ast.walk(compile_source(source, path, ast.PyCF_ONLY_AST)):
+                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) \
+                        and getattr(node.targets[0], "id", "") == "SETTINGS":
+                    keys = [getattr(key, "value", None) for key in node.value.keys]
+                    return ast.literal_eval(node.value.values[keys.index("schedule")])
+    return None
+
+
 class Versions:
     """Every source that was saved or served, the last 50 of each function; and which functions are broken now.
 
@@ -2061,6 +2085,11 @@ class CallSettings(NamedTuple):
     max_body: int = 0  #: bytes; 0: MAX_BODY
     entry: str = ""
     parameters: Mapping[str, Any] = types.MappingProxyType({})
+    verify: Any = None  #: a scheme of section 09
+    async_: Optional[bool] = None  #: True: every call is queued; False: none is; None: as the client prefers
+    retries: int = 3
+    dedupe: str = ""  #: header that tells a repeat
+    schedule: Any = None
 
 
 class Code(NamedTuple):
@@ -2130,8 +2159,8 @@ class Functions:
     """
 
     def __init__(self, root: str, versions: Versions, api: Mapping[str, types.ModuleType],
-                 reserved: frozenset[str]) -> None:
-        self.root, self.versions, self._api, self._reserved = root, versions, api, reserved
+                 reserved: frozenset[str], casts: Mapping[str, Callable[[Any], Any]]) -> None:
+        self.root, self.versions, self._api, self._reserved, self._casts = root, versions, api, reserved, casts
         self.builtins = {**builtins.__dict__, "__import__": self._import}
         self._known: dict[str, Function] = {}
         self._adding = threading.Lock()
@@ -2139,6 +2168,7 @@ class Functions:
         self._looked, self._warned = 0.0, set()  # type: float, set[str]
         self._generation = 0  #: how often helpers have changed
         self._summaries: dict[str, tuple[Any, str, Optional[LoadError]]] = {}
+        self._schedules: dict[str, tuple[Any, Any]] = {}
 
     def install(self) -> None:
         """Make functions/ importable in this process: `import foo`, `from functions.foo import bar`, `from . import`."""
@@ -2228,6 +2258,18 @@ class Functions:
                 known = (stamp, "", error)
             self._summaries[name] = known
         return known[1], known[2], stamp[0] / 1e9 if stamp else 0.0
+
+    def schedules(self) -> dict[str, Any]:
+        """Return SETTINGS["schedule"] of every function that has one; nothing is run, so it must be a literal."""
+        found = {}
+        for name in self.names():
+            path = self.path(name)
+            stamp, known = file_stamp(path), self._schedules.get(name)
+            if known is None or known[0] != stamp:
+                known = self._schedules[name] = (stamp, read_schedule(path))
+            if known[1] is not None:
+                found[name] = known[1]
+        return found
 
     def save(self, name: str, source: bytes) -> None:
         """Write a function's file atomically: a reader sees the old file or the new one."""
@@ -2320,7 +2362,8 @@ class Functions:
         sys.modules[name] = module
         try:
             exec(program, module.__dict__)
-            code = Code(source, module, read_settings(module), find_entries(module), find_handlers(module))
+            settings = read_settings(module, self._casts)
+            code = Code(source, module, settings, find_entries(module, settings), find_handlers(module))
             if function.is_hooks and hasattr(module, "on_start"):
                 module.on_start()
         except BaseException as error:  # a module may raise anything; none of it may end the server
@@ -2417,11 +2460,11 @@ def user_traceback(error: BaseException) -> str:
 KEYWORDS = ("config", "protected", "context")
 
 
-def find_entries(module: types.ModuleType) -> dict[str, Entry]:
+def find_entries(module: types.ModuleType, settings: CallSettings) -> dict[str, Entry]:
     """Find the entry points: SETTINGS["entry"], several that functions_framework marked, main, or the one marked."""
     marked = {name: value for name, value in vars(module).items() if isinstance(value, types.FunctionType)
               and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}
-    name = read_settings(module).entry
+    name = settings.entry
     if name:
         if not callable(getattr(module, name, None)):
             raise LoadError(f"SETTINGS['entry']: the file has no function {name!r}")
@@ -2473,27 +2516,40 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value
 
 
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("True or False")
+    return value
+
+
+def _header_field(value: Any) -> str:
+    if not isinstance(value, str) or not _HEADER_NAME.fullmatch(value):
+        raise ValueError("the name of a header")
+    return value
+
+
 SETTINGS_CASTS: dict[str, Callable[[Any], Any]] = {
     "methods": _list_of(lambda name: choice(*METHODS)(name), "a list of HTTP methods"),
     "auth": lambda value: choice("public", "login", "token", "internal")(str(value)),
     "cors": _list_of(_origin, "* or origins such as https://example.com"), "rate": _rate,
     "concurrency": lambda value: whole(1, 256)(str(value)), "timeout": lambda value: seconds(str(value)),
     "max_body": lambda value: size(str(value)), "parameters": _mapping,
+    "async": _boolean, "retries": lambda value: whole(0, 100)(str(value)), "dedupe": _header_field,
     "entry": lambda value: choice(str(value))(str(value) if str(value).isidentifier() else ""),
 }
 
 
-def read_settings(module: types.ModuleType) -> CallSettings:
+def read_settings(module: types.ModuleType, casts: Mapping[str, Callable[[Any], Any]]) -> CallSettings:
     """Check a file's SETTINGS; LoadError names the key that can't be used."""
     given = getattr(module, "SETTINGS", {})
     if not isinstance(given, dict):
         raise LoadError("SETTINGS: must be a dict")
     found = {}
     for key, value in given.items():
-        if key not in SETTINGS_CASTS:
-            raise LoadError(f"SETTINGS[{key!r}]: there is no such key; there are {', '.join(SETTINGS_CASTS)}")
+        if key not in casts:
+            raise LoadError(f"SETTINGS[{key!r}]: there is no such key; there are {', '.join(casts)}")
         try:
-            found[key] = SETTINGS_CASTS[key](value)
+            found["async_" if key == "async" else key] = casts[key](value)
         except ValueError as error:
             raise LoadError(f"SETTINGS[{key!r}] = {value!r}: must be {error}") from None
     return CallSettings(**found) if found else PLAIN
@@ -2528,14 +2584,28 @@ def _inspect_callable(entry: Callable[..., Any]) -> tuple[bool, bool, tuple[str,
 # the proxies read it. `flask`, `functions_framework` and the others are made by `make_api` for `Functions`.
 
 
+class Run:
+    """How a call came about that no client is waiting for: by the queue, the schedule or the command line."""
+
+    def __init__(self, trigger: str, attempt: int = 1, entry: str = "", args: Any = (), kwargs: Any = None) -> None:
+        self.trigger, self.attempt, self.entry, self.args, self.kwargs = trigger, attempt, entry, args, kwargs or {}
+        self.call: Optional[Call] = None
+
+
+_HTTP = Run("http")
+
+
 class Call:
     """One call on its way through the pipeline: request, answer so far, and what it printed."""
 
-    __slots__ = ("app", "request", "id", "started", "clock", "function", "route", "trigger", "attempt", "deadline",
+    __slots__ = ("app", "request", "id", "started", "clock", "function", "route", "run", "trigger", "attempt", "deadline",
                  "_session", "_g", "after", "hooks", "code", "output", "printed", "error", "failed")
 
     def __init__(self, app: Any, environ: dict[str, Any]) -> None:
-        self.app, self.trigger, self.attempt = app, environ.get("fnserve.trigger", "http"), environ.get("fnserve.attempt", 1)
+        self.app, self.run = app, environ.get("fnserve.run", _HTTP)
+        if self.run is not _HTTP:
+            self.run.call = self
+        self.trigger, self.attempt = self.run.trigger, self.run.attempt
         self.request = Request(environ, app.settings.MAX_BODY)
         self.id = app.new_id()
         self.started, self.clock = app.clock(), time.perf_counter()
@@ -2716,6 +2786,15 @@ def after_this_request(function: Callable[[Response], Any]) -> Callable[[Respons
 def stream_with_context(body: Any) -> Any:
     """Return the generator, or the generator function, as it is: a stream always runs inside its call here."""
     return body
+
+
+def enqueue(name: str, json: Any = None, data: Any = None, query: Optional[Mapping[str, Any]] = None,
+            headers: Optional[Mapping[str, str]] = None, delay: float = 0) -> str:
+    """Have a function called in the background, at least once, `delay` seconds from now; return the id of the call.
+
+    It is a POST with `json` or `data` as its body. Raises ValueError for a name that is no function.
+    """
+    return serving().app.enqueue(name, json, data, query, headers, delay)
 
 
 class Markup(str):
@@ -2947,7 +3026,7 @@ def mark_handler(handles: Any) -> Callable[[Callable[..., Any]], Callable[..., A
 
 PUBLIC = """request session g current_app jsonify abort redirect url_for Response Request make_response send_file
 send_from_directory stream_with_context after_this_request render_template render_template_string escape Markup flash
-get_flashed_messages copy_current_request_context has_request_context Client CloudEvent""".split()
+get_flashed_messages copy_current_request_context has_request_context enqueue Client CloudEvent""".split()
 
 
 def make_api() -> dict[str, types.ModuleType]:
@@ -2996,7 +3075,7 @@ class Client:
         elif isinstance(data, dict):
             data, fields = urlencode(data), {"Content-Type": "application/x-www-form-urlencoded", **fields}
         body = data.encode() if isinstance(data, str) else data or b""
-        return self._run(self._environ(path, method, query, body, fields))
+        return self.run(self._environ(path, method, query, body, fields))
 
     def _environ(self, path: str, method: str, query: Optional[Mapping[str, Any]], body: bytes,
                  fields: Mapping[str, str]) -> dict[str, Any]:
@@ -3015,7 +3094,8 @@ class Client:
             environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key] = value
         return environ
 
-    def _run(self, environ: dict[str, Any]) -> Response:
+    def run(self, environ: dict[str, Any]) -> Response:
+        """Make the call that an environ describes."""
         started: list[Any] = []
         parts = self.app(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
         try:
@@ -3043,6 +3123,940 @@ class Client:
     patch = functools.partialmethod(open, method="PATCH")
     delete = functools.partialmethod(open, method="DELETE")
 
+# == 09 SIGNATURES ========================================================
+# Who sent this webhook: the providers' schemes in one table, checked on the raw body before the function sees it. Uses
+# 03 and 04; pure. The reason of a refusal is for the admin, never for the sender.
+
+STALE_SECONDS = 300
+
+
+class BadSignature(Exception):
+    """A webhook whose signature is missing, wrong or stale; the text says which."""
+
+
+class Hmac(NamedTuple):
+    """An HMAC of the body in a header; `secret` names the key in .env. SETTINGS["verify"] may be a dict of the same."""
+    header: str
+    secret: str
+    algorithm: str = "sha256"
+    encoding: str = "hex"
+    prefix: str = ""
+
+
+def make_mac(key: bytes, signed: bytes, algorithm: str = "sha256", encoding: str = "hex") -> str:
+    """Return an HMAC as hex or base64."""
+    import hmac
+    digest = hmac.new(key, signed, algorithm).digest()
+    return digest.hex() if encoding == "hex" else b2a_base64(digest, newline=False).decode()
+
+
+def header_of(request: Request, name: str) -> str:
+    """Return a header that must be there."""
+    value = request.headers.get(name, "")
+    if not value:
+        raise BadSignature(f"no {name} header")
+    return value.strip()
+
+
+def fresh(moment: str, now: float) -> str:
+    """Return a signature's time, which must be a number within five minutes of now."""
+    if not re.fullmatch(r"\d{1,12}", moment, re.A):
+        raise BadSignature("the time is no number")
+    if abs(now - int(moment)) > STALE_SECONDS:
+        raise BadSignature(f"{now - int(moment):.0f} s old")
+    return moment
+
+
+def expect(given: Iterable[str], wanted: Iterable[str]) -> None:
+    """Compare every given signature with every one that would be right, in constant time."""
+    given = list(given)
+    if not sum(same_secret(one, other) for other in wanted for one in given):
+        raise BadSignature("it does not match")
+
+
+def _body_mac(scheme: Hmac, request: Request, keys: list[str], now: float) -> None:
+    given = header_of(request, scheme.header)
+    if not given.startswith(scheme.prefix):
+        raise BadSignature(f"bad encoding: it does not start with {scheme.prefix}")
+    body = request.get_data()
+    expect([given[len(scheme.prefix):]], [make_mac(key.encode(), body, scheme.algorithm, scheme.encoding) for key in keys])
+
+
+def _stripe(request: Request, keys: list[str], now: float) -> None:
+    pairs = [part.strip().partition("=")[::2] for part in header_of(request, "Stripe-Signature").split(",")]
+    moment = fresh(dict(pairs).get("t", ""), now)
+    signed = moment.encode() + b"." + request.get_data()
+    expect([value for key, value in pairs if key == "v1"], [make_mac(key.encode(), signed) for key in keys])
+
+
+def _slack(request: Request, keys: list[str], now: float) -> None:
+    moment = fresh(header_of(request, "X-Slack-Request-Timestamp"), now)
+    signed = b"v0:" + moment.encode() + b":" + request.get_data()
+    expect([header_of(request, "X-Slack-Signature")], ["v0=" + make_mac(key.encode(), signed) for key in keys])
+
+
+def _standard(request: Request, keys: list[str], now: float) -> None:
+    number, moment = header_of(request, "webhook-id"), fresh(header_of(request, "webhook-timestamp"), now)
+    given = [part.partition(",")[2] for part in header_of(request, "webhook-signature").split() if part.startswith("v1,")]
+    signed = f"{number}.{moment}.".encode("latin-1") + request.get_data()
+    raw = [a2b_base64(key.removeprefix("whsec_")) for key in keys]
+    expect(given, [make_mac(key, signed, encoding="base64") for key in raw])
+
+
+def _token(name: str) -> Callable[[Request, list[str], float], None]:
+    return lambda request, keys, now: expect([header_of(request, name)], keys)
+
+
+def _twilio(request: Request, keys: list[str], now: float) -> None:
+    """Twilio signs the public URL, with or without its port, and the form's fields; or the URL with the body's hash."""
+    given, environ = header_of(request, "X-Twilio-Signature"), request.environ
+    path = environ.get("REQUEST_URI", "").partition("?")[0] or quote(environ.get("SCRIPT_NAME", "") + environ["PATH_INFO"])
+    query = environ.get("QUERY_STRING", "")
+    rest, fields = path + ("?" + query if query else ""), ""
+    body = request.get_data()
+    if "bodySHA256" in request.args:
+        import hashlib
+        expect([request.args["bodySHA256"]], [hashlib.sha256(body).hexdigest()])
+    else:
+        sent = sorted(set(parse_query(body.decode("latin-1")))) if request.mimetype.endswith("form-urlencoded") else []
+        fields = "".join(name + value for name, value in sent)
+    name = re.sub(r":\d+$", "", environ.get("HTTP_HOST", ""))
+    port = re.search(r":(\d+)$", environ.get("HTTP_HOST", ""))
+    hosts = {name, f"{name}:{port[1] if port else 443 if request.is_secure else 80}"}
+    urls = [f"{request.scheme}://{host}{rest}{fields}".encode() for host in sorted(hosts)]
+    expect([given], [make_mac(key.encode(), url, "sha1", "base64") for key in keys for url in urls])
+
+
+def _discord(request: Request, keys: list[str], now: float) -> None:
+    moment, given = header_of(request, "X-Signature-Timestamp"), header_of(request, "X-Signature-Ed25519")
+    try:
+        signature, public = bytes.fromhex(given), [bytes.fromhex(key) for key in keys]
+    except ValueError:
+        raise BadSignature("bad encoding: hex is wanted") from None
+    if not any(verify_ed25519(key, moment.encode("latin-1") + request.get_data(), signature) for key in public):
+        raise BadSignature("it does not match")
+
+
+_P = 2 ** 255 - 19  # ed25519, RFC 8032 5.1: points are (X, Y, Z, T) with x = X/Z, y = Y/Z, x * y = T/Z
+_L = 2 ** 252 + 27742317777372353535851937790883648493
+_D = -121665 * pow(121666, _P - 2, _P) % _P
+_Point = tuple[int, int, int, int]
+
+
+def _add_points(one: _Point, other: _Point) -> _Point:
+    a, b = (one[1] - one[0]) * (other[1] - other[0]) % _P, (one[1] + one[0]) * (other[1] + other[0]) % _P
+    c, d = 2 * one[3] * other[3] * _D % _P, 2 * one[2] * other[2] % _P
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return (e * f, g * h, f * g, e * h)
+
+
+def _multiply_point(factor: int, point: _Point) -> _Point:
+    result = (0, 1, 1, 0)
+    while factor:
+        if factor & 1:
+            result = _add_points(result, point)
+        point, factor = _add_points(point, point), factor >> 1
+    return result
+
+
+def _read_point(data: bytes) -> Optional[_Point]:
+    y, odd = int.from_bytes(data, "little") & (1 << 255) - 1, data[31] >> 7
+    square = (y * y - 1) * pow(_D * y * y + 1, _P - 2, _P) % _P
+    x = pow(square, (_P + 3) // 8, _P)
+    if (x * x - square) % _P:
+        x = x * pow(2, (_P - 1) // 4, _P) % _P
+    if y >= _P or (x * x - square) % _P or x == 0 and odd:
+        return None
+    x = _P - x if x & 1 != odd else x
+    return (x, y, 1, x * y % _P)
+
+
+def verify_ed25519(public: bytes, message: bytes, signature: bytes) -> bool:
+    """Tell whether an Ed25519 signature is right (RFC 8032 5.1.7); public data only, so time may tell."""
+    import hashlib
+    if len(public) != 32 or len(signature) != 64:
+        return False
+    key, r, s = _read_point(public), _read_point(signature[:32]), int.from_bytes(signature[32:], "little")
+    base = _read_point(bytes([0x58]) + bytes([0x66]) * 31)
+    if key is None or r is None or base is None or s >= _L:
+        return False
+    k = int.from_bytes(hashlib.sha512(signature[:32] + public + message).digest(), "little") % _L
+    one, other = _multiply_point(s, base), _add_points(r, _multiply_point(k, key))
+    return (one[0] * other[2] - other[0] * one[2]) % _P == 0 and (one[1] * other[2] - other[1] * one[2]) % _P == 0
+
+
+BODY_SCHEMES = {"line": Hmac("X-Line-Signature", "LINE_CHANNEL_SECRET", encoding="base64"),
+                "github": Hmac("X-Hub-Signature-256", "GITHUB_WEBHOOK_SECRET", prefix="sha256="),
+                "shopify": Hmac("X-Shopify-Hmac-Sha256", "SHOPIFY_WEBHOOK_SECRET", encoding="base64")}
+SCHEMES: dict[str, tuple[str, Callable[[Request, list[str], float], None]]] = {  # name: (key in .env, verifier)
+    **{name: (scheme.secret, functools.partial(_body_mac, scheme)) for name, scheme in BODY_SCHEMES.items()},
+    "stripe": ("STRIPE_WEBHOOK_SECRET", _stripe), "slack": ("SLACK_SIGNING_SECRET", _slack),
+    "standard": ("STANDARD_WEBHOOK_SECRET", _standard), "gitlab": ("GITLAB_WEBHOOK_TOKEN", _token("X-Gitlab-Token")),
+    "telegram": ("TELEGRAM_SECRET_TOKEN", _token("X-Telegram-Bot-Api-Secret-Token")),
+    "twilio": ("TWILIO_AUTH_TOKEN", _twilio), "discord": ("DISCORD_PUBLIC_KEY", _discord)}
+
+
+def read_scheme(value: Any) -> Union[str, Hmac]:
+    """Check SETTINGS["verify"]: a name of the table, or a dict that describes an HMAC of the body."""
+    if isinstance(value, str) and value in SCHEMES:
+        return value
+    if isinstance(value, dict) and {"header", "secret"} <= value.keys() <= set(Hmac._fields) \
+            and all(isinstance(item, str) for item in value.values()):
+        scheme = Hmac(**value)
+        if scheme.algorithm in ("sha1", "sha256", "sha384", "sha512") and scheme.encoding in ("hex", "base64"):
+            return scheme
+    raise ValueError(f"one of {', '.join(SCHEMES)}, or a dict of header, secret, algorithm (sha1, sha256, sha384, sha512), "
+                     "encoding (hex, base64), prefix")
+
+
+def verify(scheme: Union[str, Hmac], request: Request, config: Mapping[str, Optional[str]], now: float) -> None:
+    """Check a webhook's signature under each of the keys that .env holds, separated by commas; BadSignature says why not."""
+    secret, check = (scheme.secret, functools.partial(_body_mac, scheme)) if isinstance(scheme, Hmac) else SCHEMES[scheme]
+    keys = [key.strip() for key in (config.get(secret) or "").split(",") if key.strip()]
+    if not keys:
+        raise BadSignature(f"{secret} is not set in .env")
+    try:
+        check(request, keys, now)
+    except (Base64Error, ValueError) as error:
+        raise BadSignature(f"bad encoding: {error}") from None
+
+
+def answer_challenge(scheme: Any, request: Request) -> Any:
+    """Return the answer to Slack's and Discord's question whether this URL is ours; None for a real webhook."""
+    if scheme not in ("slack", "discord") or not request.is_json:
+        return None
+    sent = request.get_json(silent=True)
+    if scheme == "discord" and isinstance(sent, dict) and sent.get("type") == 1:
+        return {"type": 1}
+    if scheme == "slack" and isinstance(sent, dict) and sent.get("type") == "url_verification":
+        return {"challenge": sent.get("challenge")}
+    return None
+
+# == 10 TRIGGERS ==========================================================
+# From text to the next time: cron, interval, date, with APScheduler's fields. Uses 01; pure. Times are Unix seconds; a
+# local time is turned into one by zoneinfo, imported where it is used.
+#
+# Daylight saving: a local time that comes twice fires twice; one that is left out fires as much later as the clock is put
+# forward (2:30 at 3:30). Both as APScheduler does.
+
+CRON_FIELDS: dict[str, tuple[int, int, str]] = {  # name: (least, most, names of the values from the least on)
+    "year": (1970, 9999, ""), "month": (1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"), "day": (1, 31, ""),
+    "week": (1, 53, ""), "day_of_week": (0, 6, "mon tue wed thu fri sat sun"), "hour": (0, 23, ""), "minute": (0, 59, ""),
+    "second": (0, 59, "")}
+CRON_DEFAULTS = dict(zip(CRON_FIELDS, ("*", "1", "1", "*", "*", "0", "0", "0")))
+INTERVAL_FIELDS = {"weeks": 604_800, "days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
+COMMON_FIELDS = ("start_date", "end_date", "jitter", "timezone")
+NICKNAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
+             "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
+ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "last")
+YEARS_AHEAD = 100  # every combination of date and weekday that exists comes within 40; 31 February never does
+
+
+class TriggerError(ValueError):
+    """A trigger that can't be: `field` is the one to mend."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+def _number(field: str, text: str) -> int:
+    least, most, names = CRON_FIELDS[field]
+    value = names.split().index(text) + least if text in names.split() else int(text) if text.isdecimal() else -1
+    if not least <= value <= most:
+        raise TriggerError(field, f"{text!r} is not from {least} to {most}" + (f" or one of {names}" if names else ""))
+    return value
+
+
+def _values(field: str, text: str) -> set[int]:
+    """Read one field but for its commas: ``*``, ``*/a``, ``a``, ``a-b``, ``a-b/c``, ``a/c``."""
+    span, slash, step = text.partition("/")
+    first, dash, last = span.partition("-")
+    least, most, _ = CRON_FIELDS[field]
+    if slash and (not step.isdecimal() or int(step) == 0):
+        raise TriggerError(field, f"the step of {text!r} is no number above 0")
+    if span != "*":
+        least = _number(field, first)
+        most = _number(field, last) if dash else most if slash else least
+    if least > most:
+        raise TriggerError(field, f"{text!r} ends before it begins")
+    return set(range(least, most + 1, int(step or 1)))
+
+
+def _day(text: str) -> Callable[[int, int, int], bool]:
+    """Read ``last``, ``last fri``, ``2nd mon``: a test of day, weekday and the length of the month."""
+    if text == "last":
+        return lambda day, weekday, length: day == length
+    ordinal, _, name = text.partition(" ")
+    if ordinal not in ORDINALS:
+        raise TriggerError("day", f"{text!r} is no day")
+    wanted, number = _number("day_of_week", name.strip()), ORDINALS.index(ordinal)
+    if ordinal == "last":
+        return lambda day, weekday, length: weekday == wanted and day > length - 7
+    return lambda day, weekday, length: weekday == wanted and (day - 1) // 7 == number
+
+
+class Cron:
+    """When a cron trigger's local time matches. `either`: day of month or day of week, as crontab(5) has it."""
+
+    def __init__(self, fields: Mapping[str, Any], either: bool = False) -> None:
+        given = [name for name in CRON_FIELDS if fields.get(name) is not None]
+        least = list(CRON_FIELDS).index(given[-1]) if given else -1
+        self._sets: dict[str, set[int]] = {}
+        self._days: list[Callable[[int, int, int], bool]] = []
+        self._either = either
+        for index, name in enumerate(CRON_FIELDS):
+            text = str(fields[name]) if name in given else "*" if index < least else CRON_DEFAULTS[name]
+            found: set[int] = set()
+            for part in (part.strip().lower() for part in text.split(",")):
+                if name == "day" and re.match("[a-z]|[0-9](st|nd|rd|th)", part):
+                    self._days.append(_day(part))
+                else:
+                    found |= _values(name, part)
+            self._sets[name] = found
+        self._any_year = str(fields.get("year", "*")).startswith("*")
+        self._times = [sorted(self._sets[name]) for name in ("hour", "minute", "second")]
+
+    def _days_of(self, year: int, month: int) -> list[int]:
+        import calendar
+        first, length = calendar.monthrange(year, month)
+        return [day for day in range(1, length + 1) if self._is_day(year, month, day, (first + day - 1) % 7, length)]
+
+    def _is_day(self, year: int, month: int, day: int, weekday: int, length: int) -> bool:
+        by_day = day in self._sets["day"] or any(test(day, weekday, length) for test in self._days)
+        by_weekday = weekday in self._sets["day_of_week"]
+        if not (by_day or by_weekday if self._either else by_day and by_weekday):
+            return False
+        import datetime
+        return len(self._sets["week"]) == 53 or datetime.date(year, month, day).isocalendar()[1] in self._sets["week"]
+
+    def walls(self, start: Any) -> Iterator[Any]:
+        """Yield the local times (naive datetimes) that match, from `start` on."""
+        import datetime
+        last = min(10_000, start.year + YEARS_AHEAD) if self._any_year else 10_000
+        for year in (year for year in range(start.year, last) if year in self._sets["year"]):
+            for month in sorted(self._sets["month"]):
+                if (year, month) < (start.year, start.month):
+                    continue
+                for day in self._days_of(year, month):
+                    at = datetime.datetime(year, month, day)
+                    if at.date() >= start.date():
+                        yield from self._of_day(at, start)
+
+    def _of_day(self, at: Any, start: Any) -> Iterator[Any]:
+        hours, minutes, seconds = self._times
+        for hour in hours:
+            if at.replace(hour=hour, minute=59, second=59) < start:
+                continue
+            for minute in minutes:
+                if at.replace(hour=hour, minute=minute, second=59) < start:
+                    continue
+                for second in seconds:
+                    found = at.replace(hour=hour, minute=minute, second=second)
+                    if found >= start:
+                        yield found
+
+
+class Trigger:
+    """When something fires: ``next(after)`` is the first time after `after`, None where there is none.
+
+    `fields` are APScheduler's; `kind` is cron, interval or date. `zone` is the default of the field timezone, `now` where an
+    interval without start_date begins. Raises TriggerError.
+    """
+
+    def __init__(self, kind: str, fields: Mapping[str, Any], zone: str, now: float, either: bool = False) -> None:
+        allowed = {"cron": tuple(CRON_FIELDS) + COMMON_FIELDS, "interval": tuple(INTERVAL_FIELDS) + COMMON_FIELDS,
+                   "date": ("run_date", "timezone")}
+        if kind not in allowed:
+            raise TriggerError("trigger", f"{kind!r} is not one of {', '.join(allowed)}")
+        for name in fields:
+            if name not in allowed[kind]:
+                raise TriggerError(name, f"no field of a {kind} trigger; there are {', '.join(allowed[kind])}")
+        self.kind, self.fields = kind, dict(fields)
+        self.zone = read_zone(str(fields.get("timezone") or zone))
+        self._start = self._moment("start_date", float("-inf"))
+        self._end = self._moment("end_date", float("inf"))
+        self._jitter = self._positive("jitter", 0)
+        if kind == "cron":
+            self._cron = Cron(fields, either)
+        elif kind == "interval":
+            self._every = sum(self._positive(name, 0) * unit for name, unit in INTERVAL_FIELDS.items()) or 1
+            self._start = self._start if self._start > 0 else now + self._every
+        else:
+            self._start = self._moment("run_date", now)
+
+    def next(self, after: float) -> Optional[float]:
+        """Return the first time after `after`."""
+        found = self._next(after)
+        if found is None or found > self._end:
+            return None
+        if self._jitter:  # each process would draw another, but only the one that moves the job on does
+            found += (int.from_bytes(os.urandom(4), "big") / 2 ** 31 - 1) * self._jitter
+            return max(found, after + .001)
+        return found
+
+    def _next(self, after: float) -> Optional[float]:
+        if self.kind == "cron":
+            return self._next_cron(max(after, self._start - .001))
+        if self.kind == "date" or after < self._start:
+            return self._start if after < self._start else None
+        return self._start + ((after - self._start) // self._every + 1) * self._every
+
+    def _next_cron(self, after: float) -> Optional[float]:
+        import datetime
+        local, hours = self._local(after), datetime.timedelta(hours=3)
+        for wall in self._cron.walls(local.replace(microsecond=0, tzinfo=None) + datetime.timedelta(seconds=1)):
+            moments = self._moments(wall)
+            offsets = {self._local(moment).utcoffset() for moment in (after - 10_800, after, moments[0])}
+            if len(moments) == 1 and len(offsets) == 1:
+                return moments[0]
+            break
+        else:
+            return None
+        best = float("inf")  # near a change of the clock local times are not in the order of real ones
+        for wall in self._cron.walls(local.replace(microsecond=0, tzinfo=None) - hours):
+            best = min([best] + [moment for moment in self._moments(wall) if moment > after])
+            if min(self._moments(wall)) - 10_800 > best:
+                break
+        return best if best < float("inf") else None
+
+    def _local(self, moment: float) -> Any:
+        import datetime
+        return datetime.datetime.fromtimestamp(moment, self.zone)
+
+    def _moments(self, wall: Any) -> list[float]:
+        """Return the Unix times of a local time: two where the clock is put back, the later one where it is put forward."""
+        first, second = (wall.replace(tzinfo=self.zone, fold=fold).timestamp() for fold in (0, 1))
+        return [first, second] if first < second else [first]
+
+    def _moment(self, name: str, default: float) -> float:
+        value = self.fields.get(name)
+        return default if value is None else read_moment(name, value, self.zone)
+
+    def _positive(self, name: str, default: float) -> float:
+        value = self.fields.get(name, default)
+        if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}(\.\d+)?", str(value)):
+            raise TriggerError(name, f"{value!r} is no number of {name if name != 'jitter' else 'seconds'}")
+        return float(value)
+
+
+def read_zone(name: str) -> Any:
+    """Return a time zone; TriggerError for a name that isn't one, or that this machine has no data of."""
+    import zoneinfo
+    try:
+        return zoneinfo.ZoneInfo(name or local_zone())
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        raise TriggerError("timezone", f"{name!r} is no time zone that this machine knows") from None
+
+
+def local_zone() -> str:
+    """Return the name of the machine's time zone, UTC where it can't be told."""
+    return os.path.realpath("/etc/localtime").partition("zoneinfo/")[2] or "UTC"
+
+
+def read_moment(field: str, value: Any, zone: Any) -> float:
+    """Read an ISO date, with or without time and offset, or a Unix time."""
+    import datetime
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    try:
+        found = datetime.datetime.fromisoformat(str(value).strip().replace("Z", "+00:00"))
+        return (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
+    except (ValueError, OverflowError):
+        raise TriggerError(field, f"{value!r} is no date such as 2026-05-01 08:00:00") from None
+
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
+    """Read SETTINGS["schedule"]: a crontab(5) line of five fields, @hourly and such, ``every 30s``, or a dict of fields."""
+    if isinstance(value, dict):
+        fields = dict(value)
+        kind = fields.pop("trigger", None) or ("date" if "run_date" in fields else
+                                               "interval" if INTERVAL_FIELDS.keys() & fields.keys() else "cron")
+        return Trigger(str(kind), fields, zone, now)
+    text = " ".join(str(value).lower().split())
+    every = re.fullmatch(r"every (\d{1,9}) ?(s|m|h|d|w|seconds?|minutes?|hours?|days?|weeks?)", text, re.A)
+    if every and int(every[1]):
+        return Trigger("interval", {_UNITS[every[2][0]]: int(every[1])}, zone, now)
+    parts = NICKNAMES.get(text, text).split()
+    if len(parts) != 5:
+        raise TriggerError("schedule", f"{value!r} is neither five crontab fields, nor @hourly and such, nor 'every 30s'")
+    names = ("minute", "hour", "day", "month", "day_of_week")
+    fields = dict(zip(names, parts))
+    if re.search("[a-z]", fields["day"]):
+        raise TriggerError("day", f"{fields['day']!r} is no day of a month")
+    fields["day_of_week"] = _crontab_weekdays(fields["day_of_week"])
+    return Trigger("cron", fields, zone, now, not parts[2].startswith("*") and not parts[4].startswith("*"))
+
+
+def _crontab_weekdays(text: str) -> str:
+    """Turn crontab's weekdays (0 and 7 are Sunday) into APScheduler's (0 is Monday)."""
+    days: set[int] = set()
+    for part in text.split(","):
+        span, slash, step = part.partition("/")
+        first, dash, last = ("0", "-", "6") if span == "*" else span.partition("-")
+        low, high = _crontab_weekday(first), _crontab_weekday(last) if dash else 6 if slash else _crontab_weekday(first)
+        if dash and high == 0 and last in ("sun", "0"):
+            high = 7
+        if low > high or slash and (not step.isdecimal() or int(step) == 0):
+            raise TriggerError("day_of_week", f"{part!r} is no range of weekdays")
+        days |= {(day + 6) % 7 for day in range(low, high + 1, int(step or 1))}
+    return ",".join(map(str, sorted(days)))
+
+
+def _crontab_weekday(text: str) -> int:
+    names = "sun mon tue wed thu fri sat".split()
+    value = names.index(text) if text in names else int(text) if text.isdecimal() else 8
+    if value > 7:
+        raise TriggerError("day_of_week", f"{text!r} is not from 0 to 7 or one of {' '.join(names)}")
+    return value
+
+# == 11 QUEUE =============================================================
+# Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 05. The
+# table fn_queue is the state, shared by all processes; `Queue` owns a process's claim on what it runs: a lock on a file of
+# its own, which the kernel drops at its death, so that its calls can be given back at once.
+
+QUEUE_SCHEMA = """
+CREATE TABLE IF NOT EXISTS fn_queue (id TEXT PRIMARY KEY, function TEXT NOT NULL, state TEXT NOT NULL, due REAL NOT NULL,
+    trigger TEXT NOT NULL, attempts INTEGER NOT NULL, retries INTEGER, owner TEXT, created REAL NOT NULL, started REAL,
+    finished REAL, key TEXT UNIQUE, job TEXT, planned REAL, request TEXT NOT NULL, body BLOB, status INTEGER, headers TEXT,
+    answer BLOB, error TEXT);
+CREATE INDEX IF NOT EXISTS fn_queue_due ON fn_queue (state, due);
+CREATE INDEX IF NOT EXISTS fn_queue_job ON fn_queue (job, state);
+"""
+RESULT_SECONDS = 86_400  # results and idempotency keys are kept this long, dead calls KEEP_DAYS
+ANSWER_BYTES = 1024 * 1024
+MAX_BACKOFF_SECONDS = 3600.0
+STATES = ("waiting", "running", "done", "dead")
+
+
+class QueueFull(Exception):
+    """QUEUE_MAX calls wait already."""
+
+
+class Queued(NamedTuple):
+    """A call to put: `request` is a JSON object (method, path, query, headers; func, args and kwargs for a job)."""
+    function: str
+    request: str
+    body: bytes = b""
+    due: float = 0.0
+    trigger: str = "async"
+    key: Optional[str] = None  #: a repeat of it within a day is the first call
+    job: Optional[str] = None
+    planned: Optional[float] = None
+
+
+class _Ticket:
+    """A put that waits for the commit it shares."""
+
+    def __init__(self, call: Queued) -> None:
+        self.call, self.id = call, ""
+        self.error: Optional[BaseException] = None
+
+
+class Queue:
+    """The durable queue. `put` returns once the call is on disk; `claim`, `finish` and `reclaim` are for those who run it."""
+
+    def __init__(self, store: Store, durable: Store, directory: str, limit: int, clock: Callable[[], float]) -> None:
+        self._store, self._durable, self._directory, self._limit, self.clock = store, durable, directory, limit, clock
+        self._waiting: list[_Ticket] = []
+        self._adding, self._committing = threading.Lock(), threading.Lock()
+        self._owner, self._handle = "", -1
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._disown)
+
+    def put(self, call: Queued) -> str:
+        """Commit a call with fsync and return its id; who comes while another commits shares the next commit."""
+        ticket = _Ticket(call)
+        with self._adding:
+            self._waiting.append(ticket)
+        with self._committing:
+            if not ticket.id and ticket.error is None:
+                with self._adding:
+                    batch, self._waiting = self._waiting, []
+                self._commit(batch)
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.id
+
+    def _commit(self, batch: list[_Ticket]) -> None:
+        try:
+            with self._durable.write() as connection:
+                room = self._limit - connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
+                for ticket in batch:
+                    if room > 0:
+                        ticket.id = self.insert(connection, ticket.call)
+                        room -= 1
+                    else:
+                        ticket.error = QueueFull()
+        except BaseException as error:
+            for ticket in batch:
+                ticket.id, ticket.error = "", error
+
+    def insert(self, connection: sqlite3.Connection, call: Queued) -> str:
+        """Add a call within somebody's transaction; return its id, or the first one's where the key is known."""
+        now = self.clock()
+        if call.key is not None:
+            for row in connection.execute("SELECT id, created FROM fn_queue WHERE key = ?", (call.key,)).fetchall():
+                if row[1] > now - RESULT_SECONDS:
+                    return row[0]
+                connection.execute("UPDATE fn_queue SET key = NULL WHERE id = ?", (row[0],))
+        number = os.urandom(16).hex()
+        connection.execute(
+            "INSERT INTO fn_queue (id, function, state, due, trigger, attempts, created, key, job, planned, request, body)"
+            " VALUES (?, ?, 'waiting', ?, ?, 0, ?, ?, ?, ?, ?, ?)",
+            (number, call.function, call.due or now, call.trigger, now, call.key, call.job, call.planned,
+             call.request, call.body))
+        return number
+
+    def claim(self, now: float) -> Optional[sqlite3.Row]:
+        """Take the call that is due for longest, or None."""
+        if not self._store.read("SELECT 1 FROM fn_queue WHERE state = 'waiting' AND due <= ? LIMIT 1", now):
+            return None
+        owner = self._own()
+        with self._store.write() as connection:
+            row = connection.execute("SELECT id FROM fn_queue WHERE state = 'waiting' AND due <= ? ORDER BY due LIMIT 1",
+                                     (now,)).fetchone()
+            if row is None:
+                return None
+            connection.execute("UPDATE fn_queue SET state = 'running', owner = ?, started = ?, attempts = attempts + 1"
+                               " WHERE id = ?", (owner, now, row[0]))
+        return self.get(row[0])
+
+    def get(self, number: str) -> Optional[sqlite3.Row]:
+        """Return a call by its id."""
+        rows = self._store.rows("SELECT * FROM fn_queue WHERE id = ?", number)
+        return rows[0] if rows else None
+
+    def finish(self, row: Any, retries: int, status: int, headers: str, answer: bytes, error: str) -> None:
+        """Store how a run ended: done, or for a failure due again after 1, 2, 4, ... seconds each half off at most, or dead."""
+        now, failed = self.clock(), status >= 500
+        again = failed and row["attempts"] <= (retries if row["retries"] is None else row["retries"])
+        wait = min(2.0 ** (row["attempts"] - 1), MAX_BACKOFF_SECONDS) * (.5 + int.from_bytes(os.urandom(2), "big") / 65536)
+        state = "waiting" if again else "dead" if failed else "done"
+        with self._store.write() as connection:
+            connection.execute(
+                "UPDATE fn_queue SET state = ?, due = ?, owner = NULL, finished = ?, status = ?, headers = ?, answer = ?,"
+                " error = ? WHERE id = ? AND state = 'running' AND attempts = ?",  # not where it was taken for dead and given back
+                (state, now + wait if again else row["due"], now, status, headers, answer[:ANSWER_BYTES], error or None,
+                 row["id"], row["attempts"]))
+
+    def reclaim(self) -> int:
+        """Give back the calls of processes that died: whose file's lock can be had. Return how many there were."""
+        count = 0
+        for owner, in self._store.read("SELECT DISTINCT owner FROM fn_queue WHERE state = 'running'"):
+            if owner == self._owner or self._is_alive(owner):
+                continue
+            with self._store.write() as connection:
+                count += connection.execute("UPDATE fn_queue SET state = 'waiting', owner = NULL WHERE state = 'running' AND"
+                                            " owner IS ?", (owner,)).rowcount
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self._directory, owner))
+        return count
+
+    def next_due(self) -> Optional[float]:
+        """Return when the next waiting call is due."""
+        rows = self._store.read("SELECT min(due) FROM fn_queue WHERE state = 'waiting'")
+        return rows[0][0]
+
+    def act(self, number: str, action: str) -> Optional[str]:
+        """Retry (go on with a dead call), replay (run the request anew) or discard; return the id, None for no such."""
+        with self._store.write() as connection:
+            row = connection.execute("SELECT state FROM fn_queue WHERE id = ? AND state <> 'running'", (number,)).fetchone()
+            if row is None or action == "retry" and row[0] == "done":
+                return None
+            if action == "discard":
+                connection.execute("DELETE FROM fn_queue WHERE id = ?", (number,))
+            elif action == "retry":
+                connection.execute("UPDATE fn_queue SET state = 'waiting', due = ?, retries = attempts + 2 WHERE id = ?",
+                                   (self.clock(), number))
+            else:
+                old, number = number, os.urandom(16).hex()
+                connection.execute("INSERT INTO fn_queue (id, function, state, due, trigger, attempts, created, request, body)"
+                                   " SELECT ?, function, 'waiting', ?, trigger, 0, ?, request, body FROM fn_queue"
+                                   " WHERE id = ?", (number, self.clock(), self.clock(), old))
+        return number
+
+    def prune(self, now: float, keep_days: int) -> None:
+        """Delete results older than a day, dead calls older than KEEP_DAYS."""
+        with self._store.write() as connection:
+            connection.execute("DELETE FROM fn_queue WHERE state = 'done' AND finished < ? OR state = 'dead' AND finished < ?",
+                               (now - RESULT_SECONDS, now - max(1, keep_days) * 86_400))
+
+    def _own(self) -> str:
+        """Return this process's name in the table, and hold its lock."""
+        if not self._owner:
+            os.makedirs(self._directory, exist_ok=True)
+            owner = f"runner-{os.getpid()}-{os.urandom(4).hex()}.lock"
+            self._handle = os.open(os.path.join(self._directory, owner), os.O_RDWR | os.O_CREAT, 0o600)
+            flock(self._handle, LOCK_EX)
+            self._owner = owner
+        return self._owner
+
+    def _disown(self) -> None:
+        """Let a child that a function forks not hold its parent's lock."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._owner, self._handle, self._adding, self._committing = "", -1, threading.Lock(), threading.Lock()
+
+    def _is_alive(self, owner: Optional[str]) -> bool:
+        try:
+            with open(os.path.join(self._directory, os.path.basename(owner or "")), "rb") as file:
+                flock(file.fileno(), LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+class Runner:
+    """Runs what is due in threads of this process; they start when there is something to run, and end when there isn't."""
+
+    def __init__(self, queue: Queue, run: Callable[[Any], None], threads: int) -> None:
+        self._queue, self._run, self._most = queue, run, threads
+        self._lock, self._threads, self._idle = threading.Lock(), 0, 0
+        self._wake = threading.Semaphore(0)
+        self.stopping = False
+
+    def poke(self) -> None:
+        """Let an idle thread look for a call, or a new one."""
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                self._wake.release()
+            elif self._threads < self._most:
+                self._threads += 1
+                threading.Thread(target=self._loop, name="fnserve queue", daemon=True).start()
+
+    def _loop(self) -> None:
+        while not self.stopping:
+            try:
+                row = self._queue.claim(self._queue.clock())
+            except sqlite3.Error as error:  # locked for long, or the disk is full: the background loop pokes again
+                log.warning("queue: %s", error)
+                row = None
+            if row is not None:
+                self.poke()  # there may be more
+                self._run(row)
+            elif not self._rest():
+                return
+
+    def _rest(self) -> bool:
+        """Wait to be poked; False after a while without, when the thread ends."""
+        with self._lock:
+            self._idle += 1
+        if self._wake.acquire(timeout=60):
+            return True
+        with self._lock:
+            if self._wake.acquire(blocking=False):  # poked at the last moment
+                return True
+            self._idle -= 1
+            self._threads -= 1
+        return False
+
+# == 12 SCHEDULE ==========================================================
+# Jobs and when they fire. Uses 05, 10 and 11. Only the leader calls `step`: a run goes into the queue in the transaction
+# that moves next_run_time, so it is put once, whoever dies. The table fn_jobs is the state.
+
+SCHEDULE_SCHEMA = """
+CREATE TABLE IF NOT EXISTS fn_jobs (id TEXT PRIMARY KEY, name TEXT NOT NULL, func TEXT NOT NULL, args TEXT NOT NULL,
+    kwargs TEXT NOT NULL, schedule TEXT NOT NULL, next REAL, paused INTEGER NOT NULL DEFAULT 0, source TEXT NOT NULL,
+    grace REAL, instances INTEGER NOT NULL, coalesce INTEGER NOT NULL, created REAL NOT NULL,
+    planned INTEGER NOT NULL DEFAULT 0, late INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, missed INTEGER NOT NULL DEFAULT 0);
+"""
+MISFIRE_SECONDS = 60.0  # APScheduler's default of one second would miss what a restart of the board delays
+LATE_SECONDS = 5.0
+MOST_RUNS = 1000  # that one step counts of a job that was not looked at for long
+JOB_FIELDS = ("id", "name", "func", "args", "kwargs", "trigger", "misfire_grace_time", "max_instances", "coalesce")
+FUNC = re.compile(r"([^\W\d]\w*(?:/[^\W\d]\w*)*)(?::([^\W\d]\w*))?")
+
+
+class JobError(Exception):
+    """A job that can't be: status and the field to mend."""
+
+    def __init__(self, status: int, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.status, self.field = status, field
+
+
+class Schedule:
+    """The jobs. Times are Unix seconds; a job as others see it is the dict of `show`."""
+
+    def __init__(self, store: Store, queue: Queue, zone: str, clock: Callable[[], float]) -> None:
+        self._store, self._queue, self._zone, self._clock = store, queue, zone, clock
+        self._stepped = 0.0
+
+    def trigger(self, row: Mapping[str, Any]) -> Trigger:
+        """Return the trigger of a stored job."""
+        return parse_schedule(json.loads(row["schedule"]), self._zone, row["created"])
+
+    def jobs(self) -> list[Any]:
+        """Return the stored jobs."""
+        return self._store.rows("SELECT * FROM fn_jobs ORDER BY id")
+
+    def get(self, number: str) -> Any:
+        """Return one stored job; JobError 404 for none."""
+        for row in self._store.rows("SELECT * FROM fn_jobs WHERE id = ?", number):
+            return row
+        raise JobError(404, "", f"Job {number[:100]} not found")
+
+    def show(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a job as Flask-APScheduler shows it, with the counts of its runs."""
+        trigger = self.trigger(row)
+        return {"id": row["id"], "name": row["name"], "func": row["func"], "args": json.loads(row["args"]),
+                "kwargs": json.loads(row["kwargs"]), "trigger": trigger.kind, **trigger.fields,
+                "misfire_grace_time": row["grace"], "max_instances": row["instances"], "coalesce": bool(row["coalesce"]),
+                "next_run_time": None if row["paused"] else iso_time(row["next"], trigger.zone), "paused": bool(row["paused"]),
+                "source": row["source"], **{name: row[name] for name in ("planned", "late", "skipped", "missed")}}
+
+    def add(self, sent: Mapping[str, Any], source: str = "api") -> Any:
+        """Store a new job; JobError 409 for an id that is taken, 400 naming the field that is wrong."""
+        row = self._read(dict(sent), source)
+        with self._store.write() as connection:
+            if connection.execute("SELECT 1 FROM fn_jobs WHERE id = ?", (row["id"],)).fetchone():
+                raise JobError(409, "id", f"Job {row['id']} already exists")
+            self._insert(connection, row)
+        return self.get(row["id"])
+
+    def change(self, number: str, sent: Mapping[str, Any]) -> Any:
+        """Change fields of a job; fields of a trigger replace all of the old one's."""
+        old = self.get(number)
+        shown = {name: value for name, value in self.show(old).items() if name in JOB_FIELDS}
+        keeps = not set(sent) - set(JOB_FIELDS) and "trigger" not in sent
+        row = self._read({**shown, **(json.loads(old["schedule"]) if keeps else {}), **sent, "id": number}, old["source"])
+        row["next"] = old["next"] if keeps else row["next"]
+        with self._store.write() as connection:
+            connection.execute("DELETE FROM fn_jobs WHERE id = ?", (number,))
+            self._insert(connection, {**row, "paused": old["paused"]})
+        return self.get(number)
+
+    def remove(self, number: str) -> None:
+        """Delete a job."""
+        self.get(number)
+        with self._store.write() as connection:
+            connection.execute("DELETE FROM fn_jobs WHERE id = ?", (number,))
+
+    def pause(self, number: str, paused: bool) -> Any:
+        """Pause or resume a job; what would have fired meanwhile is not made up for."""
+        following = self.trigger(self.get(number)).next(self._clock())
+        with self._store.write() as connection:
+            connection.execute("UPDATE fn_jobs SET paused = ?, next = ? WHERE id = ?", (paused, following, number))
+        return self.get(number)
+
+    def run(self, number: str) -> Any:
+        """Put a run of a job into the queue now, beside its plan."""
+        row = self.get(number)
+        self._queue.put(self._call(row, self._clock()))
+        return row
+
+    def step(self, now: float) -> Optional[float]:
+        """Put what is due into the queue; return when the next job is."""
+        if now < self._stepped - 300:  # the clock was put back: what was planned by the wrong one is planned anew
+            for row in self.jobs():
+                self._move(row["id"], self.trigger(row).next(now))
+        self._stepped = now
+        due = self._store.rows("SELECT * FROM fn_jobs WHERE next <= ? AND NOT paused", now)
+        for row in due:
+            with self._store.write() as connection:
+                self._fire(connection, row, now)
+        rows = self._store.read("SELECT min(next) FROM fn_jobs WHERE NOT paused")
+        return rows[0][0]
+
+    def _fire(self, connection: sqlite3.Connection, row: Mapping[str, Any], now: float) -> None:
+        if connection.execute("SELECT next FROM fn_jobs WHERE id = ?", (row["id"],)).fetchone() != (row["next"],):
+            return  # changed, deleted or fired since it was read
+        trigger, moment, times = self.trigger(row), row["next"], []  # type: Trigger, Optional[float], list[float]
+        while moment is not None and moment <= now and len(times) < MOST_RUNS:
+            times.append(moment)
+            moment = trigger.next(moment)
+        following = trigger.next(now) if moment is not None and moment <= now else moment
+        ready = [moment for moment in times if row["grace"] is None or now - moment <= row["grace"]]
+        missed = len(times) - len(ready)
+        ready = ready[-1:] if row["coalesce"] else ready
+        under_way = connection.execute("SELECT count(*) FROM fn_queue WHERE job = ? AND state IN ('waiting', 'running')",
+                                       (row["id"],)).fetchone()[0]
+        room = max(0, row["instances"] - under_way)
+        for moment in ready[:room]:
+            self._queue.insert(connection, self._call(row, moment))
+        connection.execute("UPDATE fn_jobs SET next = ?, planned = planned + ?, missed = missed + ?, skipped = skipped + ?,"
+                           " late = late + ? WHERE id = ?",
+                           (following, len(times), missed, len(ready[room:]),
+                            sum(now - moment > LATE_SECONDS for moment in ready[:room]), row["id"]))
+
+    def sync(self, wanted: Mapping[str, Any]) -> None:
+        """Make the jobs of SETTINGS["schedule"] what the files say: function -> schedule."""
+        known = {row["id"]: row for row in self.jobs() if row["source"] == "code"}
+        for name in known.keys() - wanted.keys():
+            self.remove(name)
+        for name, schedule in wanted.items():
+            row = known.get(name)
+            if row is None or row["schedule"] != dump_json(schedule):
+                with contextlib.suppress(JobError, TriggerError):  # the function itself shows what is wrong with it
+                    self._sync_one(name, schedule, row)
+
+    def _sync_one(self, name: str, schedule: Any, old: Optional[Mapping[str, Any]]) -> None:
+        row = self._read({"id": name, "func": name}, "code", schedule)
+        with self._store.write() as connection:
+            connection.execute("DELETE FROM fn_jobs WHERE id = ?", (name,))  # a job of the API by this name gives way
+            self._insert(connection, {**row, "paused": old["paused"] if old else 0})
+
+    def _read(self, sent: dict[str, Any], source: str, schedule: Any = None) -> dict[str, Any]:
+        """Check what a job is made of, and return the row."""
+        now, func = self._clock(), sent.get("func", "")
+        number = str(sent.get("id") or os.urandom(8).hex())
+        found = FUNC.fullmatch(func) if isinstance(func, str) else None
+        if not found:
+            raise JobError(400, "func", f"{func!r} is neither hello nor reports:daily")
+        if not re.fullmatch(r"[^/?#\x00-\x1f]{1,200}", number) and source == "api":
+            raise JobError(400, "id", "must be text without / ? #")
+        for name, kind in (("args", list), ("kwargs", dict)):
+            if not isinstance(sent.get(name, kind()), kind):
+                raise JobError(400, name, f"must be a {kind.__name__}")
+        grace, instances = sent.get("misfire_grace_time", MISFIRE_SECONDS), sent.get("max_instances", 1)
+        if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float)) or grace <= 0):
+            raise JobError(400, "misfire_grace_time", "must be seconds above 0, or null for no limit")
+        if isinstance(instances, bool) or not isinstance(instances, int) or not 0 < instances <= 1000:
+            raise JobError(400, "max_instances", "must be a whole number above 0")
+        if schedule is None:
+            schedule = {name: value for name, value in sent.items() if name not in JOB_FIELDS or name == "trigger"}
+            if not schedule:
+                raise JobError(400, "trigger", "is missing: cron, interval or date")
+        try:
+            following = parse_schedule(schedule, self._zone, now).next(now)
+        except TriggerError as error:
+            raise JobError(400, error.field, str(error).partition(": ")[2]) from None
+        return {"id": number, "name": str(sent.get("name") or number), "func": func, "args": dump_json(sent.get("args", [])),
+                "kwargs": dump_json(sent.get("kwargs", {})), "schedule": dump_json(schedule), "next": following, "paused": 0,
+                "source": source, "grace": grace, "instances": instances, "coalesce": bool(sent.get("coalesce", True)),
+                "created": now}
+
+    def _insert(self, connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
+        marks = ", ".join("?" * len(row))
+        connection.execute(f"INSERT INTO fn_jobs ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
+
+    def _move(self, number: str, following: Optional[float]) -> None:
+        with self._store.write() as connection:
+            connection.execute("UPDATE fn_jobs SET next = ? WHERE id = ?", (following, number))
+
+    def _call(self, row: Mapping[str, Any], planned: float) -> Queued:
+        function, _, name = row["func"].partition(":")
+        request: dict[str, Any] = {"method": "POST", "path": "/function/" + function, "query": "", "headers": []}
+        if name:
+            request.update(entry=name, args=json.loads(row["args"]), kwargs=json.loads(row["kwargs"]))
+            return Queued(function, dump_json(request), trigger="schedule", job=row["id"], planned=planned)
+        request["headers"] = [["Content-Type", "application/json"]]
+        return Queued(function, dump_json(request), row["kwargs"].encode(), trigger="schedule", job=row["id"],
+                      planned=planned)
+
+
+def iso_time(moment: Optional[float], zone: Any) -> Optional[str]:
+    """Write a Unix time as ISO 8601 in a zone."""
+    import datetime
+    return None if moment is None else datetime.datetime.fromtimestamp(moment, zone).isoformat()
+
 # == 13 PIPELINE ==========================================================
 # One call: resolve, gate, run, respond, record, each a plain function that is handed the app. Uses 01 to 08; owns no
 # state. `handle` never raises, so nothing a client or a function does gets past it.
@@ -3058,6 +4072,7 @@ class Route(NamedTuple):
     view: Callable[[Any, Call], Any]
     admin: bool = True
     methods: tuple[str, ...] = ("GET", "HEAD")
+    basic: bool = False  #: HTTP Basic with SECRET_TOKEN as the password will do
 
 
 class Target(NamedTuple):
@@ -3072,7 +4087,7 @@ def handle(app: Any, call: Call) -> Response:
     try:
         target = resolve(app, call)
         gate(app, call, target)
-        response = make_response(run(app, call, target))
+        response = accept(app, call) if wants_queue(call) else make_response(run(app, call, target))
     except BaseException as error:  # SystemExit and the like too: a function must not be able to end its worker
         response = recover(app, call, error)
     return finish(app, call, response) if call.after or call.hooks else response
@@ -3088,7 +4103,7 @@ def resolve(app: Any, call: Call) -> Target:
             call.function = call.request.endpoint = function.name
             call.request.view_args = {"func_name": function.name, "subpath": subpath}
             return Target(None, function, subpath)
-    route = app.routes.get(path)
+    route = app.routes.get(path) or app.routes.get(path[:path.find("/", 1) + 1] + "*")
     if route is not None and not (route.admin and not app.settings.ADMIN):
         call.route = call.request.endpoint = path
         return Target(route)
@@ -3107,6 +4122,7 @@ def gate(app: Any, call: Call, target: Target) -> None:
         code = call.code = target.function.code
         if code is not None and code.settings is not PLAIN:
             gate_function(app, call, code.settings)
+            call.deadline = call.started + (code.settings.timeout or app.settings.TIMEOUT)
         if call.function in app.protected:
             if not app.settings.ADMIN:
                 raise HTTPException(404, f'Function "{call.function}" not found')
@@ -3115,7 +4131,7 @@ def gate(app: Any, call: Call, target: Target) -> None:
         if request.method not in target.route.methods:
             raise HTTPException(405, headers=[("Allow", ", ".join(target.route.methods))])
         if target.route.admin:
-            require_admin(app, call)
+            require_admin(app, call, target.route.basic)
         else:
             request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
     length = request.content_length
@@ -3131,6 +4147,8 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
     if settings.cors:
         share_origin(call, settings)
     allowed = settings.methods + (("HEAD",) if "GET" in settings.methods else ())
+    if call.trigger in ("async", "schedule"):
+        return
     if allowed and request.method not in allowed:
         raise HTTPException(405, headers=[("Allow", ", ".join(dict.fromkeys(allowed)))])
     if settings.auth == "login":
@@ -3141,8 +4159,65 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
         app.rates.take(call, settings.rate)
     if settings.max_body:
         request.max_content_length = settings.max_body
-    if settings.timeout:
-        call.deadline = call.started + settings.timeout
+    if settings.verify is not None and call.trigger == "http":
+        check_signature(app, call, settings.verify)
+
+
+def check_signature(app: Any, call: Call, scheme: Any) -> None:
+    """Refuse a webhook that isn't signed as SETTINGS["verify"] says: 401 to the sender, the reason to the admin's logs."""
+    try:
+        verify(scheme, call.request, app.config.current(), call.started)
+    except BadSignature as error:
+        call.error = f"the signature was refused: {error}"
+        log.warning("%s: %s", call.function, call.error, extra={"call": call.id})
+        raise HTTPException(401, "The signature was refused") from None
+    answer = answer_challenge(scheme, call.request)
+    if answer is not None:
+        raise HTTPException(200, response=make_response(answer))
+
+
+def wants_queue(call: Call) -> bool:
+    """Tell whether a call is to be queued: SETTINGS["async"], or the client's Prefer (RFC 7240) where that says nothing."""
+    if call.code is None or call.trigger != "http" or call.code.settings.async_ is False:
+        return False
+    prefers = call.request.environ.get("HTTP_PREFER")
+    return call.code.settings.async_ is True or "respond-async" in re.split(r"[\s,;]+", (prefers or "").lower())
+
+
+def accept(app: Any, call: Call) -> Response:
+    """Put a call into the queue and answer 202: after the commit, so that the sender may forget it."""
+    request, settings = call.request, call.code.settings if call.code else PLAIN
+    mark = request.headers.get(settings.dedupe) if settings.dedupe else None
+    mark = mark or request.headers.get("Idempotency-Key")
+    stored = {"method": request.method, "path": request.path, "query": request.environ.get("QUERY_STRING", ""),
+              "headers": list(request.headers), "host": request.host, "scheme": request.scheme, "client": request.remote_addr}
+    number = app.put(Queued(call.function or "", dump_json(stored), request.get_data(), key=mark and f"{call.function}:{mark}"))
+    answer = {"id": number, "status_url": f"{request.url_root}invocations/{number}"}
+    return Response(dump_json(answer) + "\n", 202, mimetype="application/json", headers={
+        "Location": f"/invocations/{number}", "Preference-Applied": "respond-async"})
+
+
+def run_queued(app: Any, row: Any) -> None:
+    """Run a call of the queue through the pipeline, and store how it ended."""
+    stored, body = json.loads(row["request"]), bytes(row["body"] or b"")
+    run = Run(row["trigger"], row["attempts"], stored.get("entry", ""), stored.get("args", []), stored.get("kwargs", {}))
+    host, _, port = stored.get("host", "localhost").partition(":")
+    environ = {"REQUEST_METHOD": stored["method"], "SCRIPT_NAME": "", "QUERY_STRING": stored["query"], "fnserve.run": run,
+               "PATH_INFO": stored["path"].encode().decode("latin-1"), "SERVER_NAME": host, "SERVER_PORT": port or "80",
+               "SERVER_PROTOCOL": "HTTP/1.1", "wsgi.version": (1, 0), "wsgi.url_scheme": stored.get("scheme", "http"),
+               "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr, "wsgi.multithread": True,
+               "wsgi.multiprocess": True, "wsgi.run_once": False, "REMOTE_ADDR": stored.get("client") or ""}
+    for name, value in stored["headers"]:
+        key = name.upper().replace("-", "_")
+        environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key] = value
+    environ["CONTENT_LENGTH"] = str(len(body))
+    response = Client(app).run(environ)
+    settings = run.call.code.settings if run.call and run.call.code else PLAIN
+    failed = run.call.error if run.call and run.call.error else response.status if response.code >= 500 else ""
+    try:
+        app.queue.finish(row, settings.retries, response.code, dump_json(list(response.headers)), response.get_data(), failed)
+    except sqlite3.Error as error:  # it is given back when this process ends, and runs once more
+        log.error("%s: the end of its queued call could not be stored: %s", row["function"], error)
 
 
 def has_api_token(app: Any, request: Request) -> bool:
@@ -3204,6 +4279,8 @@ def run(app: Any, call: Call, target: Target) -> Any:
         value = hook.before_request(call.request) if hasattr(hook, "before_request") else None
         if value is not None:
             return value
+    if call.run.entry:
+        return call_job(call)
     return call_entry(app, call, code.entries[""] if "" in code.entries else choose_entry(call, function, code))
 
 
@@ -3230,6 +4307,21 @@ def call_entry(app: Any, call: Call, entry: Entry) -> Any:
         import asyncio  # only for async functions
         value = asyncio.run(value)
     return value
+
+
+def call_job(call: Call) -> Any:
+    """Call the callable of a job, ``reports:daily``, with its args and kwargs; what it returns need be no answer."""
+    function = getattr(call.code.module, call.run.entry, None) if call.code else None
+    if not callable(function):
+        raise LoadError(f"the file has no function {call.run.entry!r}")
+    value = function(*call.run.args, **call.run.kwargs)
+    if isinstance(value, types.CoroutineType):
+        import asyncio
+        value = asyncio.run(value)
+    try:
+        return make_response(value)
+    except TypeError:
+        return Response(repr(value), mimetype="text/plain")
 
 
 def recover(app: Any, call: Call, error: BaseException) -> Response:
@@ -3281,9 +4373,13 @@ def finish(app: Any, call: Call, response: Response) -> Response:
     return response
 
 
-def require_admin(app: Any, call: Call) -> None:
+def require_admin(app: Any, call: Call, basic: bool = False) -> None:
     """Let the admin pass; 401 for anybody else, 403 for another site that uses the admin's browser."""
     given = call.request.authorization
+    if basic and given is not None and given.type == "basic" and check_token(app, call, given.password or ""):
+        if is_cross_site(call.request):  # browsers send what they know of Basic by themselves
+            raise HTTPException(403, "This request came from another site")
+        return
     if given is not None and given.type == "bearer" and check_token(app, call, given.token):
         return
     if not app.signer.is_login(call.session.get("_login"), call.started):
@@ -4329,9 +5425,15 @@ class App:
         self.reserved = frozenset(path[10:] for path in ROUTES if path.startswith("/function/"))
         self.protected = NAMES_OF_ADMIN_FUNCTIONS | self.reserved | set(settings.PROTECTED_FUNCTIONS)
         self.signer = Signer(settings.SECRET_KEY, settings.SECRET_TOKEN)
-        self.store, self.journal = Store(settings.DB_PATH), Journal(settings.JOURNAL_DIR)
+        schema = SCHEMA + QUEUE_SCHEMA + SCHEDULE_SCHEMA
+        self.store, durable = Store(settings.DB_PATH, schema), Store(settings.DB_PATH, schema, "FULL")
+        self.journal = Journal(settings.JOURNAL_DIR)
         self.config = Config(settings.directory)
-        self.functions = Functions(settings.FUNCTIONS_DIR, Versions(self.store), make_api(), self.reserved)
+        casts = {**SETTINGS_CASTS, "verify": read_scheme, "schedule": self._read_schedule}
+        self.functions = Functions(settings.FUNCTIONS_DIR, Versions(self.store), make_api(), self.reserved, casts)
+        self.queue = Queue(self.store, durable, settings.JOURNAL_DIR, settings.QUEUE_MAX, clock)
+        self.schedule = Schedule(self.store, self.queue, settings.TIMEZONE, clock)
+        self.runner = Runner(self.queue, functools.partial(run_queued, self), max(1, settings.THREADS // 2))
         self.folder = Folder(self.journal, self.store, settings, self.protected)
         self.background, self.rates = Background(self), Rates()
         self.templates: Any = None  #: Jinja2's environment, once it is used
@@ -4368,6 +5470,32 @@ class App:
             self.background.start()
             self._started = os.getpid()
 
+    def _read_schedule(self, value: Any) -> Any:
+        parse_schedule(value, self.settings.TIMEZONE, self.clock())
+        return value
+
+    def put(self, call: Queued) -> str:
+        """Queue a call and have it run; 503 where the queue is full or the disk can't be written to."""
+        try:
+            number = self.queue.put(call)
+        except QueueFull:
+            raise HTTPException(503, "The queue is full", [("Retry-After", "60")]) from None
+        except sqlite3.Error as error:
+            log.error("%s: the call could not be queued: %s", call.function, error)
+            raise HTTPException(503, "The queue can't be written to", [("Retry-After", "5")]) from None
+        self.runner.poke()
+        return number
+
+    def enqueue(self, name: str, json: Any, data: Any, query: Any, headers: Any, delay: float) -> str:
+        """Queue a POST of a function's own making."""
+        if not valid_name(name.partition("?")[0]) or self.functions.get(name) is None:
+            raise ValueError(f"there is no function {name!r}")
+        fields = {"Content-Type": "application/json"} if json is not None else {}
+        body = dump_json(json).encode() if json is not None else data.encode() if isinstance(data, str) else data or b""
+        request = {"method": "POST", "path": "/function/" + name, "query": urlencode(query or {}, doseq=True),
+                   "headers": [[key, str(value)] for key, value in {**fields, **(headers or {})}.items()]}
+        return self.put(Queued(name, dump_json(request), body, self.clock() + max(0.0, float(delay))))
+
     def new_id(self) -> str:
         """Return a request id: 64 random bits, taken from a store of them since each system call costs the GIL."""
         try:
@@ -4376,6 +5504,12 @@ class App:
             text = os.urandom(4096).hex()
             self._ids.extend(text[at:at + 16] for at in range(0, len(text), 16))
             return self._ids.pop()
+
+    @property
+    def runs_schedule(self) -> bool:
+        """Tell whether this machine is one of SCHEDULER_ALLOWED_HOSTS."""
+        import socket
+        return bool({"*", socket.gethostname()} & set(self.settings.SCHEDULER_ALLOWED_HOSTS))
 
     def keyword(self, word: str, call: Call) -> Any:
         """Return what an entry point gets for one of KEYWORDS."""
@@ -4409,7 +5543,7 @@ class Background:
 
     def __init__(self, app: App) -> None:
         self._app, self._handle = app, -1
-        self._folded = self._checked = self._pruned = 0.0
+        self._folded = self._checked = self._pruned = self._scanned = 0.0
         self._stopping = threading.Event()
 
     def start(self) -> None:
@@ -4418,26 +5552,48 @@ class Background:
         threading.Thread(target=self._run, args=(self._stopping,), name="fnserve background", daemon=True).start()
 
     def stop(self) -> None:
-        """End the loop after its round."""
+        """End the loop after its round, and start no more queued calls."""
+        self._app.runner.stopping = True
         self._stopping.set()
 
     def _run(self, stopping: threading.Event) -> None:
-        while not stopping.wait(1):
+        pause = 1.0
+        while not stopping.wait(pause):
             try:
-                self.step(self._app.clock())
+                pause = self.step(self._app.clock())
             except Exception as error:  # the loop must outlive a locked database or a full disk; it tries again
                 log.error("background: %s: %s", type(error).__name__, error)
-                stopping.wait(30)
+                pause = 5.0
 
-    def step(self, now: float) -> None:
-        """Move on to a new segment where there is one; the leader folds and prunes when it is time."""
+    def step(self, now: float) -> float:
+        """Do one round; return the seconds until the next, one at most.
+
+        Every process moves on to a new segment and runs what is due; the leader fires the schedule, gives back the calls of
+        processes that died, folds and prunes.
+        """
+        leads, following = self._keep_up(now), None
+        if leads and self._app.runs_schedule:
+            following = self._app.schedule.step(now)
+        due = self._app.queue.next_due()
+        if due is not None and due <= now:
+            self._app.runner.poke()
+            due = None
+        return max(.01, min([1.0] + [moment - now for moment in (due, following) if moment is not None]))
+
+    def _keep_up(self, now: float) -> bool:
+        """Do what isn't about queued calls; tell whether this process leads."""
         self._app.config.current()  # os.environ follows .env within a second; `config` does with the next call
         if self._app.journal.in_use():
             self._app.journal.refresh()
         if not self._lead():
-            return
+            return False
         if self._checked > now:  # the clock went back
-            self._folded = self._checked = self._pruned = 0.0
+            self._folded = self._checked = self._pruned = self._scanned = 0.0
+        self._app.queue.reclaim()
+        if now >= self._scanned:  # a directory of 10,000 functions takes a while, so it is looked at less often
+            began = time.monotonic()
+            self._app.schedule.sync(self._app.functions.schedules())
+            self._scanned = now + 1 + 50 * (time.monotonic() - began)
         if now - self._checked >= 5:
             self._checked = now
             if now - self._folded >= FOLD_SECONDS or self._app.folder.pending() > FOLD_PENDING:
@@ -4447,6 +5603,8 @@ class Background:
         if now - self._pruned >= PRUNE_SECONDS:
             self._pruned = now
             self._app.folder.prune(now)
+            self._app.queue.prune(now, self._app.settings.KEEP_DAYS)
+        return True
 
     def _lead(self) -> bool:
         """Tell whether this process does the work that is done once; the kernel passes the lock on at its death."""
@@ -4925,7 +6083,7 @@ def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
     app = prepare(**options)
     app.start()
     headers.setdefault("Authorization", "Bearer " + app.settings.SECRET_TOKEN)  # whoever runs this owns the files
-    client = Client(lambda environ, start: app({**environ, "fnserve.trigger": "cli"}, start))
+    client = Client(lambda environ, start: app({**environ, "fnserve.run": Run("cli")}, start))
     response = client.open("/function/" + quote(arguments.name), arguments.method or ("POST" if data else "GET"),
                                 query=dict(pair.partition("=")[::2] for pair in arguments.query), data=data,
                                 headers=headers)

@@ -374,7 +374,7 @@ class JournalTest(Case):
             self.call(app, "GET", "/function/hello")
         self.call(app, "GET", "/function/bad")
         self.call(app, "GET", "/function/nope")
-        other = fnserve.Folder(app.journal, fnserve.Store(app.settings.DB_PATH), app.settings, app.protected)
+        other = fnserve.Folder(app.journal, fnserve.Store(app.settings.DB_PATH, fnserve.SCHEMA), app.settings, app.protected)
         self.assertEqual(other.fold() + app.folder.fold() + app.folder.fold(), 7)
         self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"hello": 5, "bad": 1})
 
@@ -1170,6 +1170,529 @@ class ExamplesTest(Case):
         self.assertEqual(client.get("/function/upload/a_b.txt").data, b"hi")
 
 
+# == 09 SIGNATURES ========================================================
+
+
+class SignatureTest(Case):
+    """Requests signed by the providers' own libraries, and tampered with."""
+
+    BODY = b'{"events": [], "text": "\xe6\xbc\xa2"}'
+
+    def signed(self, scheme: str, key: str, now: int) -> dict:
+        """Return the headers that the provider would send, made by its own library where there is one."""
+        body, text = self.BODY, self.BODY.decode()
+        if scheme == "line":
+            validator_ = module("linebot.v3.webhook").SignatureValidator(key)
+            import base64
+            import hashlib
+            import hmac
+            made = base64.b64encode(hmac.new(key.encode(), body, hashlib.sha256).digest()).decode()
+            self.assertTrue(validator_.validate(text, made))
+            return {"X-Line-Signature": made}
+        if scheme == "stripe":
+            signature = module("stripe").WebhookSignature._compute_signature(f"{now}.{text}", key)
+            return {"Stripe-Signature": f"t={now},v0=x,v1={'0' * 64},v1={signature}"}
+        if scheme == "slack":
+            verifier = module("slack_sdk.signature").SignatureVerifier(key)
+            return {"X-Slack-Request-Timestamp": str(now), "X-Slack-Signature": verifier.generate_signature(timestamp=str(now), body=text)}
+        if scheme == "standard":
+            import datetime
+            made = module("standardwebhooks").Webhook(key).sign("msg_1", datetime.datetime.fromtimestamp(now, datetime.timezone.utc), text)
+            return {"webhook-id": "msg_1", "webhook-timestamp": str(now), "webhook-signature": "v1,bm8= " + made}
+        if scheme == "discord":
+            signer = module("nacl.signing").SigningKey(bytes(range(32)))
+            return {"X-Signature-Timestamp": str(now), "X-Signature-Ed25519": signer.sign(str(now).encode() + body).signature.hex()}
+        import hashlib
+        import hmac
+        if scheme == "github":
+            return {"X-Hub-Signature-256": "sha256=" + hmac.new(key.encode(), body, hashlib.sha256).hexdigest()}
+        if scheme == "custom":
+            return {"X-Sig": "v=" + hmac.new(key.encode(), body, hashlib.sha512).hexdigest()}
+        if scheme == "shopify":
+            import base64
+            return {"X-Shopify-Hmac-Sha256": base64.b64encode(hmac.new(key.encode(), body, hashlib.sha256).digest()).decode()}
+        return {{"gitlab": "X-Gitlab-Token", "telegram": "X-Telegram-Bot-Api-Secret-Token"}[scheme]: key}
+
+    KEYS = {"line": "LINE_CHANNEL_SECRET", "github": "GITHUB_WEBHOOK_SECRET", "stripe": "STRIPE_WEBHOOK_SECRET",
+            "slack": "SLACK_SIGNING_SECRET", "standard": "STANDARD_WEBHOOK_SECRET", "shopify": "SHOPIFY_WEBHOOK_SECRET",
+            "gitlab": "GITLAB_WEBHOOK_TOKEN", "telegram": "TELEGRAM_SECRET_TOKEN", "discord": "DISCORD_PUBLIC_KEY",
+            "custom": "MY_SECRET"}
+
+    def test_every_scheme(self):
+        now = int(self.clock.now)
+        ran = self.dir / "ran"
+        for scheme, name in self.KEYS.items():
+            key = {"standard": "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIz", "stripe": "whsec_abc", "discord":
+                   "03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8"}.get(scheme, "s3cret")
+            shown = repr(scheme) if scheme != "custom" else repr({"header": "X-Sig", "secret": name, "algorithm": "sha512",
+                                                                  "encoding": "hex", "prefix": "v="})
+            self.write(scheme, f"SETTINGS = {{'verify': {shown}}}\ndef main(request):\n    open({str(ran)!r}, 'a').write('x')\n"
+                               "    return request.get_data()")
+            (self.dir / ".env").write_text(f"{name}=0ld,{key}\n" if scheme not in ("standard", "discord") else f"{name}={key}\n")
+            app = self.make_app()
+            sent = {"Content-Type": "application/json"}
+            headers = {**sent, **self.signed(scheme, key, now)}
+
+            def post(body: bytes, headers: dict) -> int:
+                return self.call(app, "POST", f"/function/{scheme}", data=body, headers=headers).status_code
+            with self.subTest(scheme=scheme):
+                self.assertEqual(post(self.BODY, headers), 200)
+                ran.write_text("")
+                wrong = [(self.BODY, sent)]
+                if scheme not in ("gitlab", "telegram"):
+                    wrong.append((self.BODY + b" ", headers))
+                for header in headers.keys() - {"Content-Type"}:
+                    for value in ("", "x", headers[header][:-1], headers[header] + "0", "\xe6\xbc\xa2"):
+                        if not (header == "webhook-id" and value == headers[header]):
+                            wrong.append((self.BODY, {**headers, header: value}))
+                for body, tampered in wrong:
+                    self.assertEqual(post(body, tampered), 401, tampered)
+                if scheme in ("stripe", "slack", "standard"):
+                    self.clock.now = now + 412
+                    self.assertEqual(post(self.BODY, headers), 401)
+                    self.assertIn("412 s old", self.admin(app).get("/admin/logs?limit=1").json["invocations"][0]["error"])
+                    self.clock.now = now
+                self.assertEqual(ran.read_text(), "")  # the function never ran
+                (self.dir / ".env").write_text("")
+                self.assertEqual(post(self.BODY, headers), 401)
+
+    def test_twilio(self):
+        request = module("twilio.request_validator")
+        self.write("sms", "SETTINGS = {'verify': 'twilio'}\ndef main(request): return 'ok'")
+        (self.dir / ".env").write_text("TWILIO_AUTH_TOKEN=tok\n")
+        app, signer = self.make_app(), request.RequestValidator("tok")
+        form = {"Body": "Hi there", "From": "+1555", "A": "漢"}
+        for url, host in (("http://example.com/function/sms?a=1", "example.com"), ("http://example.com:80/function/sms?a=1", "example.com"),
+                          ("http://example.com:8080/function/sms?a=1", "example.com:8080")):
+            made = signer.compute_signature(url, form)
+            answer = self.call(app, "POST", "/function/sms?a=1", data=form, headers={"Host": host, "X-Twilio-Signature": made})
+            self.assertEqual(answer.status_code, 200, url)
+        self.assertEqual(self.call(app, "POST", "/function/sms?a=2", data=form, headers={"Host": host, "X-Twilio-Signature": made})
+                         .status_code, 401)
+        body = b'{"a": 1}'
+        query = "?bodySHA256=" + signer.compute_hash(body.decode())
+        made = signer.compute_signature("http://example.com/function/sms" + query, {})
+        headers = {"Host": "example.com", "X-Twilio-Signature": made, "Content-Type": "application/json"}
+        self.assertEqual(self.call(app, "POST", "/function/sms" + query, data=body, headers=headers).status_code, 200)
+        self.assertEqual(self.call(app, "POST", "/function/sms" + query, data=body + b" ", headers=headers).status_code, 401)
+
+    def test_published_vectors(self):
+        for public, message, signature in (  # RFC 8032 7.1, TEST 1 to 3
+                ("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a", "",
+                 "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b"),
+                ("3d4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c", "72",
+                 "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da085ac1e43e15996e458f3613d0f11d8c387b2eaeb4302aeeb00d291612bb0c00"),
+                ("fc51cd8e6218a1a38da47ed00230f0580816ed13ba3303ac5deb911548908025", "af82",
+                 "6291d657deec24024827e69c3abe01a30ce548a284743a445e3680d7db5ac3ac18ff9b538d16f290ae67f760984dc6594a7c15e9716ed28dc027beceea1ec40a")):
+            data = bytes.fromhex(public), bytes.fromhex(message), bytes.fromhex(signature)
+            self.assertTrue(fnserve.verify_ed25519(*data))
+            self.assertFalse(fnserve.verify_ed25519(data[0], data[1] + b"x", data[2]))
+            self.assertFalse(fnserve.verify_ed25519(data[0], data[1], data[2][:63] + b"\xff"))
+
+    def test_challenges(self):
+        self.write("slack", "SETTINGS = {'verify': 'slack'}\ndef main(request): 1/0")
+        self.write("discord", "SETTINGS = {'verify': 'discord'}\ndef main(request): 1/0")
+        module("slack_sdk"), module("nacl")
+        (self.dir / ".env").write_text("SLACK_SIGNING_SECRET=s\nDISCORD_PUBLIC_KEY=03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8\n")
+        app = self.make_app()
+        for scheme, body, answer in (("slack", {"type": "url_verification", "challenge": "abc"}, {"challenge": "abc"}),
+                                     ("discord", {"type": 1}, {"type": 1})):
+            self.BODY = json.dumps(body).encode()
+            headers = {"Content-Type": "application/json", **self.signed(scheme, "s", int(self.clock.now))}
+            answered = self.call(app, "POST", f"/function/{scheme}", data=self.BODY, headers=headers)
+            self.assertEqual((answered.status_code, answered.json), (200, answer))
+
+
+# == 10 TRIGGERS ==========================================================
+
+
+class TriggerTest(Case):
+    ZONES = ("UTC", "Asia/Taipei", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe")
+    CRONTABS = """* * * * *|*/5 * * * *|0 * * * *|30 2 * * *|30 1 * * *|0 0 1 * *|0 0 * * 0|0 0 * * 7|0 9 * * mon-fri|0 9 1 jan *
+        0 0 29 2 *|0 0 13 * 5|0 0 1,15 * 3|*/30 * * * *|15 1-3 * * *|0 */2 * * *|59 23 31 12 *|0 12 * * 1-5|0 8-18/2 * * *|5,35 6,18 * * *
+        0 0 * * 6-7|10-20/3 4 * * *|0 0 31 * *|0 22 * * 1,3,5|1 1 1 1 1|0 0 30 4 *|0 3 * * sun|*/7 */5 * * *|45 23 * * sat|0 5 10-20 * *""".replace("|", "\n").split("\n")
+    FIELDS = ({"hour": 3}, {"day": "last"}, {"day": "last fri"}, {"day": "3rd wed", "hour": 6}, {"day_of_week": "mon-fri", "hour": "8-18/2"},
+              {"week": 1}, {"week": "*/4", "day_of_week": 0}, {"month": "*/3"}, {"second": "*/10"}, {"minute": "1,2,3", "second": 5},
+              {"year": "2027-2028", "month": 6}, {"day": "1st mon, 15, last"}, {"hour": "*", "minute": "59"}, {"day": "2nd sun", "month": 3,
+              "hour": 2, "minute": 30}, {"day": "*/10"}, {"month": "jan-mar", "day": 31}, {"day_of_week": "sun"}, {"day": 29, "month": 2})
+
+    @staticmethod
+    def mine(trigger, start: float, count: int) -> list:
+        """Return the next times."""
+        found = []
+        while len(found) < count and (start := trigger.next(start)) is not None:
+            found.append(start)
+        return found
+
+    def starts(self, zone) -> list[float]:
+        """Return moments on ordinary days and around each change of the clock in 2026."""
+        import datetime
+        moments = [datetime.datetime(2026, month, day, hour, tzinfo=zone).timestamp() for month, day, hour in
+                   ((1, 31, 23), (2, 27, 5), (3, 7, 23), (3, 28, 22), (4, 4, 20), (6, 15, 12), (10, 3, 22), (10, 24, 22), (10, 31, 22), (12, 31, 23))]
+        return moments
+
+    def test_crontab_agrees_with_croniter(self):
+        """But for a local time in the gap of a spring, which croniter moves to the gap's end and APScheduler by its length."""
+        croniter = module("croniter").croniter
+        import datetime
+        import zoneinfo
+        count = 0
+        generated = random.Random(20260501)
+        lines = [line.strip() for line in self.CRONTABS] + [self.generated_crontab(generated) for _ in range(200)]
+        for index, line in enumerate(lines):
+            zones = self.ZONES if index < len(self.CRONTABS) else [self.ZONES[index % 5]]
+            for name in zones:
+                zone = zoneinfo.ZoneInfo(name)
+                for start in self.starts(zone) if index < len(self.CRONTABS) else self.starts(zone)[index % 10:index % 10 + 1]:
+                    with self.subTest(line=line, zone=name, start=start):
+                        theirs = croniter(line, datetime.datetime.fromtimestamp(start, zone))
+                        wanted = [theirs.get_next(datetime.datetime).timestamp() for _ in range(5)]
+                        trigger = fnserve.parse_schedule(line, name, start)
+                        mine = self.mine(trigger, start, 5)
+                        count += 1
+                        if mine != wanted:
+                            self.assertTrue(any(self.in_gap(moment, zone) for moment in mine + wanted), (mine, wanted))
+        self.assertGreater(count, 600)
+
+    @staticmethod
+    def in_gap(moment: float, zone) -> bool:
+        """Tell whether the clock was put forward within the hours before."""
+        import datetime
+        offsets = [datetime.datetime.fromtimestamp(moment - back, zone).utcoffset() for back in (0, 4 * 3600)]
+        return offsets[0] > offsets[1]
+
+    @staticmethod
+    def generated_crontab(seeded: random.Random) -> str:
+        """Make a crontab line that both read alike: no a-a, no */n beside the other kind of day."""
+        parts = [TriggerTest.generated_field(seeded, *span) for span in ((0, 59), (0, 23), (1, 28), (1, 12), (0, 6))]
+        for index in (2, 3, 4):
+            if seeded.random() < .6 or index == 4 and parts[2].startswith("*/") or index == 4 and parts[4].startswith("*/") and parts[2] != "*":
+                parts[index] = "*"
+        return " ".join(parts)
+
+    @staticmethod
+    def generated_field(seeded: random.Random, least: int, most: int) -> str:
+        """Make one field."""
+        first = seeded.randint(least, most - 1)
+        last = seeded.randint(first + 1, most)
+        return seeded.choice(["*", "*", f"*/{seeded.randint(1, (most - least) // 2)}", str(first), f"{first}-{last}",
+                              f"{first}-{last}/{seeded.randint(1, max(1, min(5, last - first)))}", f"{first},{last}"])
+
+    def test_fields_agree_with_apscheduler(self):
+        cron = module("apscheduler.triggers.cron").CronTrigger
+        import datetime
+        import zoneinfo
+        seeded, cases = random.Random(20260502), [(fields, name) for fields in self.FIELDS for name in self.ZONES]
+        spans = {"month": (1, 12), "day": (1, 28), "week": (1, 53), "day_of_week": (0, 6), "hour": (0, 23), "minute": (0, 59), "second": (0, 59)}
+        for number in range(220):
+            fields = {name: self.generated_field(seeded, *span) for name, span in spans.items()
+                      if seeded.random() < (.15 if name == "week" else .45)}
+            cases.append((fields or {"minute": 5}, self.ZONES[number % 5]))
+        for index, (fields, name) in enumerate(cases):
+            zone = zoneinfo.ZoneInfo(name)
+            for start in self.starts(zone) if index < 20 else [self.starts(zone)[index % 10]]:
+                theirs, previous, now, wanted = cron(timezone=zone, **fields), None, datetime.datetime.fromtimestamp(start + 1e-6, zone), []
+                while len(wanted) < 5 and (previous := theirs.get_next_fire_time(previous, now)):
+                    wanted.append(previous.timestamp())
+                    now = previous
+                with self.subTest(fields=fields, zone=name, start=start):
+                    self.assertEqual(self.mine(fnserve.Trigger("cron", fields, name, start), start, 5), wanted)
+
+    def test_intervals_and_dates(self):
+        interval = module("apscheduler.triggers.interval").IntervalTrigger
+        import datetime
+        import zoneinfo
+        zone = zoneinfo.ZoneInfo("Europe/Berlin")
+        start = datetime.datetime(2026, 10, 24, 12, tzinfo=zone)
+        theirs, wanted, previous = interval(hours=7, minutes=30, start_date=start, timezone=zone), [], None
+        for _ in range(6):
+            previous = theirs.get_next_fire_time(previous, previous or start)
+            wanted.append(previous.timestamp())
+        trigger = fnserve.Trigger("interval", {"hours": 7, "minutes": 30, "start_date": "2026-10-24 12:00"}, "Europe/Berlin", 0)
+        self.assertEqual(self.mine(trigger, start.timestamp() - 1, 6), wanted)
+        self.assertEqual(self.mine(fnserve.parse_schedule("every 30s", "UTC", 1000), 1000, 3), [1030, 1060, 1090])
+        once = fnserve.Trigger("date", {"run_date": "2026-01-01T00:00:00Z"}, "UTC", 0)
+        self.assertEqual((once.next(0), once.next(1767225600)), (1767225600, None))
+        bounded = fnserve.Trigger("interval", {"seconds": 10, "end_date": 35}, "UTC", 0)
+        self.assertEqual(self.mine(bounded, 0, 9), [10, 20, 30])
+
+    def test_never_and_nonsense(self):
+        self.assertIsNone(fnserve.parse_schedule("0 0 31 2 *", "UTC", 0).next(self.clock.now))
+        for value, field in (("61 * * * *", "minute"), ("* 24 * * *", "hour"), ("* * 0 * *", "day"), ("* * * 13 *", "month"), ("* * * * 8", "day_of_week"),
+                             ("* * * * moon", "day_of_week"), ("*/0 * * * *", "minute"), ("5-1 * * * *", "minute"), ("* * * *", "schedule"),
+                             ("every 0s", "schedule"), ("sometimes", "schedule"), ({"minutes": "x"}, "minutes"), ({"hour": 25}, "hour"),
+                             ({"nope": 1, "hour": 1}, "nope"), ({"trigger": "moon"}, "trigger"), ({"run_date": "tomorrow"}, "run_date"),
+                             ({"hour": 1, "timezone": "Mars/Base"}, "timezone"), ({"day": "6th mon"}, "day"), ({"seconds": -1}, "seconds"),
+                             ({"day": "last moonday"}, "day_of_week"), ({"hour": 1, "jitter": "much"}, "jitter"), (5, "schedule")):
+            with self.subTest(value=value), self.assertRaises(fnserve.TriggerError) as caught:
+                fnserve.parse_schedule(value, "UTC", 0)
+            self.assertEqual(caught.exception.field, field, value)
+
+
+# == 11 QUEUE =============================================================
+
+
+class QueueTest(Case):
+    def drain(self, app, seconds: float = 0) -> None:
+        """Let everything that is due run, as the threads would."""
+        self.clock.now += seconds
+        while (row := app.queue.claim(self.clock.now)) is not None:
+            fnserve.run_queued(app, row)
+
+    def make_app(self, **settings: object):
+        """Make an app whose queue is only run by `drain`."""
+        app = super().make_app(**settings)
+        app.background.stop()
+        app.runner.poke = lambda: None
+        return app
+
+    def test_a_call_is_accepted_and_run(self):
+        self.write("slow", "def main(request):\n    return {'got': request.get_json(), 'path': request.full_path, 'x': request.headers['X-A'],"
+                           " 'host': request.host}, 201")
+        app = self.make_app()
+        answer = self.call(app, "POST", "/function/slow/sub?a=1", json={"b": 2}, headers={"Prefer": "respond-async", "X-A": "y"})
+        self.assertEqual((answer.status_code, answer.headers["Preference-Applied"]), (202, "respond-async"))
+        self.assertEqual(answer.headers["Location"], "/invocations/" + answer.json["id"])
+        self.assertEqual(answer.json["status_url"], "http://localhost/invocations/" + answer.json["id"])
+        url = answer.headers["Location"]
+        self.assertEqual(self.call(app, "GET", url).json["state"], "waiting")
+        self.drain(app)
+        shown = self.call(app, "GET", url).json
+        self.assertEqual((shown["state"], shown["attempts"], shown["status"], shown["function"], shown["error"]), ("done", 1, 201, "slow", None))
+        self.assertEqual(json.loads(shown["body"]), {"got": {"b": 2}, "path": "/function/slow/sub?a=1", "x": "y", "host": "localhost"})
+        self.assertEqual(self.call(app, "GET", "/invocations/" + "0" * 32).status_code, 404)
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"slow": 2})  # accepted, and run
+
+    def test_failures_are_retried_and_then_dead(self):
+        self.write("bad", "SETTINGS = {'async': True}\ndef main(request, context):\n    print(context.trigger, context.attempt)\n    1/0")
+        app = self.make_app()
+        url = self.call(app, "POST", "/function/bad").headers["Location"]
+        waits = []
+        for attempt in range(1, 5):
+            self.drain(app)
+            shown = self.call(app, "GET", url).json
+            self.assertEqual((shown["state"], shown["attempts"]), ("waiting" if attempt < 4 else "dead", attempt))
+            if attempt < 4:
+                waits.append(app.queue.next_due() - self.clock.now)
+                self.clock.now += waits[-1]
+        for wait, middle in zip(waits, (1, 2, 4)):
+            self.assertTrue(middle / 2 <= wait <= middle * 1.5, waits)
+        self.assertEqual(shown["error"], "Function execution failed")  # the traceback is for the admin
+        [row] = self.admin(app).get("/admin/queue?state=dead").json["calls"]
+        self.assertIn("ZeroDivisionError", row["error"])
+        outputs = [row["output"] for row in self.admin(app).get("/admin/logs").json["invocations"] if row["output"]]
+        self.assertEqual(outputs, [f"async {n}\n" for n in (4, 3, 2, 1)])
+
+    def test_retry_replay_discard(self):
+        self.write("flaky", "SETTINGS = {'async': True, 'retries': 0}\ndef main(request): 1/0")
+        app = self.make_app()
+        number = self.call(app, "POST", "/function/flaky", data=b"x").json["id"]
+        self.drain(app)
+        admin = self.admin(app)
+        self.assertEqual(admin.get("/admin/queue").json["calls"][0]["state"], "dead")
+        self.write("flaky", "SETTINGS = {'async': True}\ndef main(request): return request.data")
+        self.assertEqual(admin.post("/admin/queue", json={"id": number, "action": "retry"}).status_code, 200)
+        self.drain(app)
+        self.assertEqual(self.call(app, "GET", f"/invocations/{number}").json["attempts"], 2)
+        again = admin.post("/admin/queue", json={"id": number, "action": "replay"}).json["id"]
+        self.assertNotEqual(again, number)
+        self.drain(app)
+        self.assertEqual(self.call(app, "GET", f"/invocations/{again}").json["body"], "x")
+        self.assertEqual(admin.post("/admin/queue", json={"id": number, "action": "discard"}).status_code, 200)
+        self.assertEqual(admin.post("/admin/queue", json={"id": number, "action": "discard"}).status_code, 404)
+        self.assertEqual(admin.post("/admin/queue", json={"id": number, "action": "eat"}).status_code, 400)
+
+    def test_repeats_within_a_day_are_the_first_call(self):
+        self.write("hook", "SETTINGS = {'async': True, 'dedupe': 'X-GitHub-Delivery'}\ndef main(request): return 'x'")
+        app = self.make_app()
+
+        def post(**headers: str) -> str:
+            return self.call(app, "POST", "/function/hook", headers={k.replace("_", "-"): v for k, v in headers.items()}).json["id"]
+        first = post(X_GitHub_Delivery="1")
+        self.assertEqual(post(X_GitHub_Delivery="1"), first)
+        self.drain(app)
+        self.assertEqual(post(X_GitHub_Delivery="1"), first)
+        self.assertNotEqual(post(X_GitHub_Delivery="2"), first)
+        self.assertEqual(post(Idempotency_Key="k"), post(Idempotency_Key="k"))
+        self.clock.now += 86401
+        self.assertNotEqual(post(X_GitHub_Delivery="1"), first)
+
+    def test_limits_and_refusals(self):
+        self.write("f", "def main(request): return 'x'")
+        self.write("never", "SETTINGS = {'async': False}\ndef main(request): return 'x'")
+        app = self.make_app(QUEUE_MAX=2)
+        ask = {"headers": {"Prefer": "respond-async, wait=5"}}
+        self.assertEqual([self.call(app, "POST", "/function/f", **ask).status_code for _ in range(3)], [202, 202, 503])
+        self.assertIn("Retry-After", self.call(app, "POST", "/function/f", **ask).headers)
+        self.assertEqual(self.call(app, "POST", "/function/never", **ask).status_code, 200)
+        self.assertEqual(self.call(app, "POST", "/function/nope", **ask).status_code, 404)
+        self.assertEqual(self.call(app, "POST", "/function/f", data=b"x" * 10, headers={**ask["headers"], "Content-Length": "99999999"}).status_code, 413)
+
+    def test_enqueue(self):
+        self.write("fan", "from fnserve import enqueue\ndef main(request):\n    return [enqueue('leaf', json={'n': n}, query={'q': 1},"
+                          " headers={'X-A': 'b'}, delay=n) for n in range(3)]")
+        self.write("leaf", "def main(request): return [request.json['n'], request.args['q'], request.headers['X-A'], request.method]")
+        app = self.make_app()
+        ids = self.call(app, "GET", "/function/fan").json
+        self.drain(app)
+        states = lambda: [self.call(app, "GET", f"/invocations/{number}").json["state"] for number in ids]  # noqa: E731
+        self.assertEqual(states(), ["done", "waiting", "waiting"])
+        self.drain(app, 3)
+        self.assertEqual(states(), ["done"] * 3)
+        self.assertEqual(json.loads(self.call(app, "GET", f"/invocations/{ids[2]}").json["body"]), [2, "1", "b", "POST"])
+        self.write("odd", "from fnserve import enqueue\ndef main(request): enqueue('nope')")
+        self.assertEqual(self.call(app, "GET", "/function/odd").status_code, 500)
+
+    def test_order_is_by_due_time(self):
+        self.write("f", "SETTINGS = {'async': True}\nseen = []\ndef main(request):\n    seen.append(request.args['n']); return seen")
+        app = self.make_app()
+        for number in range(5):
+            self.clock.now += 1
+            last = self.call(app, "POST", f"/function/f?n={number}")
+        self.drain(app)
+        self.assertEqual(json.loads(self.call(app, "GET", last.headers["Location"]).json["body"]), list("01234"))
+
+    def test_calls_of_a_dead_process_are_given_back_at_once(self):
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        app = self.make_app()
+        url = self.call(app, "POST", "/function/f").headers["Location"]
+        child = os.fork()
+        if not child:
+            app.queue.claim(self.clock.now)
+            os._exit(0)
+        os.waitpid(child, 0)
+        self.assertEqual(self.call(app, "GET", url).json["state"], "running")
+        app.background.step(self.clock.now)
+        self.assertEqual(self.call(app, "GET", url).json["state"], "waiting")
+
+    def test_auth_is_checked_before_a_call_is_queued(self):
+        self.write("f", "SETTINGS = {'async': True, 'auth': 'login', 'methods': ['POST'], 'rate': '1/day'}\ndef main(request): return 'x'")
+        self.write("inner", "SETTINGS = {'auth': 'internal'}\ndef main(request, context): return context.trigger")
+        self.write("go", "from fnserve import enqueue\ndef main(request): return enqueue('inner')")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "POST", "/function/f").status_code, 401)
+        answer = self.admin(app).post("/function/f")
+        self.assertEqual(answer.status_code, 202)
+        self.drain(app)
+        self.assertEqual(self.call(app, "GET", answer.headers["Location"]).json["state"], "done")
+        number = self.call(app, "GET", "/function/go").data.decode()
+        self.drain(app)
+        self.assertEqual(self.call(app, "GET", f"/invocations/{number}").json["body"], "async")
+
+    def test_binary_answers(self):
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return b'\\xff\\x00'")
+        app = self.make_app()
+        url = self.call(app, "POST", "/function/f").headers["Location"]
+        self.drain(app)
+        self.assertEqual(self.call(app, "GET", url).json["body_base64"], "/wA=")
+
+
+# == 12 SCHEDULE ==========================================================
+
+
+class ScheduleTest(QueueTest):
+    def test_settings_schedule(self):
+        self.write("tick", "SETTINGS = {'schedule': 'every 30s'}\ndef main(request, context): return context.trigger")
+        app = self.make_app()
+        app.background.step(self.clock.now)
+        [job] = self.admin(app).get("/scheduler/jobs").json
+        self.assertEqual((job["id"], job["func"], job["trigger"], job["seconds"], job["source"]), ("tick", "tick", "interval", 30, "code"))
+        for _ in range(3):
+            self.clock.now += 30
+            app.background.step(self.clock.now)
+            self.drain(app)
+        runs = self.admin(app).get("/admin/queue").json["calls"]
+        self.assertEqual([run["state"] for run in runs], ["done"] * 3)
+        self.write("tick", "SETTINGS = {'schedule': '0 5 * * *'}\ndef main(request): return 'x'")
+        self.clock.now += 2
+        app.background.step(self.clock.now)
+        self.assertEqual(self.admin(app).get("/scheduler/jobs/tick").json["hour"], "5")
+        (self.dir / "functions" / "tick.py").unlink()
+        self.clock.now += 2
+        app.background.step(self.clock.now)
+        self.assertEqual(self.admin(app).get("/scheduler/jobs").json, [])
+
+    def test_a_bad_schedule_is_a_load_error(self):
+        self.write("f", "SETTINGS = {'schedule': '99 * * * *'}\ndef main(request): return 'x'")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f").status_code, 500)
+        self.assertIn("minute", str(app.functions.get("f").error))
+
+    def test_rest(self):
+        self.write("reports", "import json\ndef main(request): return request.json\ndef daily(a, b=0): return {'sum': a + b}")
+        app = self.make_app()
+        admin = self.admin(app)
+        self.assertEqual(admin.get("/scheduler").json, {"current_host": socket.gethostname(), "allowed_hosts": ["*"], "running": True})
+        made = admin.post("/scheduler/jobs", json={"id": "a", "func": "reports:daily", "args": [1], "kwargs": {"b": 2}, "trigger": "cron",
+                                                   "hour": 5, "timezone": "UTC"})
+        self.assertEqual(made.status_code, 200)
+        self.assertEqual({name: made.json[name] for name in ("id", "name", "func", "args", "kwargs", "trigger", "hour", "max_instances", "coalesce")},
+                         {"id": "a", "name": "a", "func": "reports:daily", "args": [1], "kwargs": {"b": 2}, "trigger": "cron", "hour": 5,
+                          "max_instances": 1, "coalesce": True})
+        self.assertTrue(made.json["next_run_time"].endswith("T05:00:00+00:00"))
+        self.assertEqual(admin.post("/scheduler/jobs", json={"id": "a", "func": "reports", "trigger": "interval", "seconds": 5}).status_code, 409)
+        for sent, field in (({"func": "1x", "trigger": "interval"}, "func"), ({"func": "reports", "trigger": "cron", "hour": 77}, "hour"),
+                            ({"func": "reports"}, "trigger"), ({"func": "reports", "trigger": "cron", "moon": 1}, "moon"),
+                            ({"func": "reports", "trigger": "date", "run_date": "x"}, "run_date"), ({"func": "reports", "args": 5}, "args"),
+                            ({"func": "reports", "trigger": "interval", "seconds": 5, "max_instances": 0}, "max_instances")):
+            answer = admin.post("/scheduler/jobs", json=sent)
+            self.assertEqual((answer.status_code, answer.json["field"]), (400, field), answer.json)
+        self.assertEqual(admin.patch("/scheduler/jobs/a", json={"hour": 6}).json["hour"], 6)
+        self.assertEqual(admin.patch("/scheduler/jobs/a", json={"name": "b"}).json["name"], "b")
+        self.assertIsNone(admin.post("/scheduler/jobs/a/pause").json["next_run_time"])
+        self.assertIsNotNone(admin.post("/scheduler/jobs/a/resume").json["next_run_time"])
+        self.assertEqual(admin.post("/scheduler/jobs/a/run").status_code, 200)
+        self.drain(app)
+        [run] = admin.get("/admin/queue").json["calls"]
+        self.assertEqual(json.loads(self.call(app, "GET", "/invocations/" + run["id"]).json["body"]), {"sum": 3})
+        self.assertEqual(admin.delete("/scheduler/jobs/a").status_code, 204)
+        for method, path in (("GET", ""), ("DELETE", ""), ("PATCH", ""), ("POST", "/pause"), ("POST", "/run")):
+            self.assertEqual(admin.open("/scheduler/jobs/a" + path, method, json={}).status_code, 404)
+        self.assertEqual(self.call(app, "GET", "/scheduler/jobs").status_code, 401)
+        import base64
+        basic = {"Authorization": "Basic " + base64.b64encode(f"any:{TOKEN}".encode()).decode()}
+        self.assertEqual(self.call(app, "GET", "/scheduler/jobs", headers=basic).status_code, 200)
+        self.assertEqual(self.call(app, "GET", "/scheduler/jobs", headers={**basic, "Sec-Fetch-Site": "cross-site"}).status_code, 403)
+        self.assertEqual(self.call(app, "GET", "/admin/logs", headers=basic).status_code, 401)
+
+    def test_missed_skipped_coalesced(self):
+        self.write("f", "def main(request): return 'x'")
+        app = self.make_app()
+        admin = self.admin(app)
+        admin.post("/scheduler/jobs", json={"id": "j", "func": "f", "trigger": "interval", "seconds": 10, "misfire_grace_time": 25})
+        self.clock.now += 100.5
+        app.schedule.step(self.clock.now)  # 10 were due: the last three within the grace become one
+        job = admin.get("/scheduler/jobs/j").json
+        self.assertEqual([job[name] for name in ("planned", "missed", "skipped", "late")], [10, 7, 0, 0])
+        self.clock.now += 10
+        app.schedule.step(self.clock.now)  # that one still waits
+        self.assertEqual(admin.get("/scheduler/jobs/j").json["skipped"], 1)
+        self.drain(app)
+        self.clock.now += 10
+        app.schedule.step(self.clock.now)
+        self.drain(app)
+        self.assertEqual(len(admin.get("/admin/queue").json["calls"]), 2)
+        self.clock.now -= 7200  # the clock is put back by two hours: the job does not wait for them
+        app.schedule.step(self.clock.now)
+        self.clock.now += 10
+        app.schedule.step(self.clock.now)
+        self.assertEqual(admin.get("/scheduler/jobs/j").json["planned"], 13)
+        self.clock.now += 50 * 365 * 86400  # and put forward by years
+        began = time.monotonic()
+        app.schedule.step(self.clock.now)
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertGreater(admin.get("/scheduler/jobs/j").json["missed"], 500)
+
+    def test_a_job_whose_function_is_gone(self):
+        app = self.make_app()
+        self.admin(app).post("/scheduler/jobs", json={"id": "j", "func": "gone", "trigger": "interval", "seconds": 10})
+        self.clock.now += 11
+        app.schedule.step(self.clock.now)
+        self.drain(app)
+        [run] = self.admin(app).get("/admin/queue").json["calls"]
+        self.assertEqual((run["state"], run["status"]), ("dead", 404))
+
+
 # == 13 PIPELINE ==========================================================
 
 
@@ -1243,9 +1766,9 @@ class PipelineTest(Case):
         app = self.make_app()
         environ = self.client(app)._environ("/function/body", "POST", None, b"abc", {})
         environ["CONTENT_LENGTH"] = "10"
-        self.assertEqual(fnserve.Client(app)._run(environ).code, 400)
+        self.assertEqual(fnserve.Client(app).run(environ).code, 400)
         environ.update(CONTENT_LENGTH="nonsense")
-        self.assertEqual(fnserve.Client(app)._run(environ).code, 200)
+        self.assertEqual(fnserve.Client(app).run(environ).code, 200)
 
     def test_streams(self):
         self.write("s", "from flask import request as r, stream_with_context\ndef main(request):\n"
