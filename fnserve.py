@@ -1578,8 +1578,8 @@ class Store:
     Opened by the first use in each process, so that no connection crosses a fork (sqlite.org/howtocorrupt 2.6).
     """
 
-    def __init__(self, path: str, schema: str, synchronous: str = "NORMAL") -> None:
-        self.path, self._schema, self._synchronous = path, schema, synchronous
+    def __init__(self, path: str, schema: str) -> None:
+        self.path, self._schema = path, schema
         self._lock = threading.RLock()
         self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
@@ -1600,18 +1600,26 @@ class Store:
             return cursor.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Hold the database's one write lock for a transaction: committed at the end, undone by an exception."""
+    def write(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """Hold the database's one write lock for a transaction: committed at the end, undone by an exception.
+
+        `durable`: on disk (fsync) before this ends.
+        """
         with self._lock:
             connection = self._open()
-            connection.execute("BEGIN IMMEDIATE")
+            if durable:
+                connection.execute("PRAGMA synchronous=FULL")
             try:
+                connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
                 raise
+            finally:
+                if durable:
+                    connection.execute("PRAGMA synchronous=NORMAL")
 
     def check(self) -> None:
         """Open the database; StoreError where it can't be used. A lock held by somebody else is not an error."""
@@ -1640,7 +1648,7 @@ class Store:
             connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute(f"PRAGMA synchronous={self._synchronous}")  # a fold that power loss undoes is done again
+                connection.execute("PRAGMA synchronous=NORMAL")  # a fold that power loss undoes is done again
                 connection.execute("PRAGMA cache_size=-1024")
                 names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
                 if not names.issuperset(re.findall(r"TABLE IF NOT EXISTS (\w+)", self._schema)):
@@ -3621,15 +3629,23 @@ def _crontab_weekday(text: str) -> int:
 QUEUE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS fn_queue (id TEXT PRIMARY KEY, function TEXT NOT NULL, state TEXT NOT NULL, due REAL NOT NULL,
     trigger TEXT NOT NULL, attempts INTEGER NOT NULL, retries INTEGER, owner TEXT, created REAL NOT NULL, started REAL,
-    finished REAL, key TEXT UNIQUE, job TEXT, planned REAL, request TEXT NOT NULL, body BLOB, status INTEGER, headers TEXT,
+    finished REAL, key TEXT, job TEXT, planned REAL, request TEXT NOT NULL, body BLOB, status INTEGER, headers TEXT,
     answer BLOB, error TEXT);
-CREATE INDEX IF NOT EXISTS fn_queue_due ON fn_queue (state, due);
-CREATE INDEX IF NOT EXISTS fn_queue_job ON fn_queue (job, state);
+CREATE INDEX IF NOT EXISTS fn_queue_due ON fn_queue (due) WHERE state = 'waiting';
+CREATE INDEX IF NOT EXISTS fn_queue_running ON fn_queue (owner) WHERE state = 'running';
+CREATE INDEX IF NOT EXISTS fn_queue_job ON fn_queue (job, created) WHERE job IS NOT NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS fn_queue_key ON fn_queue (key) WHERE key IS NOT NULL;
 """
 RESULT_SECONDS = 86_400  # results and idempotency keys are kept this long, dead calls KEEP_DAYS
 ANSWER_BYTES = 1024 * 1024
 MAX_BACKOFF_SECONDS = 3600.0
+YIELD_SECONDS = .003  # before a call is run, so that the sender's answer goes out first: 1.3 commits instead of 2.9 (bench/)
 STATES = ("waiting", "running", "done", "dead")
+
+
+def new_id(now: float) -> str:
+    """Return an id that can't be guessed (96 random bits), in the order of time, so that the rows lie side by side."""
+    return f"{int(now) & 0xffffffff:08x}{os.urandom(12).hex()}"
 
 
 class QueueFull(Exception):
@@ -3659,8 +3675,8 @@ class _Ticket:
 class Queue:
     """The durable queue. `put` returns once the call is on disk; `claim`, `finish` and `reclaim` are for those who run it."""
 
-    def __init__(self, store: Store, durable: Store, directory: str, limit: int, clock: Callable[[], float]) -> None:
-        self._store, self._durable, self._directory, self._limit, self.clock = store, durable, directory, limit, clock
+    def __init__(self, store: Store, directory: str, limit: int, clock: Callable[[], float]) -> None:
+        self._store, self._directory, self._limit, self.clock = store, directory, limit, clock
         self._waiting: list[_Ticket] = []
         self._adding, self._committing = threading.Lock(), threading.Lock()
         self._owner, self._handle = "", -1
@@ -3683,7 +3699,7 @@ class Queue:
 
     def _commit(self, batch: list[_Ticket]) -> None:
         try:
-            with self._durable.write() as connection:
+            with self._store.write(durable=True) as connection:
                 room = self._limit - connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
                 for ticket in batch:
                     if room > 0:
@@ -3703,7 +3719,7 @@ class Queue:
                 if row[1] > now - RESULT_SECONDS:
                     return row[0]
                 connection.execute("UPDATE fn_queue SET key = NULL WHERE id = ?", (row[0],))
-        number = os.urandom(16).hex()
+        number = new_id(now)
         connection.execute(
             "INSERT INTO fn_queue (id, function, state, due, trigger, attempts, created, key, job, planned, request, body)"
             " VALUES (?, ?, 'waiting', ?, ?, 0, ?, ?, ?, ?, ?, ?)",
@@ -3773,7 +3789,7 @@ class Queue:
                 connection.execute("UPDATE fn_queue SET state = 'waiting', due = ?, retries = attempts + 2 WHERE id = ?",
                                    (self.clock(), number))
             else:
-                old, number = number, os.urandom(16).hex()
+                old, number = number, new_id(self.clock())
                 connection.execute("INSERT INTO fn_queue (id, function, state, due, trigger, attempts, created, request, body)"
                                    " SELECT ?, function, 'waiting', ?, trigger, 0, ?, request, body FROM fn_queue"
                                    " WHERE id = ?", (number, self.clock(), self.clock(), old))
@@ -3833,6 +3849,7 @@ class Runner:
 
     def _loop(self) -> None:
         while not self.stopping:
+            time.sleep(YIELD_SECONDS)
             try:
                 row = self._queue.claim(self._queue.clock())
             except sqlite3.Error as error:  # locked for long, or the disk is full: the background loop pokes again
@@ -5425,13 +5442,12 @@ class App:
         self.reserved = frozenset(path[10:] for path in ROUTES if path.startswith("/function/"))
         self.protected = NAMES_OF_ADMIN_FUNCTIONS | self.reserved | set(settings.PROTECTED_FUNCTIONS)
         self.signer = Signer(settings.SECRET_KEY, settings.SECRET_TOKEN)
-        schema = SCHEMA + QUEUE_SCHEMA + SCHEDULE_SCHEMA
-        self.store, durable = Store(settings.DB_PATH, schema), Store(settings.DB_PATH, schema, "FULL")
+        self.store = Store(settings.DB_PATH, SCHEMA + QUEUE_SCHEMA + SCHEDULE_SCHEMA)
         self.journal = Journal(settings.JOURNAL_DIR)
         self.config = Config(settings.directory)
         casts = {**SETTINGS_CASTS, "verify": read_scheme, "schedule": self._read_schedule}
         self.functions = Functions(settings.FUNCTIONS_DIR, Versions(self.store), make_api(), self.reserved, casts)
-        self.queue = Queue(self.store, durable, settings.JOURNAL_DIR, settings.QUEUE_MAX, clock)
+        self.queue = Queue(self.store, settings.JOURNAL_DIR, settings.QUEUE_MAX, clock)
         self.schedule = Schedule(self.store, self.queue, settings.TIMEZONE, clock)
         self.runner = Runner(self.queue, functools.partial(run_queued, self), max(1, settings.THREADS // 2))
         self.folder = Folder(self.journal, self.store, settings, self.protected)

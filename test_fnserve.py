@@ -2163,6 +2163,81 @@ class ServerTest(Case):
         self.assertEqual(self.stats(server)["hello"], first + 50)
         self.assertEqual(server.stop(), 0)
 
+    def test_no_acknowledged_call_is_lost(self):
+        """500 acknowledged calls, kill -9 of the whole tree at random moments: each runs, and those not interrupted run once."""
+        runs = self.dir / "runs"
+        self.write("work", "import os, time\nSETTINGS = {'async': True, 'retries': 9}\nhandle = os.open('runs', os.O_WRONLY | os.O_APPEND |"
+                           " os.O_CREAT)\ndef main(request):\n    os.write(handle, request.args['n'].encode() + b'\\n')\n    time.sleep(.002)")
+        seeded, acknowledged, server = random.Random(5), {}, [Server(self.dir, "--workers", "2")]
+        self.addCleanup(lambda: server[0].kill_all())
+        running, stop = set(), threading.Event()
+
+        def send(first: int) -> None:
+            for number in range(first, 500, 8):
+                while number not in acknowledged and not stop.is_set():
+                    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                        status, _, body = server[0].get(f"/function/work?n={number}", "POST")
+                        if status == 202:
+                            acknowledged[number] = json.loads(body)["id"]
+        senders = [threading.Thread(target=send, args=(first,)) for first in range(8)]
+        self.addCleanup(stop.set)
+        for sender in senders:
+            sender.start()
+        for _ in range(5):
+            target = len(acknowledged) + seeded.randrange(20, 90)
+            wait_until(lambda: len(acknowledged) >= min(target, 500))
+            server[0].kill_all()
+            with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db:
+                running |= {row[0] for row in db.execute("SELECT id FROM fn_queue WHERE state = 'running'")}
+            server[0] = Server(self.dir, "--workers", "2")
+        for sender in senders:
+            sender.join(60)
+        self.assertEqual(len(acknowledged), 500)
+
+        def waiting() -> int:
+            with contextlib.closing(sqlite3.connect(self.dir / "serverless.db", timeout=20)) as db:
+                return db.execute("SELECT count(*) FROM fn_queue WHERE state <> 'done'").fetchone()[0]
+        wait_until(lambda: waiting() == 0, 60)
+        times = {number: 0 for number in range(500)}
+        for line in runs.read_text().split():
+            times[int(line)] += 1
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db:
+            stored = [row[0] for row in db.execute("SELECT json_extract(request, '$.query') FROM fn_queue")]
+        self.assertEqual([number for number, count in times.items() if count == 0], [])
+        for number, count in times.items():  # one whose answer was cut off was sent again, so it is stored twice
+            if acknowledged[number] not in running and stored.count(f"n={number}") == 1:
+                self.assertEqual(count, 1, number)
+
+    def leader(self) -> int:
+        """Return the process that holds the leader's lock."""
+        inode = os.stat(self.dir / "journal" / "leader.lock").st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            if f":{inode} " in line and "->" not in line:
+                return int(line.split()[4])
+        return 0
+
+    def test_a_job_fires_once_a_second_over_three_processes(self):
+        self.write("tick", "SETTINGS = {'schedule': 'every 1s'}\ndef main(request): return 'x'")
+        server = Server(self.dir, "--workers", "3")
+        self.addCleanup(server.kill_all)
+
+        def planned() -> list:
+            with contextlib.closing(sqlite3.connect(self.dir / "serverless.db", timeout=20)) as db:
+                return [row[0] for row in db.execute("SELECT planned FROM fn_queue WHERE job = 'tick' ORDER BY planned")]
+        wait_until(lambda: len(planned()) >= 5)
+        before = planned()
+        steps = [round(b - a, 3) for a, b in zip(before, before[1:])]
+        self.assertEqual(set(steps), {1.0})
+        first = self.leader()
+        self.assertIn(first, server.workers())
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(planned()) >= len(before) + 5)
+        after = planned()
+        self.assertEqual(len(after), len(set(after)))
+        steps = [round(b - a, 3) for a, b in zip(after, after[1:])]
+        self.assertLessEqual(max(steps), 5)  # another took over; what was late is made up for once
+        self.assertNotEqual(self.leader(), first)
+
     def test_a_function_that_kills_its_worker(self):
         self.write("die", "import os\ndef main(request): os._exit(7)")
         self.write("hello", "def main(request): return 'x'")
