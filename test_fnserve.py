@@ -1579,6 +1579,26 @@ class QueueTest(Case):
         self.drain(app)
         self.assertEqual(self.call(app, "GET", f"/invocations/{number}").json["body"], "async")
 
+    def test_calls_that_come_together_share_a_commit(self):
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        app = self.make_app()
+        real, count, codes = app.store.write, [], []
+
+        def write(durable: bool = False):
+            count.append(durable)
+            return real(durable)
+        app.store.write = write
+        senders = [threading.Thread(target=lambda: codes.append(fnserve.Client(app).post("/function/f").status_code)) for _ in range(16)]
+        self.call(app, "POST", "/function/f")
+        with real():  # one commit under way, as on a slow disk: the others come meanwhile
+            for sender in senders:
+                sender.start()
+            wait_until(lambda: len(app.queue._waiting) == 15)
+        for sender in senders:
+            sender.join()
+        self.assertEqual(codes, [202] * 16)
+        self.assertEqual(count, [True] * 3)  # the first call; the one that waited for the lock; the other fifteen at once
+
     def test_binary_answers(self):
         self.write("f", "SETTINGS = {'async': True}\ndef main(request): return b'\\xff\\x00'")
         app = self.make_app()
