@@ -85,10 +85,7 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 class HTTPException(Exception):
-    """An answer that isn't the normal one: `code`, the JSON `body` sent, and extra `headers`.
-
-    `abort()` raises it; a function may catch it. `response` overrides everything else.
-    """
+    """What `abort()` raises: `code`, the JSON `body` sent, extra `headers`; a `response` overrides all of these."""
 
     def __init__(self, code: int, description: Any = None, headers: Iterable[tuple[str, str]] = (),
                  response: Optional[Response] = None, **fields: Any) -> None:
@@ -214,62 +211,36 @@ SETTINGS_TABLE = (
 #   [export] key [= value] [# comment]
 #   key   = 'quoted' or any characters but = # and white space
 #   value = 'single \' quoted' | "double \n quoted" | unquoted, up to " #" or the end of the line
-_ENV_START = re.compile(r"\s*(?:export[^\S\r\n]+)?")
-_ENV_KEY = re.compile(r"(?:'([^']+)'|(?!')([^=#\s]+)|(?=#))[^\S\r\n]*")
-_ENV_VALUE = re.compile(r"""=(?:[^\S\r\n]+(?=\#)|[^\S\r\n]*(?:'((?:\\[\s\S]|[^'\\])*)'|"((?:\\[\s\S]|[^"\\])*)"
-                            |(?![^\S\r\n]*['"])([^\r\n]*)))""", re.X)
-_ENV_END = re.compile(r"(?:[^\S\r\n]*#[^\r\n]*)?[^\S\r\n]*(?:\r\n|\n|\r|\Z)")
-_ENV_REST = re.compile(r"[^\r\n]*")
+_ENV_BINDING = re.compile(r"""\s*(?:export[^\S\r\n]+)?
+    (?:(?:'([^']+)'|(?!')([^=\#\s]+)|(?=\#))[^\S\r\n]*                                  # 1, 2: the key, quoted or not
+    (=(?:[^\S\r\n]+(?=\#)|[^\S\r\n]*(?:'((?:\\[\s\S]|[^'\\])*)'|"((?:\\[\s\S]|[^"\\])*)"  # 3: the value; 4, 5: quoted
+    |(?![^\S\r\n]*['"])([^\r\n]*))))?)?                                                 # 6: unquoted
+    (?:((?:[^\S\r\n]*\#[^\r\n]*)?[^\S\r\n]*(?:\r\n|\n|\r|\Z))|[^\r\n]*)                 # 7: its end; or no binding
+    """, re.X)
 _ENV_ESCAPE = re.compile(r"\\([\\'\"abfnrtv])")
 _ENV_VARIABLE = re.compile(r"\$\{(?P<name>[^}:]*)(?::-(?P<default>[^}]*))?\}")
 _ESCAPED = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 
 
-def _env_binding(text: str, at: int) -> tuple[int, str, Optional[str]]:
-    """Read one binding; the key is blank for a comment, and for a line that is no binding."""
-    at = _ENV_START.match(text, at).end()  # type: ignore[union-attr]  # like the rest of a line, it always matches
-    key, value = _ENV_KEY.match(text, at), None
-    if key:
-        at = key.end()
-        found = _ENV_VALUE.match(text, at)
-        if found:
-            at = found.end()
-            if found[1] is not None:
-                value = re.sub(r"\\([\\'])", r"\1", found[1])
-            elif found[2] is not None:
-                value = _ENV_ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[1]), found[2])
-            else:
-                value = re.sub(r"\s+#.*", "", found[3] or "").rstrip()
-        end = _ENV_END.match(text, at)
-        if end:
-            return end.end(), key[1] or key[2] or "", value
-    return _ENV_REST.match(text, at).end(), "", None  # type: ignore[union-attr]
-
-
-def _env_bindings(text: str) -> Iterator[tuple[str, Optional[str]]]:
-    at = 0
-    while at < len(text):
-        at, key, value = _env_binding(text, at)
-        if key:
-            yield key, value
-
-
-def _lookup(found: re.Match[str], values: Mapping[str, Optional[str]], environ: Mapping[str, str]) -> str:
-    name, default = found["name"], found["default"] or ""
-    value = values[name] if name in values else environ.get(name, default)
-    return value if value is not None else ""
+def _env_value(found: re.Match[str]) -> Optional[str]:
+    if found[4] is not None:
+        return re.sub(r"\\([\\'])", r"\1", found[4])
+    if found[5] is not None:
+        return _ENV_ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[1]), found[5])
+    return None if found[3] is None else re.sub(r"\s+#.*", "", found[6] or "").rstrip()
 
 
 def parse_env(text: str, environ: Mapping[str, str]) -> dict[str, Optional[str]]:
-    """Read the text of a .env file as python-dotenv's dotenv_values() does.
-
-    A key without = has the value None; a line that is no binding is passed over; ``${NAME}`` and
-    ``${NAME:-default}`` take earlier keys, then `environ`.
-    """
+    """Read .env text as python-dotenv does; a key without = is None, ``${NAME:-default}`` takes earlier keys or `environ`."""
     values: dict[str, Optional[str]] = {}
-    for key, value in _env_bindings(text):
-        values[key] = value if value is None else _ENV_VARIABLE.sub(
-            lambda found: _lookup(found, values, environ), value)
+
+    def lookup(found: re.Match[str]) -> str:
+        name = found["name"]
+        return (values[name] if name in values else environ.get(name, found["default"])) or ""
+    for found in _ENV_BINDING.finditer(text):
+        key, value = found[1] or found[2], _env_value(found)
+        if key and found[7] is not None:
+            values[key] = value and _ENV_VARIABLE.sub(lookup, value)
     return values
 
 
@@ -285,22 +256,17 @@ def read_env(path: str, environ: Optional[Mapping[str, str]] = None) -> dict[str
 
 
 class Settings:
-    """The settings, cast: ``settings.PORT``; `sources` says where each came from, `paths` of files are absolute.
-
-    Rising priority: default, .env, .env.local, FNSERVE_<NAME>, plain PORT, `options`. Raises SettingError.
-    """
+    """The settings, cast: ``settings.PORT``, paths absolute; `sources` says where each came from. Raises SettingError."""
 
     def __init__(self, options: Mapping[str, Any] = types.MappingProxyType({}), directory: str = ".") -> None:
         self.directory = os.path.abspath(directory)
         self.sources: dict[str, str] = {}
-        unknown = [name for name in options if name not in {row.name for row in SETTINGS_TABLE}]
-        if unknown:
-            raise SettingError(f"{unknown[0]}: there is no such setting")
-        layers = [(name, read_env(os.path.join(self.directory, name))) for name in (".env", ".env.local")]
-        layers.append(("environment", {row.name: os.environ["FNSERVE_" + row.name] for row in SETTINGS_TABLE
-                                       if "FNSERVE_" + row.name in os.environ}))
-        layers.append(("environment", {"PORT": os.environ["PORT"]} if os.environ.get("PORT") else {}))
-        layers.append(("option", {name: str(value) for name, value in options.items()}))
+        for name in set(options) - {row.name for row in SETTINGS_TABLE}:
+            raise SettingError(f"{name}: there is no such setting")
+        environ = {row.name: os.environ.get("FNSERVE_" + row.name) for row in SETTINGS_TABLE}
+        environ["PORT"] = os.environ.get("PORT", "").strip() or environ["PORT"]  # plain PORT is what hosting services set
+        layers = [(name, read_env(os.path.join(self.directory, name))) for name in (".env", ".env.local")]  # rising priority
+        layers += [("environment", environ), ("option", {name: str(value) for name, value in options.items()})]
         for row in SETTINGS_TABLE:
             setattr(self, row.name, self._value(row, layers))
         for name in ("FUNCTIONS_DIR", "DB_PATH", "LOG_FILE", "JOURNAL_DIR"):
@@ -333,10 +299,7 @@ def file_stamp(path: str) -> Optional[tuple[int, int, int, int]]:
 
 
 class Config:
-    """The values of .env overlaid by .env.local, and the same in os.environ, as load_dotenv() leaves them.
-
-    `current()` costs two stats; a changed file is read again at once. One that can't be read keeps the old values.
-    """
+    """The values of .env overlaid by .env.local, and the same in os.environ, as load_dotenv() leaves them."""
 
     def __init__(self, directory: str) -> None:
         self._paths = [os.path.join(directory, name) for name in (".env", ".env.local")]
@@ -346,7 +309,7 @@ class Config:
         self._lock = threading.Lock()
 
     def current(self) -> dict[str, Optional[str]]:
-        """Return the values as they are now; the caller copies before handing them on."""
+        """Return the values as they are now, for two stats; the caller copies. Files that can't be read change nothing."""
         stamps = file_stamp(self._paths[0]), file_stamp(self._paths[1])
         if stamps != self._stamps:
             with self._lock:
@@ -544,13 +507,6 @@ class Headers(MutableMapping[str, str]):
         """Return the first value of a field, made by `type`."""
         return _read(self[name], type, default) if name in self else default
 
-    def set(self, name: str, value: Any) -> None:
-        """Replace every field of this name by one."""
-        self[name] = value
-
-    def to_wsgi_list(self) -> list[tuple[str, str]]:
-        """Return the fields as start_response takes them."""
-        return self._list
 
     def __getitem__(self, name: str) -> str:
         for value in self.getlist(name):
@@ -562,11 +518,13 @@ class Headers(MutableMapping[str, str]):
         del self[name]
         self._list.append((name, checked))
 
+    set = __setitem__
+
     def __delitem__(self, name: str) -> None:
         self._list = [pair for pair in self._list if pair[0].lower() != name.lower()]
 
     def __contains__(self, name: object) -> bool:
-        return any(key.lower() == str(name).lower() for key, _ in self._list)
+        return bool(self.getlist(str(name)))
 
     def __iter__(self) -> Iterator[Any]:  # like Werkzeug's: for name, value in headers
         return iter(list(self._list))
@@ -576,8 +534,10 @@ class Headers(MutableMapping[str, str]):
         return [key for key, _ in self._list]
 
     def items(self) -> Any:
-        """Return the (name, value) pairs in order."""
+        """Return the (name, value) pairs in order, as start_response takes them."""
         return list(self._list)
+
+    to_wsgi_list = items
 
     def values(self) -> Any:
         """Return the values in order."""
@@ -609,13 +569,10 @@ class RequestHeaders(Headers):
         value = self._environ.get(key if bare else "HTTP_" + key)
         return [] if value is None or bare and not value else [value]
 
-    def __contains__(self, name: object) -> bool:
-        return bool(self.getlist(str(name)))
-
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("the headers of a request can't be changed")
 
-    __setitem__ = __delitem__ = add = extend = _refuse
+    __setitem__ = __delitem__ = add = extend = set = _refuse
 
 
 def decode_text(data: bytes, charset: str = "utf-8") -> str:
@@ -704,10 +661,8 @@ def http_date(moment: Any = None) -> str:
         moment = moment.timetuple()
     elif not isinstance(moment, time.struct_time):
         moment = time.gmtime(moment)
-    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[moment.tm_wday]
-    month = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[moment.tm_mon - 1]
-    return (f"{day}, {moment.tm_mday:02} {month} {moment.tm_year:04} "
-            f"{moment.tm_hour:02}:{moment.tm_min:02}:{moment.tm_sec:02} GMT")
+    day, month, _, clock, _ = time.asctime(moment).split()  # in English whatever the locale is
+    return f"{day}, {moment.tm_mday:02} {month} {moment.tm_year:04} {clock} GMT"
 
 
 def parse_date(text: Optional[str]) -> Any:
@@ -797,110 +752,86 @@ class _Parts:
     def __init__(self, stream: Any) -> None:
         self._stream, self._buffer = stream, b"\r\n"  # so that the first boundary looks like the others
 
-    def until(self, mark: bytes, write: Callable[[bytes], Any]) -> None:
-        """Hand the bytes before `mark` to `write`, and skip the mark; 400 where the stream ends first."""
+    def until(self, mark: bytes, limit: float = float("inf")) -> Any:
+        """Return what stands before `mark` as an open file; 413 above `limit` bytes, 400 where the stream ends first."""
+        file: Any = io.BytesIO()
         while (at := self._buffer.find(mark)) < 0:
             sure = max(0, len(self._buffer) - len(mark) + 1)
-            write(self._buffer[:sure])
+            file = _append(file, self._buffer[:sure], limit)
             chunk = self._stream.read(CHUNK)
             if not chunk:
                 raise HTTPException(400, "The multipart body ends without its closing boundary")
             self._buffer = self._buffer[sure:] + chunk
-        write(self._buffer[:at])
+        file = _append(file, self._buffer[:at], limit)
         self._buffer = self._buffer[at + len(mark):]
+        file.seek(0)
+        return file
 
-    def peek(self, count: int) -> bytes:
-        """Return the next bytes without taking them."""
-        while len(self._buffer) < count and (chunk := self._stream.read(CHUNK)):
+    def at_end(self) -> bool:
+        """Tell whether the last mark was the closing one."""
+        while len(self._buffer) < 2 and (chunk := self._stream.read(CHUNK)):
             self._buffer += chunk
-        return self._buffer[:count]
+        return self._buffer[:2] == b"--"
 
 
-class _Limited(io.BytesIO):
-    """A buffer that refuses more than `limit` bytes with a 413."""
-
-    limit = 0
-
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > self.limit:
-            raise HTTPException(413)
-        return super().write(data)
-
-    @classmethod
-    def until(cls, parts: _Parts, mark: bytes, limit: int) -> bytes:
-        """Read the bytes before a mark."""
-        buffer = cls()
-        buffer.limit = limit
-        parts.until(mark, buffer.write)
-        return buffer.getvalue()
-
-
-class _Spool:
-    """A file in memory that moves to disk once it is large; `file` is a real file object in both cases."""
-
-    def __init__(self) -> None:
-        self.file: Any = io.BytesIO()
-
-    def write(self, data: bytes) -> None:
-        if isinstance(self.file, io.BytesIO) and self.file.tell() + len(data) > SPOOL:
-            import tempfile  # only for large uploads: 900 kB
-            small, self.file = self.file, tempfile.TemporaryFile()
-            self.file.write(small.getvalue())
-        self.file.write(data)
+def _append(file: Any, data: bytes, limit: float) -> Any:
+    """Write to a file in memory, or to the real file on disk that stands in for it once it is large; return that."""
+    total = file.tell() + len(data)
+    if total > limit:
+        raise HTTPException(413)
+    if total > SPOOL and isinstance(file, io.BytesIO):
+        import tempfile  # only for large uploads: 900 kB
+        small, file = file, tempfile.TemporaryFile()
+        file.write(small.getvalue())
+    file.write(data)
+    return file
 
 
 def parse_multipart(stream: Any, boundary: bytes) -> tuple[MultiDict, MultiDict]:
-    """Read multipart/form-data (RFC 7578) into fields and files.
-
-    Raises HTTPException 400 for a body that is cut off or malformed, 413 over FORM_FIELDS or FORM_MEMORY.
-    """
+    """Read multipart/form-data (RFC 7578) into fields and files; 400 where malformed, 413 over FORM_FIELDS or FORM_MEMORY."""
     form, files, parts, memory, mark = MultiDict(), MultiDict(), _Parts(stream), FORM_MEMORY, b"\r\n--" + boundary
-    parts.until(mark, lambda data: None)
+    parts.until(mark)
     for _ in range(FORM_FIELDS + 1):
-        if parts.peek(2) == b"--":
+        if parts.at_end():
             return form, files
         headers = Headers()
-        for line in _Limited.until(parts, b"\r\n\r\n", 16 * 1024).decode("utf-8", "replace").split("\r\n"):
+        for line in parts.until(b"\r\n\r\n", 16 * 1024).read().decode("utf-8", "replace").split("\r\n"):
             key, colon, value = line.partition(":")
             if colon and _HEADER_NAME.fullmatch(key.strip()):
                 headers._list.append((key.strip(), value.strip()))  # as sent: names of files are in any script
         options = parse_options(headers.get("Content-Disposition", ""))[1]
         name = options.get("name", "")
         if "filename" in options:
-            spool = _Spool()
-            parts.until(mark, spool.write)
-            spool.file.seek(0)
-            files.add(name, FileStorage(spool.file, options["filename"], name, headers))
+            files.add(name, FileStorage(parts.until(mark), options["filename"], name, headers))
         else:
-            field = _Limited.until(parts, mark, memory)
+            field = parts.until(mark, memory).read()
             memory -= len(field)
             charset = parse_options(headers.get("Content-Type", ""))[1].get("charset", "utf-8")
             form.add(name, decode_text(field, charset))
     raise HTTPException(413)
 
 
-class Accept:
-    """An Accept header (RFC 9110 12.5.1): `best_match`, `quality`, ``in``, best first when iterated."""
+class Accept(list):
+    """An Accept header (RFC 9110 12.5.1): the pairs (value, quality), best first; `best_match`, `quality`, ``in``."""
 
     def __init__(self, header: str) -> None:
-        self._values: list[tuple[str, float]] = []
         for part in header.split(","):
             value, options = part.partition(";")[0].strip(), parse_options(part)[1]
             with contextlib.suppress(ValueError):
                 if value:
-                    self._values.append((value, max(0.0, min(1.0, float(options.get("q", "1"))))))
-        self._values.sort(key=lambda pair: -pair[1])
+                    self.append((value, max(0.0, min(1.0, float(options.get("q", "1"))))))
+        self.sort(key=lambda pair: -pair[1])
 
     def quality(self, value: str) -> float:
         """Return how much `value` is wanted, 0.0 to 1.0; the most exact entry decides."""
         for wanted in (value.lower(), value.partition("/")[0] + "/*", "*/*", "*"):
-            for name, quality in self._values:
+            for name, quality in self:
                 if name.lower() == wanted:
                     return quality
         return 0
 
     def __getitem__(self, key: Any) -> Any:
-        return self._values[key] if isinstance(key, int) else self.quality(key)
+        return self.quality(key) if isinstance(key, str) else super().__getitem__(key)
 
     def best_match(self, matches: Iterable[str], default: Optional[str] = None) -> Optional[str]:
         """Return the one of `matches` that the client wants most."""
@@ -910,23 +841,17 @@ class Accept:
 
     accept_html = property(lambda self: "text/html" in self, doc="Whether text/html is accepted.")
     accept_json = property(lambda self: "application/json" in self, doc="Whether application/json is accepted.")
-    best = property(lambda self: self._values[0][0] if self._values else None, doc="The value wanted most.")
+    best = property(lambda self: self[0][0] if self else None, doc="The value wanted most.")
 
     def values(self) -> Iterator[str]:
         """Yield the values, best first."""
-        return (value for value, _ in self._values)
+        return (value for value, _ in self)
 
-    def __contains__(self, value: str) -> bool:
+    def __contains__(self, value: Any) -> bool:
         return self.quality(value) > 0
 
-    def __iter__(self) -> Iterator[tuple[str, float]]:
-        return iter(self._values)
-
-    def __bool__(self) -> bool:
-        return bool(self._values)
-
     def __str__(self) -> str:
-        return ",".join(value if quality == 1 else f"{value};q={quality:g}" for value, quality in self._values)
+        return ",".join(value if quality == 1 else f"{value};q={quality:g}" for value, quality in self)
 
 
 class Authorization(NamedTuple):
