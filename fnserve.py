@@ -41,7 +41,6 @@ import threading
 import time
 import traceback
 import types
-from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
@@ -614,13 +613,11 @@ def parse_cookies(header: str) -> MultiDict:
     """Read a Cookie header (RFC 6265 4.2.1), with the octal escapes that http.cookies and Werkzeug write."""
     cookies = MultiDict()
     for part in header.split(";"):
-        key, _, value = part.strip().partition("=")
-        if not key.strip():
-            continue
-        value = value.strip()
+        key, value = (text.strip() for text in part.partition("=")[::2])
         if len(value) > 1 and value[0] == value[-1] == '"':
             value = _COOKIE_QUOTED.sub(lambda m: chr(int(m[1], 8)) if m[1] else m[2], value[1:-1])
-        cookies.add(key.strip(), decode_wsgi(value))
+        if key:
+            cookies.add(key, decode_wsgi(value))
     return cookies
 
 
@@ -869,7 +866,7 @@ def parse_authorization(header: str) -> Optional[Authorization]:
         return Authorization(kind.lower(), rest.strip())
     try:
         name, colon, password = a2b_base64(rest).decode().partition(":")
-    except (Base64Error, ValueError):
+    except ValueError:
         return None
     return Authorization("basic", None, name, password) if colon else None
 
@@ -925,16 +922,13 @@ class _Input(io.RawIOBase):
 
 
 class Request:
-    """One HTTP request, with Flask's names. Parts are parsed when they are first asked for.
-
-    `max_content_length` bounds the body in bytes; `view_args` holds func_name and subpath.
-    """
+    """One HTTP request, with Flask's names; each part is parsed when it is first asked for."""
 
     def __init__(self, environ: dict[str, Any], max_content_length: int = 16 * 1024 * 1024) -> None:
-        self.environ, self.max_content_length = environ, max_content_length
+        self.environ, self.max_content_length = environ, max_content_length  #: bounds the body, in bytes
         self.method: str = environ["REQUEST_METHOD"]
         self.path: str = "/" + decode_wsgi(environ.get("PATH_INFO", "")).lstrip("/")
-        self.view_args: dict[str, Any] = {}
+        self.view_args: dict[str, Any] = {}  #: func_name and subpath
         self.endpoint: Optional[str] = None
 
     headers = lazy(lambda self: RequestHeaders(self.environ), "The header fields.")
@@ -965,8 +959,8 @@ class Request:
     accept_charsets = _sent("HTTP_ACCEPT_CHARSET", Accept, "The Accept-Charset header.", Accept(""))
     scheme = property(lambda self: self.environ.get("wsgi.url_scheme", "http"), doc="http or https.")
     is_secure = property(lambda self: self.scheme == "https", doc="Whether the client came by https.")
-    query_string = property(lambda self: self.environ.get("QUERY_STRING", "").encode("latin-1", "replace"),
-                            doc="The raw query, as bytes.")
+    _query = property(lambda self: self.environ.get("QUERY_STRING", ""))
+    query_string = property(lambda self: self._query.encode("latin-1", "replace"), doc="The raw query, as bytes.")
 
     @lazy
     def stream(self) -> Any:
@@ -1013,10 +1007,8 @@ class Request:
     @lazy
     def values(self) -> MultiDict:
         """`args`, and for everything but GET and HEAD `form` too; args come first."""
-        both = self.args.copy()
-        for key, value in self.form.items(multi=True) if self.method not in ("GET", "HEAD") else ():
-            both.add(key, value)
-        return both
+        form = self.form.items(multi=True) if self.method not in ("GET", "HEAD") else ()
+        return MultiDict([*self.args.items(multi=True), *form])
 
     is_json = property(lambda self: bool(re.fullmatch(r"application/(json|.*\+json)", self.mimetype)),
                        doc="Whether the content type is JSON's.")
@@ -1052,14 +1044,8 @@ class Request:
     url_root = root_url = property(lambda self: self.host_url + _shown((self.script_root + "/").lstrip("/")),
                                    doc="``http://host/`` and where the application is mounted.")
     base_url = property(lambda self: self.url_root + _shown(self.path.lstrip("/")), doc="The URL without its query.")
-    full_path = property(lambda self: f'{self.path}?{decode_wsgi(self.environ.get("QUERY_STRING", ""))}',
-                         doc="The path, a question mark and the query.")
-
-    @property
-    def url(self) -> str:
-        """The URL."""
-        query = self.environ.get("QUERY_STRING", "")
-        return self.base_url + ("?" + uri_to_iri(query) if query else "")
+    full_path = property(lambda self: f"{self.path}?{decode_wsgi(self._query)}", doc="The path, a question mark and the query.")
+    url = property(lambda self: self.base_url + (self._query and "?" + uri_to_iri(self._query)), doc="The URL.")
 
     @property
     def access_route(self) -> list[str]:
@@ -1353,14 +1339,12 @@ def make_response(*values: Any) -> Response:
 def _body_response(value: Any) -> Response:
     if isinstance(value, Response):
         return value
-    if isinstance(value, (str, bytes, bytearray)):
+    if isinstance(value, (str, bytes, bytearray)) or hasattr(value, "__next__"):
         return Response(value)
     if isinstance(value, (dict, list)):
         return Response(dump_json(value) + "\n", mimetype="application/json")
     if value is None:
         return Response(status=204)
-    if hasattr(value, "__next__"):
-        return Response(value)
     if hasattr(value, "get_wsgi_headers") and hasattr(value, "status"):  # a Response of the real Werkzeug or Flask
         return Response(value.response if value.is_streamed else value.get_data(), value.status, list(value.headers))
     raise TypeError(f"{type(value).__name__} was returned; it must be str, bytes, dict, list, Response, an iterator, "
@@ -1428,45 +1412,29 @@ class Session(dict):
     def __init__(self, payload: Optional[str]) -> None:
         super().__init__(json.loads(payload) if payload else {})
         self.new = not payload
-        self._before = self._dump()
+        self._before = dump_json(self)
 
-    @property
-    def permanent(self) -> bool:
-        """Whether the cookie outlives the browser."""
-        return bool(self.get("_permanent"))
-
-    @permanent.setter
-    def permanent(self, value: bool) -> None:
-        self["_permanent"] = bool(value)
-
-    def _dump(self) -> str:
-        return dump_json(dict(self))
+    permanent = property(lambda self: bool(self.get("_permanent")), lambda self, value: self.update(_permanent=bool(value)),
+                         doc="Whether the cookie outlives the browser.")
 
     def changed_payload(self) -> Optional[str]:
         """Return the JSON to store, or None where the cookie may stay as it is; `permanent` renews it every time."""
-        payload = self._dump()
+        payload = dump_json(self)
         return payload if payload != self._before or self.modified or (self.permanent and self) else None
 
 
-def load_session(request: Request, signer: Signer, now: float) -> Session:
-    """Read the session cookie; anything wrong with it is an empty session."""
-    text = request.cookies.get("session", "")
-    payload = signer.unsign(text, now) if text else None
-    return Session(payload)
 
 
 def save_session(session: Session, request: Request, response: Response, signer: Signer, now: float) -> None:
     """Set, renew or delete the cookie on a response whose call looked at the session."""
     payload = session.changed_payload()
+    safe = {"httponly": True, "samesite": "Lax", "secure": request.is_secure}
     response.headers.add("Vary", "Cookie")
-    if payload is None:
-        return
-    if not session:
-        response.delete_cookie("session", httponly=True, samesite="Lax", secure=request.is_secure)
-        return
-    age = SESSION_SECONDS if session.permanent else None
-    response.set_cookie("session", signer.sign(payload, now), max_age=age, httponly=True, samesite="Lax",
-                        secure=request.is_secure, expires=None if age is None else now + age)
+    if payload is not None and not session:
+        response.delete_cookie("session", **safe)
+    elif payload is not None:
+        until = {"max_age": SESSION_SECONDS, "expires": now + SESSION_SECONDS} if session.permanent else {}
+        response.set_cookie("session", signer.sign(payload, now), **safe, **until)
 
 # == 05 STORE =============================================================
 # serverless.db: one connection per process behind a lock. Uses 01. The users' own tables live beside ours; call_stats
@@ -1495,14 +1463,11 @@ CREATE TABLE IF NOT EXISTS fn_failures (address TEXT, at REAL);
 
 
 class Store:
-    """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error.
-
-    Opened by the first use in each process, so that no connection crosses a fork (sqlite.org/howtocorrupt 2.6).
-    """
+    """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self._lock = threading.RLock()
+        self.path, self._lock = path, threading.RLock()
+        #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
         self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
         self._owner = 0
@@ -1590,11 +1555,9 @@ except ImportError:  # Windows: one process, so nobody to lock out
 
 def segments(directory: str) -> list[int]:
     """List the numbers of the segments, oldest first."""
-    try:
-        names = os.listdir(directory)
-    except FileNotFoundError:
-        return []
-    return sorted(int(name[:-6]) for name in names if name.endswith(".jsonl") and name[:-6].isdigit())
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(int(name[:-6]) for name in os.listdir(directory) if re.fullmatch(r"\d+\.jsonl", name, re.A))
+    return []
 
 
 def segment_path(directory: str, number: int) -> str:
@@ -1612,11 +1575,8 @@ class Journal:
         self._lock = threading.Lock()
 
     def append(self, record: str) -> None:
-        """Write one JSON record with one write(2).
-
-        A line break stands on both sides, so what a short write leaves behind never spoils the next record.
-        """
-        line = f"\n{record}\n".encode()
+        """Write one JSON record with one write(2)."""
+        line = f"\n{record}\n".encode()  # a break on both sides: what a short write leaves never spoils the next record
         try:
             self._count += 1
             if self._count & 63 == 1 or self._handle < 0 or self._owner != os.getpid():
@@ -1633,23 +1593,19 @@ class Journal:
     def refresh(self) -> None:
         """Open the current segment; move on to a new one where it is full, was deleted or is no longer the newest."""
         with self._lock:
+            least = 0
             if self.in_use():
                 found = os.fstat(self._handle)
                 full = found.st_size >= SEGMENT_BYTES
                 if found.st_nlink and not full and not os.path.exists(segment_path(self.directory, self._number + 1)):
                     return
-                self._open(self._number + 1 if full and found.st_nlink else 0)
-            else:
-                self._open(0)
+                least = self._number + 1 if full and found.st_nlink else 0
+            self._open(least)
 
     def _open(self, least: int) -> None:
-        """Open the newest segment, at least number `least`, and hold it.
-
-        The first one of a directory is numbered by the clock, so that the position stored for a segment that
-        somebody deleted never meets another file of that number.
-        """
+        """Open the newest segment, at least number `least`, and hold it."""
         os.makedirs(self.directory, exist_ok=True)
-        while True:
+        while True:  # the first number is the clock's: a position stored for a deleted segment never meets another file
             number = max([least] + (segments(self.directory)[-1:] or [int(time.time())]))
             handle = os.open(segment_path(self.directory, number), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             flock(handle, LOCK_SH)
@@ -1696,10 +1652,10 @@ class Tally:
         try:
             records = json.loads(b"[" + b",".join(lines) + b"]")
         except ValueError:
-            records = map(_parse_record, lines)
+            records = lines
         for record in records:
             try:
-                self._add(record)
+                self._add(json.loads(record) if record.__class__ is bytes else record)
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
                 self.torn += 1
 
@@ -1725,11 +1681,6 @@ def sql_value(value: Any) -> Any:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def _parse_record(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def quantile(buckets: list[int], q: float) -> float:
@@ -1749,14 +1700,12 @@ def add_buckets(one: str, other: list[int]) -> str:
 
 
 def _read_from(path: str, position: int) -> bytes:
-    try:
-        if os.path.getsize(path) == position:
-            return b""
-        with open(path, "rb") as file:
-            file.seek(position)
-            return file.read(FOLD_BYTES)
-    except FileNotFoundError:
-        return b""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.getsize(path) != position:
+            with open(path, "rb") as file:
+                file.seek(position)
+                return file.read(FOLD_BYTES)
+    return b""
 
 
 class Folder:
@@ -1767,10 +1716,7 @@ class Folder:
         self._keep_calls, self._keep_days = settings.KEEP_INVOCATIONS, settings.KEEP_DAYS
 
     def fold(self, within: Optional[Callable[[sqlite3.Connection], None]] = None) -> int:
-        """Fold all that was appended before this call; return the number of records.
-
-        `within` runs in the last transaction, so that what it does can't miss or see a record twice.
-        """
+        """Fold all appended so far, return how many records; `within` runs in the last transaction, so it sees each once."""
         total = 0
         while True:
             with self._store.write() as connection:
@@ -1842,8 +1788,7 @@ class Folder:
                 call.get("id"), call["t"], call.get("f") or call.get("r"), call["m"], call.get("p"), call["s"], call["us"],
                 call.get("n"), call.get("c"), call.get("via", "http"), call.get("try", 1), call.get("out"), call.get("err"))))
              for call in calls])
-        connection.execute("DELETE FROM fn_calls WHERE number <= (SELECT max(number) FROM fn_calls) - ?",
-                           (self._keep_calls,))
+        connection.execute("DELETE FROM fn_calls WHERE number <= (SELECT max(number) FROM fn_calls) - ?", (self._keep_calls,))
 
     def prune(self, now: float) -> None:
         """Delete segments that are folded, given up by every writer and older than KEEP_DAYS; and old minutes."""
@@ -1902,22 +1847,19 @@ def summarize(source: bytes, path: str) -> str:
 
 
 class Versions:
-    """Every source that was saved or served, the last 50 of each function; and which functions are broken now.
-
-    A database that can't be written to loses a version, never a call.
-    """
+    """The last 50 sources of each function that were saved or served, and which are broken; a write may fail, a call not."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
+    _NEWEST = "SELECT version, source, loaded FROM fn_versions WHERE func_name = ? ORDER BY version DESC LIMIT 1"
+
     def remember(self, name: str, source: bytes, loaded: bool) -> int:
         """Store `source` unless it is the newest version already; return its number (0: could not)."""
         try:
-            newest = self._store.read("SELECT version, loaded FROM fn_versions WHERE func_name = ?1 AND source = ?2 AND"
-                                      " version = (SELECT max(version) FROM fn_versions WHERE func_name = ?1)",
-                                      name, source)
-            if newest and newest[0][1] >= loaded:
-                return newest[0][0]
+            for version, newest, good in self._store.read(self._NEWEST, name):
+                if newest == source and good >= loaded:  # the usual case needs no write lock
+                    return version
             with self._store.write() as connection:
                 return self._add(connection, name, source, loaded)
         except sqlite3.Error as error:
@@ -1925,8 +1867,7 @@ class Versions:
             return 0
 
     def _add(self, connection: sqlite3.Connection, name: str, source: bytes, loaded: bool) -> int:
-        row = connection.execute("SELECT version, source FROM fn_versions WHERE func_name = ? ORDER BY version DESC"
-                                 " LIMIT 1", (name,)).fetchone()
+        row = connection.execute(self._NEWEST, (name,)).fetchone()
         if row and row[1] == source:
             connection.execute("UPDATE fn_versions SET loaded = max(loaded, ?) WHERE func_name = ? AND version = ?",
                                (loaded, name, row[0]))
@@ -1954,8 +1895,7 @@ class Versions:
     def mark_broken(self, name: str, error: Optional[LoadError]) -> None:
         """Note that a function can't be loaded, or can again."""
         with contextlib.suppress(sqlite3.Error):
-            rows = self._store.read("SELECT error FROM fn_broken WHERE func_name = ?", name)
-            if [str(error)] == [row[0] for row in rows] or (error is None and not rows):
+            if self.broken().get(name) == (None if error is None else str(error)):
                 return
             with self._store.write() as connection:
                 connection.execute("DELETE FROM fn_broken WHERE func_name = ?", (name,))
@@ -2013,49 +1953,24 @@ class Function:
 
 
 class _HelperLoader(importlib.machinery.SourceFileLoader):
-    """Loads a helper module under functions/: with the functions' imports, and without any .pyc.
+    """Loads a module under functions/ with the functions' imports."""
 
-    A .pyc is found by time and size to the second, so an edit within one would go unseen; and none may be written.
-    """
+    def __init__(self, fullname: str, path: str, names: dict[str, Any]) -> None:
+        super().__init__(fullname, path)
+        self._builtins = names
 
-    functions: Any = None
-
-    def get_code(self, fullname: str) -> Any:
-        """Compile the source afresh."""
+    def get_code(self, fullname: str) -> Any:  # a .pyc goes by the second, so it misses edits; and none may be written
         return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Run the module with the functions' builtins."""
-        module.__dict__["__builtins__"] = self.functions.builtins
+        module.__dict__["__builtins__"] = self._builtins
         super().exec_module(module)
 
 
-class _HelperFinder:
-    """Finds modules as ever, but gives those under functions/ the loader above. Stands before the usual finder."""
-
-    def __init__(self, functions: Functions) -> None:
-        self._functions = functions
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """Find a module (importlib's protocol)."""
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec and spec.origin and isinstance(spec.loader, importlib.machinery.SourceFileLoader) \
-                and spec.origin.startswith(self._functions.root + os.sep):
-            spec.loader = _HelperLoader(fullname, spec.origin)
-            spec.loader.functions = self._functions
-            spec.cached = None
-        return spec
-
-
 class Functions:
-    """The functions of one directory. `resolve` finds one for a path and loads it where its file has changed.
+    """The functions of one directory; `api` is what imports of flask and such mean there, `reserved` names are not served."""
 
-    `api` holds the modules that flask, functions_framework and so on mean inside function files; `reserved` names are
-    never served from a file.
-    """
-
-    def __init__(self, root: str, versions: Versions, api: Mapping[str, types.ModuleType],
-                 reserved: frozenset[str]) -> None:
+    def __init__(self, root: str, versions: Versions, api: Mapping[str, types.ModuleType], reserved: frozenset[str]) -> None:
         self.root, self.versions, self._api, self._reserved = root, versions, api, reserved
         self.builtins = {**builtins.__dict__, "__import__": self._import}
         self._known: dict[str, Function] = {}
@@ -2073,9 +1988,17 @@ class Functions:
         for path in (self.root, os.path.dirname(self.root)):
             if path not in sys.path:
                 sys.path.append(path)  # last, so that no function hides a library
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _HelperFinder)]
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Functions)]
         at = sys.meta_path.index(importlib.machinery.PathFinder) if importlib.machinery.PathFinder in sys.meta_path else 0
-        sys.meta_path.insert(at, _HelperFinder(self))
+        sys.meta_path.insert(at, self)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Find a module as ever, but give one under functions/ the loader above (importlib's protocol for finders)."""
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec and spec.origin and isinstance(spec.loader, importlib.machinery.SourceFileLoader) \
+                and spec.origin.startswith(self.root + os.sep):
+            spec.loader, spec.cached = _HelperLoader(fullname, spec.origin, self.builtins), None
+        return spec
 
     def path(self, name: str) -> str:
         """Return the file of a name, which must be a `valid_name`; the only door from names to the file system."""
@@ -2086,10 +2009,8 @@ class Functions:
     def resolve(self, path: str) -> tuple[Optional[Function], str]:
         """Find the function for ``hello/sub/path`` and the rest of the path; the first segment that is a file wins."""
         self._watch()
-        if path in self._known and "/" not in path:
-            known = self.get(path)
-            if known is not None:
-                return known, ""
+        if path in self._known and "/" not in path and (known := self.get(path)):
+            return known, ""
         parts = path.split("/")
         for count in range(1, min(len(parts), GROUP_DEPTH) + 1):
             name = parts[0] if count == 1 else "/".join(parts[:count])
@@ -2120,9 +2041,9 @@ class Functions:
             name = "/".join([*groups[:count], HOOKS])
             if name in self._known or os.access(os.path.join(self.root, *groups[:count], HOOKS + ".py"), os.F_OK):
                 function = self.get(name)
-                if function is not None and function.code is None:
+                if function and not function.code:
                     raise function.error or LoadError(f"{function.path}: it could not be loaded")
-                if function is not None and function.code is not None:
+                if function and function.code:
                     found.append(function.code.module)
         return found
 
@@ -2236,8 +2157,7 @@ class Functions:
         name = f"{PACKAGE}.{function.name.replace('/', '.')}"
         program = compile_source(source, function.path)
         module = types.ModuleType(name)
-        loader = _HelperLoader(name, function.path)
-        loader.functions = self
+        loader = _HelperLoader(name, function.path, self.builtins)
         module.__dict__.update(__file__=function.path, __package__=name.rpartition(".")[0], __loader__=loader,
                                __spec__=importlib.machinery.ModuleSpec(name, loader, origin=function.path),
                                __builtins__=self.builtins)
@@ -2249,13 +2169,9 @@ class Functions:
             if function.is_hooks and hasattr(module, "on_start"):
                 module.on_start()
         except BaseException as error:  # a module may raise anything; none of it may end the server
-            if before is None:
-                sys.modules.pop(name, None)
-            else:
-                sys.modules[name] = before
-            if isinstance(error, LoadError):
-                raise
-            raise describe_failure(error, function.path) from None
+            sys.modules.pop(name, None)
+            sys.modules.update({name: before} if before else {})
+            raise error if isinstance(error, LoadError) else describe_failure(error, function.path) from None
         parent = sys.modules.get(module.__package__ or "")
         if parent is not None:
             setattr(parent, name.rpartition(".")[2], module)
@@ -2353,21 +2269,23 @@ def find_entries(module: types.ModuleType) -> dict[str, Entry]:
         return {"": make_entry(getattr(module, name))}
     if len(marked) > 1:
         return {name: make_entry(value) for name, value in marked.items()}
-    for value in [getattr(module, "main", None), *marked.values()]:
-        if callable(value):
-            return {"": make_entry(value)}
-    return {}
+    main = [value for value in (getattr(module, "main", None), *marked.values()) if callable(value)]
+    return {"": make_entry(main[0])} if main else {}
 
 
 def find_handlers(module: types.ModuleType) -> list[tuple[Any, Callable[[Any], Any]]]:
     """Find what functions_framework.errorhandler marked."""
-    return [(value.__dict__["_fnserve_handles"], value) for value in vars(module).values()
+    return [(value.__dict__["_fnserve_handles"][1], value) for value in vars(module).values()
             if isinstance(value, types.FunctionType) and "_fnserve_handles" in value.__dict__]
 
 
-def make_entry(function: Callable[..., Any]) -> Entry:
-    """Look at an entry point."""
-    return Entry(function, *inspect_entry(function), getattr(function, "_fnserve_entry", ("", "http"))[1])
+def _must(test: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
+    """Make a cast that hands a value on as it is where `test` holds."""
+    def cast(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(what)
+        return value
+    return cast
 
 
 def _list_of(check: Callable[[str], str], what: str) -> Callable[[Any], tuple[str, ...]]:
@@ -2386,24 +2304,15 @@ def _rate(value: Any) -> tuple[int, float]:
     return int(found[1]), {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2][0]]
 
 
-def _origin(text: str) -> str:
-    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.\-]*://[^/\s]+", text, re.I):
-        raise ValueError("* or origins such as https://example.com")
-    return text
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("a dict")
-    return value
+_ORIGINS = "* or origins such as https://example.com"
 
 
 SETTINGS_CASTS: dict[str, Callable[[Any], Any]] = {
-    "methods": _list_of(lambda name: choice(*METHODS)(name), "a list of HTTP methods"),
+    "methods": _list_of(choice(*METHODS), "a list of HTTP methods"),
     "auth": lambda value: choice("public", "login", "token", "internal")(str(value)),
-    "cors": _list_of(_origin, "* or origins such as https://example.com"), "rate": _rate,
+    "cors": _list_of(_must(re.compile(r"\*|[a-z][a-z0-9+.\-]*://[^/\s]+", re.I).fullmatch, _ORIGINS), _ORIGINS), "rate": _rate,
     "concurrency": lambda value: whole(1, 256)(str(value)), "timeout": lambda value: seconds(str(value)),
-    "max_body": lambda value: size(str(value)), "parameters": _mapping,
+    "max_body": lambda value: size(str(value)), "parameters": _must(lambda value: isinstance(value, dict), "a dict"),
     "entry": lambda value: choice(str(value))(str(value) if str(value).isidentifier() else ""),
 }
 
@@ -2427,8 +2336,8 @@ def read_settings(module: types.ModuleType) -> CallSettings:
 PLAIN = CallSettings()
 
 
-def inspect_entry(entry: Callable[..., Any]) -> tuple[bool, tuple[str, ...]]:
-    """Tell whether an entry point takes the request, and which of config, protected and context."""
+def make_entry(entry: Callable[..., Any]) -> Entry:
+    """Look at an entry point: whether it takes the request, and which of config, protected and context."""
     if type(entry) is types.FunctionType and not hasattr(entry, "__wrapped__"):
         code = entry.__code__  # what inspect.signature would say, without the 500 kB of importing it
         names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
@@ -2436,7 +2345,8 @@ def inspect_entry(entry: Callable[..., Any]) -> tuple[bool, tuple[str, ...]]:
         names = names[1 if code.co_argcount else 0:]
     else:
         first, every, names = _inspect_callable(entry)
-    return first, KEYWORDS if every else tuple(word for word in KEYWORDS if word in names)
+    wants = KEYWORDS if every else tuple(word for word in KEYWORDS if word in names)
+    return Entry(entry, first, wants, getattr(entry, "_fnserve_entry", ("", "http"))[1])
 
 
 def _inspect_callable(entry: Callable[..., Any]) -> tuple[bool, bool, tuple[str, ...]]:
@@ -2481,7 +2391,8 @@ class Call:
     def session(self) -> Session:
         """The session, read when it is first asked for."""
         if self._session is None:
-            self._session = load_session(self.request, self.app.signer, self.started)
+            cookie = self.request.cookies.get("session", "")  # anything wrong with it is an empty session
+            self._session = Session(self.app.signer.unsign(cookie, self.started))
         return self._session
 
     @property
@@ -2530,8 +2441,7 @@ def serving() -> Call:
     try:
         return current_call.get()
     except LookupError:
-        raise RuntimeError("this works only while a function is called, in its thread or one that copied its context"
-                           ) from None
+        raise RuntimeError("this works only while a function is called, in its thread or one that copied its context") from None
 
 
 def _forward(operation: Callable[..., Any]) -> Any:
@@ -2547,8 +2457,7 @@ class Proxy:
         object.__setattr__(self, "_find", find)
         object.__setattr__(self, "_name", name)
 
-    def _get_current_object(self) -> Any:
-        return self._find()
+    _get_current_object = property(lambda self: self._find)  # werkzeug.local's
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._find(), name)
@@ -2561,12 +2470,7 @@ class Proxy:
 
     __getitem__, __setitem__, __delitem__ = _forward(operator.getitem), _forward(operator.setitem), _forward(operator.delitem)
     __contains__, __iter__, __len__ = _forward(operator.contains), _forward(iter), _forward(len)
-
-    def __eq__(self, other: Any) -> bool:
-        return bool(self._find() == other)
-
-    def __hash__(self) -> int:
-        return hash(self._find())
+    __eq__, __hash__ = _forward(operator.eq), _forward(hash)
 
     def __bool__(self) -> bool:
         return _MISSING is not current_call.get(_MISSING) and bool(self._find())
@@ -2711,14 +2615,9 @@ class FileBody:
         return FileBody(self._file, stop - start)
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        chunk = self._file.read(int(min(CHUNK, self._left)))
-        if not chunk:
-            raise StopIteration
-        self._left -= len(chunk)
-        return chunk
+        while chunk := self._file.read(int(min(CHUNK, self._left))):
+            self._left -= len(chunk)
+            yield chunk
 
     def close(self) -> None:
         """Close the file."""
@@ -2798,38 +2697,26 @@ def get_flashed_messages(with_categories: bool = False, category_filter: Iterabl
     return found if with_categories else [message for _, message in found]
 
 
-class CloudEvent:
+class CloudEvent(dict):
     """A CloudEvent 1.0: `data`, and its attributes by ``event["type"]``, `get` and `get_attributes`."""
 
     def __init__(self, attributes: Mapping[str, Any], data: Any = None) -> None:
-        self._attributes, self.data = {"specversion": "1.0", **attributes}, data
-        missing = [name for name in ("id", "source", "type") if not self._attributes.get(name)]
+        super().__init__({"specversion": "1.0", **attributes})
+        self.data = data
+        missing = [name for name in ("id", "source", "type") if not self.get(name)]
         if missing:
             raise HTTPException(400, f"The CloudEvent lacks {', '.join(missing)}")
 
     def get_attributes(self) -> dict[str, Any]:
         """Return all attributes."""
-        return dict(self._attributes)
+        return dict(self)
 
     def get_data(self) -> Any:
         """Return the data."""
         return self.data
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return one attribute."""
-        return self._attributes.get(name, default)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._attributes[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._attributes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._attributes)
-
     def __repr__(self) -> str:
-        return f"CloudEvent({self._attributes!r})"
+        return f"CloudEvent({super().__repr__()})"
 
 
 def read_event(request: Request) -> CloudEvent:
@@ -2840,7 +2727,7 @@ def read_event(request: Request) -> CloudEvent:
             raise HTTPException(400, "The CloudEvent is not a JSON object")
         data = sent.pop("data", None)
         if "data_base64" in sent:
-            with contextlib.suppress(Base64Error, ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError):
                 data = a2b_base64(sent["data_base64"])
             del sent["data_base64"]
         return CloudEvent(sent, data)
@@ -2854,20 +2741,12 @@ def read_event(request: Request) -> CloudEvent:
     return CloudEvent({name.replace("-", "_"): value for name, value in named.items()}, body or None)
 
 
-def mark_entry(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a decorator that marks an entry point: functions_framework.http and .cloud_event."""
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        function._fnserve_entry = (function.__module__, kind)  # type: ignore[attr-defined]
+def mark(name: str, value: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a decorator that leaves a mark on a function: functions_framework's http, cloud_event and errorhandler."""
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        setattr(function, name, (function.__module__, value))
         return function
-    return mark
-
-
-def mark_handler(handles: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a decorator that marks what answers a status or an exception: functions_framework.errorhandler."""
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        function._fnserve_handles = handles  # type: ignore[attr-defined]
-        return function
-    return mark
+    return decorate
 
 
 PUBLIC = """request session g current_app jsonify abort redirect url_for Response Request make_response send_file
@@ -2888,7 +2767,8 @@ def make_api() -> dict[str, types.ModuleType]:
            typing=module("flask.typing", ResponseReturnValue=Any))
     made.update({"flask.json": json, "flask.globals": made["flask"], "flask.helpers": made["flask"],
                  "flask.wrappers": made["flask"]})
-    module("functions_framework", http=mark_entry("http"), cloud_event=mark_entry("cloud_event"), errorhandler=mark_handler)
+    module("functions_framework", http=mark("_fnserve_entry", "http"), cloud_event=mark("_fnserve_entry", "cloud_event"),
+           errorhandler=functools.partial(mark, "_fnserve_handles"))
     made["fnserve"] = here
     errors = {kind.__name__: kind for kind in EXCEPTIONS.values()}
     module("werkzeug.exceptions", HTTPException=HTTPException, BadRequestKeyError=BadRequestKeyError, abort=abort, **errors)
@@ -2903,10 +2783,7 @@ def make_api() -> dict[str, types.ModuleType]:
 
 
 class Client:
-    """Calls a WSGI application without a server: ``Client(app).post("/function/hello", json={})`` gives a Response.
-
-    `path` may hold a query. Cookies are kept between calls.
-    """
+    """Calls a WSGI app without a server, keeping cookies: ``Client(app).post("/function/hello?a=b", json={})``."""
 
     def __init__(self, app: Any, headers: Optional[Mapping[str, str]] = None, address: str = "127.0.0.1") -> None:
         self.app, self.headers, self.address = app, dict(headers or {}), address
@@ -2949,10 +2826,8 @@ class Client:
             if hasattr(parts, "close"):
                 parts.close()
         status, headers = started[-1]
-        response = Response(body, status, [pair for pair in headers if pair[0] != "Content-Type"],
-                            content_type=dict(headers).get("Content-Type"))
-        if "Content-Type" not in dict(headers):
-            del response.headers["Content-Type"]
+        response = Response(body, status)
+        response.headers = Headers(headers)
         for cookie in response.headers.getlist("Set-Cookie"):
             key, _, value = cookie.partition(";")[0].partition("=")
             if "Max-Age=0" in cookie:
