@@ -636,8 +636,8 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
     if max_age is not None:
         max_age = int(max_age.total_seconds() if hasattr(max_age, "total_seconds") else max_age)
         expires = time.time() + max_age if expires is None else expires
-    if expires is not None:
-        expires = expires if isinstance(expires, str) else http_date(expires)
+    if expires is not None and not isinstance(expires, str):
+        expires = http_date(expires)
     if samesite is not None and samesite.title() not in ("Strict", "Lax", "None"):
         raise ValueError("SameSite must be Strict, Lax or None")
     for name, item in (("Domain", domain), ("Expires", expires), ("Max-Age", max_age), ("Secure", secure or partitioned),
@@ -652,10 +652,8 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
 
 def http_date(moment: Any = None) -> str:
     """Format a datetime, struct_time or Unix time as RFC 9110 5.6.7 says: ``Sun, 06 Nov 1994 08:49:37 GMT``."""
-    if hasattr(moment, "utctimetuple"):
-        moment = moment.utctimetuple()
-    elif hasattr(moment, "timetuple"):
-        moment = moment.timetuple()
+    if hasattr(moment, "timetuple"):  # a datetime counts in UTC, a date has only this
+        moment = getattr(moment, "utctimetuple", moment.timetuple)()
     elif not isinstance(moment, time.struct_time):
         moment = time.gmtime(moment)
     day, month, _, clock, _ = time.asctime(moment).split()  # in English whatever the locale is
@@ -1010,8 +1008,7 @@ class Request:
         form = self.form.items(multi=True) if self.method not in ("GET", "HEAD") else ()
         return MultiDict([*self.args.items(multi=True), *form])
 
-    is_json = property(lambda self: bool(re.fullmatch(r"application/(json|.*\+json)", self.mimetype)),
-                       doc="Whether the content type is JSON's.")
+    is_json = property(lambda self: bool(re.fullmatch(r"application/(.*\+)?json", self.mimetype)), doc="Whether it is JSON's.")
     json = property(lambda self: self.get_json(), doc="The parsed JSON body: 415 for another content type, 400 for bad JSON.")
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
@@ -1037,9 +1034,8 @@ class Request:
         standard = ":443" if self.is_secure else ":80"
         return host[:-len(standard)] if host.endswith(standard) else host
 
-    script_root = property(lambda self: decode_wsgi(self.environ.get("SCRIPT_NAME", "")).rstrip("/"),
-                           doc="Where the application is mounted, without a slash at the end.")
-    root_path = script_root
+    script_root = root_path = property(lambda self: decode_wsgi(self.environ.get("SCRIPT_NAME", "")).rstrip("/"),
+                                       doc="Where the application is mounted, without a slash at the end.")
     host_url = property(lambda self: f"{self.scheme}://{self.host}/", doc="``http://host/``.")
     url_root = root_url = property(lambda self: self.host_url + _shown((self.script_root + "/").lstrip("/")),
                                    doc="``http://host/`` and where the application is mounted.")
@@ -1050,8 +1046,7 @@ class Request:
     @property
     def access_route(self) -> list[str]:
         """The client and the proxies behind it."""
-        forwarded = self.environ.get("HTTP_X_FORWARDED_FOR", "")
-        route = [part.strip() for part in forwarded.split(",") if part.strip()]
+        route = [part.strip() for part in self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if part.strip()]
         return route or [self.remote_addr] if self.remote_addr else route
 
     def close(self) -> None:
@@ -1066,12 +1061,8 @@ class Request:
 
 def uri_to_iri(uri: str) -> str:
     """Show percent-encoded text that isn't ASCII as it is read (RFC 3987 3.2)."""
-    def decode(found: re.Match[str]) -> str:
-        try:
-            return unquote_to_bytes(found[0]).decode()
-        except UnicodeDecodeError:
-            return found[0]
-    return re.sub(r"(?:%[89A-Fa-f][0-9A-Fa-f])+", decode, uri)
+    escaped = r"(?:%[89A-Fa-f][0-9A-Fa-f])+"
+    return re.sub(escaped, lambda found: unquote_to_bytes(found[0]).decode(errors="fnserve.percent"), uri)
 
 
 def _shown(path: str) -> str:
@@ -1147,13 +1138,8 @@ class Response:
             self.mimetype = mimetype or self.default_mimetype
         self.response = response
 
-    @property
-    def response(self) -> Any:
-        """The body: bytes, or an iterable that is sent as it is made."""
-        return self._body
-
-    @response.setter
-    def response(self, value: Any) -> None:
+    def set_data(self, value: Any) -> None:
+        """Replace the body: str, bytes, a list of them, or an iterable that is sent as it is made."""
         if isinstance(value, str):
             value = value.encode()
         elif isinstance(value, (bytearray, memoryview)):
@@ -1164,13 +1150,9 @@ class Response:
             value = b"".join(item.encode() if isinstance(item, str) else item for item in value)
         self._body = value
 
-    @property
-    def status(self) -> str:
-        """``"200 OK"``; set by a number or such a text."""
-        return self._status
+    response = property(lambda self: self._body, set_data, doc="The body: bytes, or an iterable that is sent as it is made.")
 
-    @status.setter
-    def status(self, value: Any) -> None:
+    def _set_status(self, value: Any) -> None:
         if value.__class__ is int and value in REASONS:
             self.code, self._status = value, f"{value} {REASONS[value]}"
             return
@@ -1182,16 +1164,14 @@ class Response:
         self._status = f"{code} {reason or REASONS.get(self.code, 'Unknown')}"
 
     def _set_mimetype(self, value: str) -> None:
-        textual = value.startswith("text/") or value in ("application/xml", "application/javascript") \
-            or value.endswith("+xml")
+        textual = value.startswith("text/") or value.endswith(("/xml", "+xml", "/javascript"))
         self.headers["Content-Type"] = value + ("; charset=utf-8" if textual and "charset" not in value else "")
 
-    status_code = property(lambda self: self.code, lambda self, value: setattr(self, "status", value),
-                           doc="The status as a number.")
-    mimetype = property(lambda self: parse_options(self.headers.get("Content-Type", ""))[0], _set_mimetype,
-                        doc="The content type without its parameters; text gets a charset when it is set.")
-    mimetype_params = property(lambda self: parse_options(self.headers.get("Content-Type", ""))[1],
-                               doc="The parameters of the content type.")
+    status = property(lambda self: self._status, _set_status, doc='``"200 OK"``; set by a number or such a text.')
+    status_code = property(lambda self: self.code, _set_status, doc="The status as a number.")
+    _content = property(lambda self: parse_options(self.headers.get("Content-Type", "")))
+    mimetype = property(lambda self: self._content[0], _set_mimetype, doc="The type alone; text gets a charset when set.")
+    mimetype_params = property(lambda self: self._content[1], doc="The parameters of the content type.")
     content_type, location = _header("Content-Type"), _header("Location", dump=iri_to_uri)
     content_encoding, content_language = _header("Content-Encoding"), _header("Content-Language")
     content_location, accept_ranges = _header("Content-Location", dump=iri_to_uri), _header("Accept-Ranges")
@@ -1199,9 +1179,8 @@ class Response:
     age, vary, allow, retry_after = _header("Age", int), _header("Vary"), _header("Allow"), _header("Retry-After")
     date, expires = _header("Date", parse_date, http_date), _header("Expires", parse_date, http_date)
     last_modified = _header("Last-Modified", parse_date, http_date)
-    cache_control = property(lambda self: CacheControl(
-        self.headers.get("Cache-Control", ""), lambda text: self.headers.set("Cache-Control", text)),
-        doc="The Cache-Control header: ``response.cache_control.max_age = 60``.")
+    cache_control = property(lambda self: CacheControl(self.headers.get("Cache-Control", ""), functools.partial(
+        self.headers.set, "Cache-Control")), doc="The Cache-Control header: ``response.cache_control.max_age = 60``.")
     content_length = property(
         lambda self: len(self._body) if isinstance(self._body, bytes) else self.headers.get("Content-Length", type=int),
         lambda self, value: self.headers.set("Content-Length", value), doc="The Content-Length, where it is known.")
@@ -1212,10 +1191,6 @@ class Response:
         if self.is_streamed:
             self.response = list(self._body)
         return self._body.decode("utf-8", "replace") if as_text else self._body
-
-    def set_data(self, value: Any) -> None:
-        """Replace the body."""
-        self.response = value
 
     data = property(get_data, set_data)
     json = property(lambda self: self.get_json(), doc="The body parsed as JSON, None where it isn't JSON.")
@@ -1372,8 +1347,8 @@ class Signer:
     def signature(self, purpose: str, payload: str) -> str:
         """Return the signature of `payload` for one purpose, base64url without padding."""
         import hmac
-        digest = hmac.new(self._key, f"fnserve {purpose}\0{payload}".encode("utf-8", "surrogatepass"), "sha256").digest()
-        return _base64url(digest)
+        text = f"fnserve {purpose}\0{payload}".encode("utf-8", "surrogatepass")
+        return _base64url(hmac.new(self._key, text, "sha256").digest())
 
     def sign(self, payload: str, now: float) -> str:
         """Return ``payload.time.signature``, all of it safe in a cookie."""
@@ -1384,9 +1359,8 @@ class Signer:
         """Return the payload; None for what is forged, cut, too old or from the future."""
         signed, _, signature = text.rpartition(".")
         payload, _, moment = signed.partition(".")
-        if not self._key or not signed or not same_secret(signature, self.signature("session", signed)):
-            return None
-        if not now - max_age <= int(moment) <= now + 60:  # one's own signature, so it is a number
+        if not self._key or not signed or not same_secret(signature, self.signature("session", signed)) \
+                or not now - max_age <= int(moment) <= now + 60:  # one's own signature, so it is a number
             return None
         return a2b_base64(payload.translate({45: "+", 95: "/"}) + "==").decode()
 
@@ -1440,26 +1414,25 @@ def save_session(session: Session, request: Request, response: Response, signer:
 # serverless.db: one connection per process behind a lock. Uses 01. The users' own tables live beside ours; call_stats
 # is as they know it, all others of ours start with fn_.
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS call_stats (func_name TEXT PRIMARY KEY, call_count INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS fn_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_journal (segment INTEGER PRIMARY KEY, position INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS fn_functions (func_name TEXT PRIMARY KEY, errors INTEGER NOT NULL, last_call REAL NOT NULL)
-    WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_requests (method TEXT, endpoint TEXT, status INTEGER, count INTEGER NOT NULL,
-    PRIMARY KEY (method, endpoint, status)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_latency (method TEXT, endpoint TEXT, seconds REAL NOT NULL, buckets TEXT NOT NULL,
-    PRIMARY KEY (method, endpoint)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_minutes (minute INTEGER, endpoint TEXT, calls INTEGER NOT NULL, errors INTEGER NOT NULL,
-    buckets TEXT NOT NULL, PRIMARY KEY (minute, endpoint)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_calls (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, time REAL, function TEXT,
-    method TEXT, path TEXT, status INTEGER, us INTEGER, bytes INTEGER, client TEXT, trigger TEXT, attempt INTEGER,
-    output TEXT, error TEXT);
-CREATE TABLE IF NOT EXISTS fn_versions (func_name TEXT, version INTEGER, saved_at REAL NOT NULL, source BLOB NOT NULL,
-    loaded INTEGER NOT NULL, PRIMARY KEY (func_name, version));
-CREATE TABLE IF NOT EXISTS fn_broken (func_name TEXT PRIMARY KEY, at REAL NOT NULL, error TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_failures (address TEXT, at REAL);
-"""
+_TABLES = {
+    "call_stats": "(func_name TEXT PRIMARY KEY, call_count INTEGER NOT NULL)",
+    "fn_meta": "(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    "fn_journal": "(segment INTEGER PRIMARY KEY, position INTEGER NOT NULL)",
+    "fn_functions": "(func_name TEXT PRIMARY KEY, errors INTEGER NOT NULL, last_call REAL NOT NULL) WITHOUT ROWID",
+    "fn_requests": "(method TEXT, endpoint TEXT, status INTEGER, count INTEGER NOT NULL,"
+                   " PRIMARY KEY (method, endpoint, status)) WITHOUT ROWID",
+    "fn_latency": "(method TEXT, endpoint TEXT, seconds REAL NOT NULL, buckets TEXT NOT NULL,"
+                  " PRIMARY KEY (method, endpoint)) WITHOUT ROWID",
+    "fn_minutes": "(minute INTEGER, endpoint TEXT, calls INTEGER NOT NULL, errors INTEGER NOT NULL, buckets TEXT NOT NULL,"
+                  " PRIMARY KEY (minute, endpoint)) WITHOUT ROWID",
+    "fn_calls": "(number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, time REAL, function TEXT, method TEXT, path TEXT,"
+                " status INTEGER, us INTEGER, bytes INTEGER, client TEXT, trigger TEXT, attempt INTEGER, output TEXT,"
+                " error TEXT)",
+    "fn_versions": "(func_name TEXT, version INTEGER, saved_at REAL NOT NULL, source BLOB NOT NULL, loaded INTEGER NOT NULL,"
+                   " PRIMARY KEY (func_name, version))",
+    "fn_broken": "(func_name TEXT PRIMARY KEY, at REAL NOT NULL, error TEXT NOT NULL) WITHOUT ROWID",
+    "fn_failures": "(address TEXT, at REAL)",
+}
 
 
 class Store:
@@ -1523,8 +1496,8 @@ class Store:
                 connection.execute("PRAGMA synchronous=NORMAL")  # a fold that power loss undoes is done again
                 connection.execute("PRAGMA cache_size=-1024")
                 names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-                if not names.issuperset(re.findall(r"NOT EXISTS (\w+)", _SCHEMA)):
-                    connection.executescript(_SCHEMA)
+                for name, columns in _TABLES.items() if not names.issuperset(_TABLES) else ():
+                    connection.execute(f"CREATE TABLE IF NOT EXISTS {name} {columns}")
             except BaseException:
                 connection.close()
                 raise
@@ -1664,9 +1637,7 @@ class Tally:
         name = sql_value(name) if name else None
         method = record["m"] if record["m"] in METHODS else "OTHER"  # nobody may grow the series by inventing methods
         key = (name, "/function/" + name if name else sql_value(str(record["r"])), method, int(record["s"]), int(moment) // 60)
-        group = self.groups.get(key)
-        if group is None:
-            group = self.groups[key] = [0, 0, 0.0, [0] * (len(BUCKETS) + 1)]
+        group = self.groups.get(key) or self.groups.setdefault(key, [0, 0, 0.0, [0] * (len(BUCKETS) + 1)])
         group[0] += 1
         group[1] += taken
         group[2] = max(group[2], moment)
@@ -1815,7 +1786,6 @@ HOOKS = "_hooks"
 PACKAGE = "functions"  # what functions are called in sys.modules, whatever FUNCTIONS_DIR is called
 KEEP_VERSIONS = 50
 GROUP_DEPTH = 8
-_EMPTY = "the file is empty"
 
 
 def valid_name(name: str) -> bool:
@@ -1826,7 +1796,7 @@ def valid_name(name: str) -> bool:
 def compile_source(source: bytes, path: str, flags: int = 0) -> Any:
     """Compile a function file; LoadError with line and column where it can't be."""
     if not source.strip():
-        raise LoadError(_EMPTY)
+        raise LoadError("the file is empty")
     try:
         return compile(source, path, "exec", flags, dont_inherit=True)
     except SyntaxError as error:
@@ -2066,14 +2036,12 @@ class Functions:
         """Return a file's docstring line, why it does not compile, and its time; nothing of it is run."""
         path = self.path(name)
         stamp = file_stamp(path)
-        known = self._summaries.get(name)
-        if known is None or known[0] != stamp:
+        if self._summaries.get(name, ("",))[0] != stamp:
             try:
-                known = (stamp, summarize(read_source(path), path), None)
+                self._summaries[name] = stamp, summarize(read_source(path), path), None
             except LoadError as error:
-                known = (stamp, "", error)
-            self._summaries[name] = known
-        return known[1], known[2], stamp[0] / 1e9 if stamp else 0.0
+                self._summaries[name] = stamp, "", error
+        return (*self._summaries[name][1:], stamp[0] / 1e9 if stamp else 0.0)
 
     def save(self, name: str, source: bytes) -> None:
         """Write a function's file atomically: a reader sees the old file or the new one."""
@@ -2099,8 +2067,8 @@ class Functions:
             return None
         if name in self._reserved:
             if name not in self._warned:
-                self._warned.add(name)
                 log.warning("%s: this name is the platform's own, so the file is not served", path)
+            self._warned.add(name)
             return None
         with self._adding:
             function = self._known.setdefault(name, Function(name, path))
@@ -2130,14 +2098,12 @@ class Functions:
     def _swap(self, function: Function, source: bytes) -> None:
         broken, function.source, function.tried = function.error is not None, source, time.monotonic()
         code = self._execute(function, source)
-        if not code.entries and not function.is_hooks:
-            if function.code is not None or self.versions.last_good(function.name):
-                raise NoEntry("it has no main()")
-            function.error = NoEntry("it has no main()")
-        else:
-            function.error = None
+        error = None if code.entries or function.is_hooks else NoEntry("it has no main()")
+        if error is None:
             self.versions.remember(function.name, source, loaded=True)
-        function.code = code
+        elif function.code is not None or self.versions.last_good(function.name):
+            raise error
+        function.code, function.error = code, error
         if broken:
             self.versions.mark_broken(function.name, None)  # a helper module without main() is not broken either
 
@@ -2165,7 +2131,8 @@ class Functions:
         sys.modules[name] = module
         try:
             exec(program, module.__dict__)
-            code = Code(source, module, read_settings(module), find_entries(module), find_handlers(module))
+            settings = read_settings(module)
+            code = Code(source, module, settings, find_entries(module, settings.entry), find_handlers(module))
             if function.is_hooks and hasattr(module, "on_start"):
                 module.on_start()
         except BaseException as error:  # a module may raise anything; none of it may end the server
@@ -2210,12 +2177,10 @@ class Functions:
 
     def _watch(self) -> None:
         """Twice a second: where a helper has changed, forget all of them and load their users anew."""
-        now = time.monotonic()
-        if now - self._looked < 0.5:
-            return
-        self._looked = now
-        with self._adding:
-            self._forget_helpers()
+        if time.monotonic() - self._looked >= 0.5:
+            self._looked = time.monotonic()
+            with self._adding:
+                self._forget_helpers()
 
     def _forget_helpers(self) -> None:
         if all(file_stamp(path) == stamp for path, stamp in list(self._watched.items())):
@@ -2258,11 +2223,10 @@ def user_traceback(error: BaseException) -> str:
 KEYWORDS = ("config", "protected", "context")
 
 
-def find_entries(module: types.ModuleType) -> dict[str, Entry]:
+def find_entries(module: types.ModuleType, name: str) -> dict[str, Entry]:
     """Find the entry points: SETTINGS["entry"], several that functions_framework marked, main, or the one marked."""
     marked = {name: value for name, value in vars(module).items() if isinstance(value, types.FunctionType)
               and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}
-    name = read_settings(module).entry
     if name:
         if not callable(getattr(module, name, None)):
             raise LoadError(f"SETTINGS['entry']: the file has no function {name!r}")
@@ -2398,16 +2362,14 @@ class Call:
     @property
     def g(self) -> Any:
         """A namespace that lives as long as the call."""
-        if self._g is None:
-            self._g = Globals()
+        self._g = self._g or Globals()
         return self._g
 
     def capture(self, text: str) -> None:
         """Keep what the call prints, the first OUTPUT_BYTES of it."""
-        room = OUTPUT_BYTES - self.printed
+        if self.printed < OUTPUT_BYTES:
+            self.output.append(text[:OUTPUT_BYTES - self.printed])
         self.printed += len(text)
-        if room > 0:
-            self.output.append(text[:room])
 
 
 class Context(NamedTuple):
