@@ -1852,9 +1852,9 @@ class Versions:
     def last_good(self, name: str) -> Optional[bytes]:
         """Return the newest source that has loaded, in this or any other process."""
         with contextlib.suppress(sqlite3.Error):
-            rows = self._store.read("SELECT source FROM fn_versions WHERE func_name = ? AND loaded"
-                                    " ORDER BY version DESC LIMIT 1", name)
-            return bytes(rows[0][0]) if rows else None
+            for row in self._store.read("SELECT source FROM fn_versions WHERE func_name = ? AND loaded"
+                                        " ORDER BY version DESC LIMIT 1", name):
+                return bytes(row[0])
         return None
 
     def forget_good(self, name: str) -> None:
@@ -2424,12 +2424,7 @@ class Proxy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._find(), name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._find(), name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._find(), name)
-
+    __setattr__, __delattr__ = _forward(setattr), _forward(delattr)
     __getitem__, __setitem__, __delitem__ = _forward(operator.getitem), _forward(operator.setitem), _forward(operator.delitem)
     __contains__, __iter__, __len__ = _forward(operator.contains), _forward(iter), _forward(len)
     __eq__, __hash__ = _forward(operator.eq), _forward(hash)
@@ -2669,9 +2664,7 @@ class CloudEvent(dict):
         if missing:
             raise HTTPException(400, f"The CloudEvent lacks {', '.join(missing)}")
 
-    def get_attributes(self) -> dict[str, Any]:
-        """Return all attributes."""
-        return dict(self)
+    get_attributes = dict.copy
 
     def get_data(self) -> Any:
         """Return the data."""
