@@ -41,7 +41,6 @@ import threading
 import time
 import traceback
 import types
-from binascii import Error as Base64Error
 from binascii import a2b_base64, b2a_base64
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
@@ -85,10 +84,7 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 class HTTPException(Exception):
-    """An answer that isn't the normal one: `code`, the JSON `body` sent, and extra `headers`.
-
-    `abort()` raises it; a function may catch it. `response` overrides everything else.
-    """
+    """What `abort()` raises: `code`, the JSON `body` sent, extra `headers`; a `response` overrides all of these."""
 
     def __init__(self, code: int, description: Any = None, headers: Iterable[tuple[str, str]] = (),
                  response: Optional[Response] = None, **fields: Any) -> None:
@@ -217,62 +213,36 @@ SETTINGS_TABLE = (
 #   [export] key [= value] [# comment]
 #   key   = 'quoted' or any characters but = # and white space
 #   value = 'single \' quoted' | "double \n quoted" | unquoted, up to " #" or the end of the line
-_ENV_START = re.compile(r"\s*(?:export[^\S\r\n]+)?")
-_ENV_KEY = re.compile(r"(?:'([^']+)'|(?!')([^=#\s]+)|(?=#))[^\S\r\n]*")
-_ENV_VALUE = re.compile(r"""=(?:[^\S\r\n]+(?=\#)|[^\S\r\n]*(?:'((?:\\[\s\S]|[^'\\])*)'|"((?:\\[\s\S]|[^"\\])*)"
-                            |(?![^\S\r\n]*['"])([^\r\n]*)))""", re.X)
-_ENV_END = re.compile(r"(?:[^\S\r\n]*#[^\r\n]*)?[^\S\r\n]*(?:\r\n|\n|\r|\Z)")
-_ENV_REST = re.compile(r"[^\r\n]*")
+_ENV_BINDING = re.compile(r"""\s*(?:export[^\S\r\n]+)?
+    (?:(?:'([^']+)'|(?!')([^=\#\s]+)|(?=\#))[^\S\r\n]*                                  # 1, 2: the key, quoted or not
+    (=(?:[^\S\r\n]+(?=\#)|[^\S\r\n]*(?:'((?:\\[\s\S]|[^'\\])*)'|"((?:\\[\s\S]|[^"\\])*)"  # 3: the value; 4, 5: quoted
+    |(?![^\S\r\n]*['"])([^\r\n]*))))?)?                                                 # 6: unquoted
+    (?:((?:[^\S\r\n]*\#[^\r\n]*)?[^\S\r\n]*(?:\r\n|\n|\r|\Z))|[^\r\n]*)                 # 7: its end; or no binding
+    """, re.X)
 _ENV_ESCAPE = re.compile(r"\\([\\'\"abfnrtv])")
 _ENV_VARIABLE = re.compile(r"\$\{(?P<name>[^}:]*)(?::-(?P<default>[^}]*))?\}")
 _ESCAPED = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 
 
-def _env_binding(text: str, at: int) -> tuple[int, str, Optional[str]]:
-    """Read one binding; the key is blank for a comment, and for a line that is no binding."""
-    at = _ENV_START.match(text, at).end()  # type: ignore[union-attr]  # like the rest of a line, it always matches
-    key, value = _ENV_KEY.match(text, at), None
-    if key:
-        at = key.end()
-        found = _ENV_VALUE.match(text, at)
-        if found:
-            at = found.end()
-            if found[1] is not None:
-                value = re.sub(r"\\([\\'])", r"\1", found[1])
-            elif found[2] is not None:
-                value = _ENV_ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[1]), found[2])
-            else:
-                value = re.sub(r"\s+#.*", "", found[3] or "").rstrip()
-        end = _ENV_END.match(text, at)
-        if end:
-            return end.end(), key[1] or key[2] or "", value
-    return _ENV_REST.match(text, at).end(), "", None  # type: ignore[union-attr]
-
-
-def _env_bindings(text: str) -> Iterator[tuple[str, Optional[str]]]:
-    at = 0
-    while at < len(text):
-        at, key, value = _env_binding(text, at)
-        if key:
-            yield key, value
-
-
-def _lookup(found: re.Match[str], values: Mapping[str, Optional[str]], environ: Mapping[str, str]) -> str:
-    name, default = found["name"], found["default"] or ""
-    value = values[name] if name in values else environ.get(name, default)
-    return value if value is not None else ""
+def _env_value(found: re.Match[str]) -> Optional[str]:
+    if found[4] is not None:
+        return re.sub(r"\\([\\'])", r"\1", found[4])
+    if found[5] is not None:
+        return _ENV_ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[1]), found[5])
+    return None if found[3] is None else re.sub(r"\s+#.*", "", found[6] or "").rstrip()
 
 
 def parse_env(text: str, environ: Mapping[str, str]) -> dict[str, Optional[str]]:
-    """Read the text of a .env file as python-dotenv's dotenv_values() does.
-
-    A key without = has the value None; a line that is no binding is passed over; ``${NAME}`` and
-    ``${NAME:-default}`` take earlier keys, then `environ`.
-    """
+    """Read .env text as python-dotenv does; a key without = is None, ``${NAME:-default}`` takes earlier keys or `environ`."""
     values: dict[str, Optional[str]] = {}
-    for key, value in _env_bindings(text):
-        values[key] = value if value is None else _ENV_VARIABLE.sub(
-            lambda found: _lookup(found, values, environ), value)
+
+    def lookup(found: re.Match[str]) -> str:
+        name = found["name"]
+        return (values[name] if name in values else environ.get(name, found["default"])) or ""
+    for found in _ENV_BINDING.finditer(text):
+        key, value = found[1] or found[2], _env_value(found)
+        if key and found[7] is not None:
+            values[key] = value and _ENV_VARIABLE.sub(lookup, value)
     return values
 
 
@@ -288,22 +258,17 @@ def read_env(path: str, environ: Optional[Mapping[str, str]] = None) -> dict[str
 
 
 class Settings:
-    """The settings, cast: ``settings.PORT``; `sources` says where each came from, `paths` of files are absolute.
-
-    Rising priority: default, .env, .env.local, FNSERVE_<NAME>, plain PORT, `options`. Raises SettingError.
-    """
+    """The settings, cast: ``settings.PORT``, paths absolute; `sources` says where each came from. Raises SettingError."""
 
     def __init__(self, options: Mapping[str, Any] = types.MappingProxyType({}), directory: str = ".") -> None:
         self.directory = os.path.abspath(directory)
         self.sources: dict[str, str] = {}
-        unknown = [name for name in options if name not in {row.name for row in SETTINGS_TABLE}]
-        if unknown:
-            raise SettingError(f"{unknown[0]}: there is no such setting")
-        layers = [(name, read_env(os.path.join(self.directory, name))) for name in (".env", ".env.local")]
-        layers.append(("environment", {row.name: os.environ["FNSERVE_" + row.name] for row in SETTINGS_TABLE
-                                       if "FNSERVE_" + row.name in os.environ}))
-        layers.append(("environment", {"PORT": os.environ["PORT"]} if os.environ.get("PORT") else {}))
-        layers.append(("option", {name: str(value) for name, value in options.items()}))
+        for name in set(options) - {row.name for row in SETTINGS_TABLE}:
+            raise SettingError(f"{name}: there is no such setting")
+        environ = {row.name: os.environ.get("FNSERVE_" + row.name) for row in SETTINGS_TABLE}
+        environ["PORT"] = os.environ.get("PORT", "").strip() or environ["PORT"]  # plain PORT is what hosting services set
+        layers = [(name, read_env(os.path.join(self.directory, name))) for name in (".env", ".env.local")]  # rising priority
+        layers += [("environment", environ), ("option", {name: str(value) for name, value in options.items()})]
         for row in SETTINGS_TABLE:
             setattr(self, row.name, self._value(row, layers))
         for name in ("FUNCTIONS_DIR", "DB_PATH", "LOG_FILE", "JOURNAL_DIR"):
@@ -336,10 +301,7 @@ def file_stamp(path: str) -> Optional[tuple[int, int, int, int]]:
 
 
 class Config:
-    """The values of .env overlaid by .env.local, and the same in os.environ, as load_dotenv() leaves them.
-
-    `current()` costs two stats; a changed file is read again at once. One that can't be read keeps the old values.
-    """
+    """The values of .env overlaid by .env.local, and the same in os.environ, as load_dotenv() leaves them."""
 
     def __init__(self, directory: str) -> None:
         self._paths = [os.path.join(directory, name) for name in (".env", ".env.local")]
@@ -349,7 +311,7 @@ class Config:
         self._lock = threading.Lock()
 
     def current(self) -> dict[str, Optional[str]]:
-        """Return the values as they are now; the caller copies before handing them on."""
+        """Return the values as they are now, for two stats; the caller copies. Files that can't be read change nothing."""
         stamps = file_stamp(self._paths[0]), file_stamp(self._paths[1])
         if stamps != self._stamps:
             with self._lock:
@@ -547,13 +509,6 @@ class Headers(MutableMapping[str, str]):
         """Return the first value of a field, made by `type`."""
         return _read(self[name], type, default) if name in self else default
 
-    def set(self, name: str, value: Any) -> None:
-        """Replace every field of this name by one."""
-        self[name] = value
-
-    def to_wsgi_list(self) -> list[tuple[str, str]]:
-        """Return the fields as start_response takes them."""
-        return self._list
 
     def __getitem__(self, name: str) -> str:
         for value in self.getlist(name):
@@ -565,11 +520,13 @@ class Headers(MutableMapping[str, str]):
         del self[name]
         self._list.append((name, checked))
 
+    set = __setitem__
+
     def __delitem__(self, name: str) -> None:
         self._list = [pair for pair in self._list if pair[0].lower() != name.lower()]
 
     def __contains__(self, name: object) -> bool:
-        return any(key.lower() == str(name).lower() for key, _ in self._list)
+        return bool(self.getlist(str(name)))
 
     def __iter__(self) -> Iterator[Any]:  # like Werkzeug's: for name, value in headers
         return iter(list(self._list))
@@ -579,8 +536,10 @@ class Headers(MutableMapping[str, str]):
         return [key for key, _ in self._list]
 
     def items(self) -> Any:
-        """Return the (name, value) pairs in order."""
+        """Return the (name, value) pairs in order, as start_response takes them."""
         return list(self._list)
+
+    to_wsgi_list = items
 
     def values(self) -> Any:
         """Return the values in order."""
@@ -612,13 +571,10 @@ class RequestHeaders(Headers):
         value = self._environ.get(key if bare else "HTTP_" + key)
         return [] if value is None or bare and not value else [value]
 
-    def __contains__(self, name: object) -> bool:
-        return bool(self.getlist(str(name)))
-
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("the headers of a request can't be changed")
 
-    __setitem__ = __delitem__ = add = extend = _refuse
+    __setitem__ = __delitem__ = add = extend = set = _refuse
 
 
 def decode_text(data: bytes, charset: str = "utf-8") -> str:
@@ -660,13 +616,11 @@ def parse_cookies(header: str) -> MultiDict:
     """Read a Cookie header (RFC 6265 4.2.1), with the octal escapes that http.cookies and Werkzeug write."""
     cookies = MultiDict()
     for part in header.split(";"):
-        key, _, value = part.strip().partition("=")
-        if not key.strip():
-            continue
-        value = value.strip()
+        key, value = (text.strip() for text in part.partition("=")[::2])
         if len(value) > 1 and value[0] == value[-1] == '"':
             value = _COOKIE_QUOTED.sub(lambda m: chr(int(m[1], 8)) if m[1] else m[2], value[1:-1])
-        cookies.add(key.strip(), decode_wsgi(value))
+        if key:
+            cookies.add(key, decode_wsgi(value))
     return cookies
 
 
@@ -685,8 +639,8 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
     if max_age is not None:
         max_age = int(max_age.total_seconds() if hasattr(max_age, "total_seconds") else max_age)
         expires = time.time() + max_age if expires is None else expires
-    if expires is not None:
-        expires = expires if isinstance(expires, str) else http_date(expires)
+    if expires is not None and not isinstance(expires, str):
+        expires = http_date(expires)
     if samesite is not None and samesite.title() not in ("Strict", "Lax", "None"):
         raise ValueError("SameSite must be Strict, Lax or None")
     for name, item in (("Domain", domain), ("Expires", expires), ("Max-Age", max_age), ("Secure", secure or partitioned),
@@ -701,16 +655,12 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
 
 def http_date(moment: Any = None) -> str:
     """Format a datetime, struct_time or Unix time as RFC 9110 5.6.7 says: ``Sun, 06 Nov 1994 08:49:37 GMT``."""
-    if hasattr(moment, "utctimetuple"):
-        moment = moment.utctimetuple()
-    elif hasattr(moment, "timetuple"):
-        moment = moment.timetuple()
+    if hasattr(moment, "timetuple"):  # a datetime counts in UTC, a date has only this
+        moment = getattr(moment, "utctimetuple", moment.timetuple)()
     elif not isinstance(moment, time.struct_time):
         moment = time.gmtime(moment)
-    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[moment.tm_wday]
-    month = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[moment.tm_mon - 1]
-    return (f"{day}, {moment.tm_mday:02} {month} {moment.tm_year:04} "
-            f"{moment.tm_hour:02}:{moment.tm_min:02}:{moment.tm_sec:02} GMT")
+    day, month, _, clock, _ = time.asctime(moment).split()  # in English whatever the locale is
+    return f"{day}, {moment.tm_mday:02} {month} {moment.tm_year:04} {clock} GMT"
 
 
 def parse_date(text: Optional[str]) -> Any:
@@ -800,110 +750,86 @@ class _Parts:
     def __init__(self, stream: Any) -> None:
         self._stream, self._buffer = stream, b"\r\n"  # so that the first boundary looks like the others
 
-    def until(self, mark: bytes, write: Callable[[bytes], Any]) -> None:
-        """Hand the bytes before `mark` to `write`, and skip the mark; 400 where the stream ends first."""
+    def until(self, mark: bytes, limit: float = float("inf")) -> Any:
+        """Return what stands before `mark` as an open file; 413 above `limit` bytes, 400 where the stream ends first."""
+        file: Any = io.BytesIO()
         while (at := self._buffer.find(mark)) < 0:
             sure = max(0, len(self._buffer) - len(mark) + 1)
-            write(self._buffer[:sure])
+            file = _append(file, self._buffer[:sure], limit)
             chunk = self._stream.read(CHUNK)
             if not chunk:
                 raise HTTPException(400, "The multipart body ends without its closing boundary")
             self._buffer = self._buffer[sure:] + chunk
-        write(self._buffer[:at])
+        file = _append(file, self._buffer[:at], limit)
         self._buffer = self._buffer[at + len(mark):]
+        file.seek(0)
+        return file
 
-    def peek(self, count: int) -> bytes:
-        """Return the next bytes without taking them."""
-        while len(self._buffer) < count and (chunk := self._stream.read(CHUNK)):
+    def at_end(self) -> bool:
+        """Tell whether the last mark was the closing one."""
+        while len(self._buffer) < 2 and (chunk := self._stream.read(CHUNK)):
             self._buffer += chunk
-        return self._buffer[:count]
+        return self._buffer[:2] == b"--"
 
 
-class _Limited(io.BytesIO):
-    """A buffer that refuses more than `limit` bytes with a 413."""
-
-    limit = 0
-
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > self.limit:
-            raise HTTPException(413)
-        return super().write(data)
-
-    @classmethod
-    def until(cls, parts: _Parts, mark: bytes, limit: int) -> bytes:
-        """Read the bytes before a mark."""
-        buffer = cls()
-        buffer.limit = limit
-        parts.until(mark, buffer.write)
-        return buffer.getvalue()
-
-
-class _Spool:
-    """A file in memory that moves to disk once it is large; `file` is a real file object in both cases."""
-
-    def __init__(self) -> None:
-        self.file: Any = io.BytesIO()
-
-    def write(self, data: bytes) -> None:
-        if isinstance(self.file, io.BytesIO) and self.file.tell() + len(data) > SPOOL:
-            import tempfile  # only for large uploads: 900 kB
-            small, self.file = self.file, tempfile.TemporaryFile()
-            self.file.write(small.getvalue())
-        self.file.write(data)
+def _append(file: Any, data: bytes, limit: float) -> Any:
+    """Write to a file in memory, or to the real file on disk that stands in for it once it is large; return that."""
+    total = file.tell() + len(data)
+    if total > limit:
+        raise HTTPException(413)
+    if total > SPOOL and isinstance(file, io.BytesIO):
+        import tempfile  # only for large uploads: 900 kB
+        small, file = file, tempfile.TemporaryFile()
+        file.write(small.getvalue())
+    file.write(data)
+    return file
 
 
 def parse_multipart(stream: Any, boundary: bytes) -> tuple[MultiDict, MultiDict]:
-    """Read multipart/form-data (RFC 7578) into fields and files.
-
-    Raises HTTPException 400 for a body that is cut off or malformed, 413 over FORM_FIELDS or FORM_MEMORY.
-    """
+    """Read multipart/form-data (RFC 7578) into fields and files; 400 where malformed, 413 over FORM_FIELDS or FORM_MEMORY."""
     form, files, parts, memory, mark = MultiDict(), MultiDict(), _Parts(stream), FORM_MEMORY, b"\r\n--" + boundary
-    parts.until(mark, lambda data: None)
+    parts.until(mark)
     for _ in range(FORM_FIELDS + 1):
-        if parts.peek(2) == b"--":
+        if parts.at_end():
             return form, files
         headers = Headers()
-        for line in _Limited.until(parts, b"\r\n\r\n", 16 * 1024).decode("utf-8", "replace").split("\r\n"):
+        for line in parts.until(b"\r\n\r\n", 16 * 1024).read().decode("utf-8", "replace").split("\r\n"):
             key, colon, value = line.partition(":")
             if colon and _HEADER_NAME.fullmatch(key.strip()):
                 headers._list.append((key.strip(), value.strip()))  # as sent: names of files are in any script
         options = parse_options(headers.get("Content-Disposition", ""))[1]
         name = options.get("name", "")
         if "filename" in options:
-            spool = _Spool()
-            parts.until(mark, spool.write)
-            spool.file.seek(0)
-            files.add(name, FileStorage(spool.file, options["filename"], name, headers))
+            files.add(name, FileStorage(parts.until(mark), options["filename"], name, headers))
         else:
-            field = _Limited.until(parts, mark, memory)
+            field = parts.until(mark, memory).read()
             memory -= len(field)
             charset = parse_options(headers.get("Content-Type", ""))[1].get("charset", "utf-8")
             form.add(name, decode_text(field, charset))
     raise HTTPException(413)
 
 
-class Accept:
-    """An Accept header (RFC 9110 12.5.1): `best_match`, `quality`, ``in``, best first when iterated."""
+class Accept(list):
+    """An Accept header (RFC 9110 12.5.1): the pairs (value, quality), best first; `best_match`, `quality`, ``in``."""
 
     def __init__(self, header: str) -> None:
-        self._values: list[tuple[str, float]] = []
         for part in header.split(","):
             value, options = part.partition(";")[0].strip(), parse_options(part)[1]
             with contextlib.suppress(ValueError):
                 if value:
-                    self._values.append((value, max(0.0, min(1.0, float(options.get("q", "1"))))))
-        self._values.sort(key=lambda pair: -pair[1])
+                    self.append((value, max(0.0, min(1.0, float(options.get("q", "1"))))))
+        self.sort(key=lambda pair: -pair[1])
 
     def quality(self, value: str) -> float:
         """Return how much `value` is wanted, 0.0 to 1.0; the most exact entry decides."""
         for wanted in (value.lower(), value.partition("/")[0] + "/*", "*/*", "*"):
-            for name, quality in self._values:
+            for name, quality in self:
                 if name.lower() == wanted:
                     return quality
         return 0
 
     def __getitem__(self, key: Any) -> Any:
-        return self._values[key] if isinstance(key, int) else self.quality(key)
+        return self.quality(key) if isinstance(key, str) else super().__getitem__(key)
 
     def best_match(self, matches: Iterable[str], default: Optional[str] = None) -> Optional[str]:
         """Return the one of `matches` that the client wants most."""
@@ -913,23 +839,17 @@ class Accept:
 
     accept_html = property(lambda self: "text/html" in self, doc="Whether text/html is accepted.")
     accept_json = property(lambda self: "application/json" in self, doc="Whether application/json is accepted.")
-    best = property(lambda self: self._values[0][0] if self._values else None, doc="The value wanted most.")
+    best = property(lambda self: self[0][0] if self else None, doc="The value wanted most.")
 
     def values(self) -> Iterator[str]:
         """Yield the values, best first."""
-        return (value for value, _ in self._values)
+        return (value for value, _ in self)
 
-    def __contains__(self, value: str) -> bool:
+    def __contains__(self, value: Any) -> bool:
         return self.quality(value) > 0
 
-    def __iter__(self) -> Iterator[tuple[str, float]]:
-        return iter(self._values)
-
-    def __bool__(self) -> bool:
-        return bool(self._values)
-
     def __str__(self) -> str:
-        return ",".join(value if quality == 1 else f"{value};q={quality:g}" for value, quality in self._values)
+        return ",".join(value if quality == 1 else f"{value};q={quality:g}" for value, quality in self)
 
 
 class Authorization(NamedTuple):
@@ -947,7 +867,7 @@ def parse_authorization(header: str) -> Optional[Authorization]:
         return Authorization(kind.lower(), rest.strip())
     try:
         name, colon, password = a2b_base64(rest).decode().partition(":")
-    except (Base64Error, ValueError):
+    except ValueError:
         return None
     return Authorization("basic", None, name, password) if colon else None
 
@@ -1003,16 +923,13 @@ class _Input(io.RawIOBase):
 
 
 class Request:
-    """One HTTP request, with Flask's names. Parts are parsed when they are first asked for.
-
-    `max_content_length` bounds the body in bytes; `view_args` holds func_name and subpath.
-    """
+    """One HTTP request, with Flask's names; each part is parsed when it is first asked for."""
 
     def __init__(self, environ: dict[str, Any], max_content_length: int = 16 * 1024 * 1024) -> None:
-        self.environ, self.max_content_length = environ, max_content_length
+        self.environ, self.max_content_length = environ, max_content_length  #: bounds the body, in bytes
         self.method: str = environ["REQUEST_METHOD"]
         self.path: str = "/" + decode_wsgi(environ.get("PATH_INFO", "")).lstrip("/")
-        self.view_args: dict[str, Any] = {}
+        self.view_args: dict[str, Any] = {}  #: func_name and subpath
         self.endpoint: Optional[str] = None
 
     headers = lazy(lambda self: RequestHeaders(self.environ), "The header fields.")
@@ -1043,8 +960,8 @@ class Request:
     accept_charsets = _sent("HTTP_ACCEPT_CHARSET", Accept, "The Accept-Charset header.", Accept(""))
     scheme = property(lambda self: self.environ.get("wsgi.url_scheme", "http"), doc="http or https.")
     is_secure = property(lambda self: self.scheme == "https", doc="Whether the client came by https.")
-    query_string = property(lambda self: self.environ.get("QUERY_STRING", "").encode("latin-1", "replace"),
-                            doc="The raw query, as bytes.")
+    _query = property(lambda self: self.environ.get("QUERY_STRING", ""))
+    query_string = property(lambda self: self._query.encode("latin-1", "replace"), doc="The raw query, as bytes.")
 
     @lazy
     def stream(self) -> Any:
@@ -1091,13 +1008,10 @@ class Request:
     @lazy
     def values(self) -> MultiDict:
         """`args`, and for everything but GET and HEAD `form` too; args come first."""
-        both = self.args.copy()
-        for key, value in self.form.items(multi=True) if self.method not in ("GET", "HEAD") else ():
-            both.add(key, value)
-        return both
+        form = self.form.items(multi=True) if self.method not in ("GET", "HEAD") else ()
+        return MultiDict([*self.args.items(multi=True), *form])
 
-    is_json = property(lambda self: bool(re.fullmatch(r"application/(json|.*\+json)", self.mimetype)),
-                       doc="Whether the content type is JSON's.")
+    is_json = property(lambda self: bool(re.fullmatch(r"application/(.*\+)?json", self.mimetype)), doc="Whether it is JSON's.")
     json = property(lambda self: self.get_json(), doc="The parsed JSON body: 415 for another content type, 400 for bad JSON.")
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
@@ -1123,27 +1037,19 @@ class Request:
         standard = ":443" if self.is_secure else ":80"
         return host[:-len(standard)] if host.endswith(standard) else host
 
-    script_root = property(lambda self: decode_wsgi(self.environ.get("SCRIPT_NAME", "")).rstrip("/"),
-                           doc="Where the application is mounted, without a slash at the end.")
-    root_path = script_root
+    script_root = root_path = property(lambda self: decode_wsgi(self.environ.get("SCRIPT_NAME", "")).rstrip("/"),
+                                       doc="Where the application is mounted, without a slash at the end.")
     host_url = property(lambda self: f"{self.scheme}://{self.host}/", doc="``http://host/``.")
     url_root = root_url = property(lambda self: self.host_url + _shown((self.script_root + "/").lstrip("/")),
                                    doc="``http://host/`` and where the application is mounted.")
     base_url = property(lambda self: self.url_root + _shown(self.path.lstrip("/")), doc="The URL without its query.")
-    full_path = property(lambda self: f'{self.path}?{decode_wsgi(self.environ.get("QUERY_STRING", ""))}',
-                         doc="The path, a question mark and the query.")
-
-    @property
-    def url(self) -> str:
-        """The URL."""
-        query = self.environ.get("QUERY_STRING", "")
-        return self.base_url + ("?" + uri_to_iri(query) if query else "")
+    full_path = property(lambda self: f"{self.path}?{decode_wsgi(self._query)}", doc="The path, a question mark and the query.")
+    url = property(lambda self: self.base_url + (self._query and "?" + uri_to_iri(self._query)), doc="The URL.")
 
     @property
     def access_route(self) -> list[str]:
         """The client and the proxies behind it."""
-        forwarded = self.environ.get("HTTP_X_FORWARDED_FOR", "")
-        route = [part.strip() for part in forwarded.split(",") if part.strip()]
+        route = [part.strip() for part in self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if part.strip()]
         return route or [self.remote_addr] if self.remote_addr else route
 
     def close(self) -> None:
@@ -1158,12 +1064,8 @@ class Request:
 
 def uri_to_iri(uri: str) -> str:
     """Show percent-encoded text that isn't ASCII as it is read (RFC 3987 3.2)."""
-    def decode(found: re.Match[str]) -> str:
-        try:
-            return unquote_to_bytes(found[0]).decode()
-        except UnicodeDecodeError:
-            return found[0]
-    return re.sub(r"(?:%[89A-Fa-f][0-9A-Fa-f])+", decode, uri)
+    escaped = r"(?:%[89A-Fa-f][0-9A-Fa-f])+"
+    return re.sub(escaped, lambda found: unquote_to_bytes(found[0]).decode(errors="fnserve.percent"), uri)
 
 
 def _shown(path: str) -> str:
@@ -1239,13 +1141,8 @@ class Response:
             self.mimetype = mimetype or self.default_mimetype
         self.response = response
 
-    @property
-    def response(self) -> Any:
-        """The body: bytes, or an iterable that is sent as it is made."""
-        return self._body
-
-    @response.setter
-    def response(self, value: Any) -> None:
+    def set_data(self, value: Any) -> None:
+        """Replace the body: str, bytes, a list of them, or an iterable that is sent as it is made."""
         if isinstance(value, str):
             value = value.encode()
         elif isinstance(value, (bytearray, memoryview)):
@@ -1256,13 +1153,9 @@ class Response:
             value = b"".join(item.encode() if isinstance(item, str) else item for item in value)
         self._body = value
 
-    @property
-    def status(self) -> str:
-        """``"200 OK"``; set by a number or such a text."""
-        return self._status
+    response = property(lambda self: self._body, set_data, doc="The body: bytes, or an iterable that is sent as it is made.")
 
-    @status.setter
-    def status(self, value: Any) -> None:
+    def _set_status(self, value: Any) -> None:
         if value.__class__ is int and value in REASONS:
             self.code, self._status = value, f"{value} {REASONS[value]}"
             return
@@ -1274,16 +1167,14 @@ class Response:
         self._status = f"{code} {reason or REASONS.get(self.code, 'Unknown')}"
 
     def _set_mimetype(self, value: str) -> None:
-        textual = value.startswith("text/") or value in ("application/xml", "application/javascript") \
-            or value.endswith("+xml")
+        textual = value.startswith("text/") or value.endswith(("/xml", "+xml", "/javascript"))
         self.headers["Content-Type"] = value + ("; charset=utf-8" if textual and "charset" not in value else "")
 
-    status_code = property(lambda self: self.code, lambda self, value: setattr(self, "status", value),
-                           doc="The status as a number.")
-    mimetype = property(lambda self: parse_options(self.headers.get("Content-Type", ""))[0], _set_mimetype,
-                        doc="The content type without its parameters; text gets a charset when it is set.")
-    mimetype_params = property(lambda self: parse_options(self.headers.get("Content-Type", ""))[1],
-                               doc="The parameters of the content type.")
+    status = property(lambda self: self._status, _set_status, doc='``"200 OK"``; set by a number or such a text.')
+    status_code = property(lambda self: self.code, _set_status, doc="The status as a number.")
+    _content = property(lambda self: parse_options(self.headers.get("Content-Type", "")))
+    mimetype = property(lambda self: self._content[0], _set_mimetype, doc="The type alone; text gets a charset when set.")
+    mimetype_params = property(lambda self: self._content[1], doc="The parameters of the content type.")
     content_type, location = _header("Content-Type"), _header("Location", dump=iri_to_uri)
     content_encoding, content_language = _header("Content-Encoding"), _header("Content-Language")
     content_location, accept_ranges = _header("Content-Location", dump=iri_to_uri), _header("Accept-Ranges")
@@ -1291,9 +1182,8 @@ class Response:
     age, vary, allow, retry_after = _header("Age", int), _header("Vary"), _header("Allow"), _header("Retry-After")
     date, expires = _header("Date", parse_date, http_date), _header("Expires", parse_date, http_date)
     last_modified = _header("Last-Modified", parse_date, http_date)
-    cache_control = property(lambda self: CacheControl(
-        self.headers.get("Cache-Control", ""), lambda text: self.headers.set("Cache-Control", text)),
-        doc="The Cache-Control header: ``response.cache_control.max_age = 60``.")
+    cache_control = property(lambda self: CacheControl(self.headers.get("Cache-Control", ""), functools.partial(
+        self.headers.set, "Cache-Control")), doc="The Cache-Control header: ``response.cache_control.max_age = 60``.")
     content_length = property(
         lambda self: len(self._body) if isinstance(self._body, bytes) else self.headers.get("Content-Length", type=int),
         lambda self, value: self.headers.set("Content-Length", value), doc="The Content-Length, where it is known.")
@@ -1304,10 +1194,6 @@ class Response:
         if self.is_streamed:
             self.response = list(self._body)
         return self._body.decode("utf-8", "replace") if as_text else self._body
-
-    def set_data(self, value: Any) -> None:
-        """Replace the body."""
-        self.response = value
 
     data = property(get_data, set_data)
     json = property(lambda self: self.get_json(), doc="The body parsed as JSON, None where it isn't JSON.")
@@ -1431,14 +1317,12 @@ def make_response(*values: Any) -> Response:
 def _body_response(value: Any) -> Response:
     if isinstance(value, Response):
         return value
-    if isinstance(value, (str, bytes, bytearray)):
+    if isinstance(value, (str, bytes, bytearray)) or hasattr(value, "__next__"):
         return Response(value)
     if isinstance(value, (dict, list)):
         return Response(dump_json(value) + "\n", mimetype="application/json")
     if value is None:
         return Response(status=204)
-    if hasattr(value, "__next__"):
-        return Response(value)
     if hasattr(value, "get_wsgi_headers") and hasattr(value, "status"):  # a Response of the real Werkzeug or Flask
         return Response(value.response if value.is_streamed else value.get_data(), value.status, list(value.headers))
     raise TypeError(f"{type(value).__name__} was returned; it must be str, bytes, dict, list, Response, an iterator, "
@@ -1466,8 +1350,8 @@ class Signer:
     def signature(self, purpose: str, payload: str) -> str:
         """Return the signature of `payload` for one purpose, base64url without padding."""
         import hmac
-        digest = hmac.new(self._key, f"fnserve {purpose}\0{payload}".encode("utf-8", "surrogatepass"), "sha256").digest()
-        return _base64url(digest)
+        text = f"fnserve {purpose}\0{payload}".encode("utf-8", "surrogatepass")
+        return _base64url(hmac.new(self._key, text, "sha256").digest())
 
     def sign(self, payload: str, now: float) -> str:
         """Return ``payload.time.signature``, all of it safe in a cookie."""
@@ -1478,9 +1362,8 @@ class Signer:
         """Return the payload; None for what is forged, cut, too old or from the future."""
         signed, _, signature = text.rpartition(".")
         payload, _, moment = signed.partition(".")
-        if not self._key or not signed or not same_secret(signature, self.signature("session", signed)):
-            return None
-        if not now - max_age <= int(moment) <= now + 60:  # one's own signature, so it is a number
+        if not self._key or not signed or not same_secret(signature, self.signature("session", signed)) \
+                or not now - max_age <= int(moment) <= now + 60:  # one's own signature, so it is a number
             return None
         return a2b_base64(payload.translate({45: "+", 95: "/"}) + "==").decode()
 
@@ -1506,81 +1389,61 @@ class Session(dict):
     def __init__(self, payload: Optional[str]) -> None:
         super().__init__(json.loads(payload) if payload else {})
         self.new = not payload
-        self._before = self._dump()
+        self._before = dump_json(self)
 
-    @property
-    def permanent(self) -> bool:
-        """Whether the cookie outlives the browser."""
-        return bool(self.get("_permanent"))
-
-    @permanent.setter
-    def permanent(self, value: bool) -> None:
-        self["_permanent"] = bool(value)
-
-    def _dump(self) -> str:
-        return dump_json(dict(self))
+    permanent = property(lambda self: bool(self.get("_permanent")), lambda self, value: self.update(_permanent=bool(value)),
+                         doc="Whether the cookie outlives the browser.")
 
     def changed_payload(self) -> Optional[str]:
         """Return the JSON to store, or None where the cookie may stay as it is; `permanent` renews it every time."""
-        payload = self._dump()
+        payload = dump_json(self)
         return payload if payload != self._before or self.modified or (self.permanent and self) else None
 
 
-def load_session(request: Request, signer: Signer, now: float) -> Session:
-    """Read the session cookie; anything wrong with it is an empty session."""
-    text = request.cookies.get("session", "")
-    payload = signer.unsign(text, now) if text else None
-    return Session(payload)
 
 
 def save_session(session: Session, request: Request, response: Response, signer: Signer, now: float) -> None:
     """Set, renew or delete the cookie on a response whose call looked at the session."""
     payload = session.changed_payload()
+    safe = {"httponly": True, "samesite": "Lax", "secure": request.is_secure}
     response.headers.add("Vary", "Cookie")
-    if payload is None:
-        return
-    if not session:
-        response.delete_cookie("session", httponly=True, samesite="Lax", secure=request.is_secure)
-        return
-    age = SESSION_SECONDS if session.permanent else None
-    response.set_cookie("session", signer.sign(payload, now), max_age=age, httponly=True, samesite="Lax",
-                        secure=request.is_secure, expires=None if age is None else now + age)
+    if payload is not None and not session:
+        response.delete_cookie("session", **safe)
+    elif payload is not None:
+        until = {"max_age": SESSION_SECONDS, "expires": now + SESSION_SECONDS} if session.permanent else {}
+        response.set_cookie("session", signer.sign(payload, now), **safe, **until)
 
 # == 05 STORE =============================================================
 # serverless.db: one connection per process behind a lock. Uses 01. The users' own tables live beside ours; call_stats
 # is as they know it, all others of ours start with fn_.
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS call_stats (func_name TEXT PRIMARY KEY, call_count INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS fn_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_journal (segment INTEGER PRIMARY KEY, position INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS fn_functions (func_name TEXT PRIMARY KEY, errors INTEGER NOT NULL, last_call REAL NOT NULL)
-    WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_requests (method TEXT, endpoint TEXT, status INTEGER, count INTEGER NOT NULL,
-    PRIMARY KEY (method, endpoint, status)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_latency (method TEXT, endpoint TEXT, seconds REAL NOT NULL, buckets TEXT NOT NULL,
-    PRIMARY KEY (method, endpoint)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_minutes (minute INTEGER, endpoint TEXT, calls INTEGER NOT NULL, errors INTEGER NOT NULL,
-    buckets TEXT NOT NULL, PRIMARY KEY (minute, endpoint)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_calls (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, time REAL, function TEXT,
-    method TEXT, path TEXT, status INTEGER, us INTEGER, bytes INTEGER, client TEXT, trigger TEXT, attempt INTEGER,
-    output TEXT, error TEXT);
-CREATE TABLE IF NOT EXISTS fn_versions (func_name TEXT, version INTEGER, saved_at REAL NOT NULL, source BLOB NOT NULL,
-    loaded INTEGER NOT NULL, PRIMARY KEY (func_name, version));
-CREATE TABLE IF NOT EXISTS fn_broken (func_name TEXT PRIMARY KEY, at REAL NOT NULL, error TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fn_failures (address TEXT, at REAL);
-"""
+TABLES = {
+    "call_stats": "(func_name TEXT PRIMARY KEY, call_count INTEGER NOT NULL)",
+    "fn_meta": "(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    "fn_journal": "(segment INTEGER PRIMARY KEY, position INTEGER NOT NULL)",
+    "fn_functions": "(func_name TEXT PRIMARY KEY, errors INTEGER NOT NULL, last_call REAL NOT NULL) WITHOUT ROWID",
+    "fn_requests": "(method TEXT, endpoint TEXT, status INTEGER, count INTEGER NOT NULL,"
+                   " PRIMARY KEY (method, endpoint, status)) WITHOUT ROWID",
+    "fn_latency": "(method TEXT, endpoint TEXT, seconds REAL NOT NULL, buckets TEXT NOT NULL,"
+                  " PRIMARY KEY (method, endpoint)) WITHOUT ROWID",
+    "fn_minutes": "(minute INTEGER, endpoint TEXT, calls INTEGER NOT NULL, errors INTEGER NOT NULL, buckets TEXT NOT NULL,"
+                  " PRIMARY KEY (minute, endpoint)) WITHOUT ROWID",
+    "fn_calls": "(number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, time REAL, function TEXT, method TEXT, path TEXT,"
+                " status INTEGER, us INTEGER, bytes INTEGER, client TEXT, trigger TEXT, attempt INTEGER, output TEXT,"
+                " error TEXT)",
+    "fn_versions": "(func_name TEXT, version INTEGER, saved_at REAL NOT NULL, source BLOB NOT NULL, loaded INTEGER NOT NULL,"
+                   " PRIMARY KEY (func_name, version))",
+    "fn_broken": "(func_name TEXT PRIMARY KEY, at REAL NOT NULL, error TEXT NOT NULL) WITHOUT ROWID",
+    "fn_failures": "(address TEXT, at REAL)",
+}
 
 
 class Store:
-    """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error.
+    """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error."""
 
-    Opened by the first use in each process, so that no connection crosses a fork (sqlite.org/howtocorrupt 2.6).
-    """
-
-    def __init__(self, path: str, schema: str) -> None:
-        self.path, self._schema = path, schema
-        self._lock = threading.RLock()
+    def __init__(self, path: str, tables: Mapping[str, str]) -> None:
+        self.path, self._tables, self._lock = path, tables, threading.RLock()
+        #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
         self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
         self._owner = 0
@@ -1651,8 +1514,9 @@ class Store:
                 connection.execute("PRAGMA synchronous=NORMAL")  # a fold that power loss undoes is done again
                 connection.execute("PRAGMA cache_size=-1024")
                 names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-                if not names.issuperset(re.findall(r"TABLE IF NOT EXISTS (\w+)", self._schema)):
-                    connection.executescript(self._schema)
+                for name, columns in self._tables.items() if not names.issuperset(self._tables) else ():
+                    kind = "TABLE" if columns.startswith("(") else "INDEX"
+                    connection.execute(f"CREATE {kind} IF NOT EXISTS {name} {columns}")
             except BaseException:
                 connection.close()
                 raise
@@ -1683,11 +1547,9 @@ except ImportError:  # Windows: one process, so nobody to lock out
 
 def segments(directory: str) -> list[int]:
     """List the numbers of the segments, oldest first."""
-    try:
-        names = os.listdir(directory)
-    except FileNotFoundError:
-        return []
-    return sorted(int(name[:-6]) for name in names if name.endswith(".jsonl") and name[:-6].isdigit())
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(int(name[:-6]) for name in os.listdir(directory) if re.fullmatch(r"\d+\.jsonl", name, re.A))
+    return []
 
 
 def segment_path(directory: str, number: int) -> str:
@@ -1705,11 +1567,8 @@ class Journal:
         self._lock = threading.Lock()
 
     def append(self, record: str) -> None:
-        """Write one JSON record with one write(2).
-
-        A line break stands on both sides, so what a short write leaves behind never spoils the next record.
-        """
-        line = f"\n{record}\n".encode()
+        """Write one JSON record with one write(2)."""
+        line = f"\n{record}\n".encode()  # a break on both sides: what a short write leaves never spoils the next record
         try:
             self._count += 1
             if self._count & 63 == 1 or self._handle < 0 or self._owner != os.getpid():
@@ -1726,23 +1585,19 @@ class Journal:
     def refresh(self) -> None:
         """Open the current segment; move on to a new one where it is full, was deleted or is no longer the newest."""
         with self._lock:
+            least = 0
             if self.in_use():
                 found = os.fstat(self._handle)
                 full = found.st_size >= SEGMENT_BYTES
                 if found.st_nlink and not full and not os.path.exists(segment_path(self.directory, self._number + 1)):
                     return
-                self._open(self._number + 1 if full and found.st_nlink else 0)
-            else:
-                self._open(0)
+                least = self._number + 1 if full and found.st_nlink else 0
+            self._open(least)
 
     def _open(self, least: int) -> None:
-        """Open the newest segment, at least number `least`, and hold it.
-
-        The first one of a directory is numbered by the clock, so that the position stored for a segment that
-        somebody deleted never meets another file of that number.
-        """
+        """Open the newest segment, at least number `least`, and hold it."""
         os.makedirs(self.directory, exist_ok=True)
-        while True:
+        while True:  # the first number is the clock's: a position stored for a deleted segment never meets another file
             number = max([least] + (segments(self.directory)[-1:] or [int(time.time())]))
             handle = os.open(segment_path(self.directory, number), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             flock(handle, LOCK_SH)
@@ -1789,10 +1644,10 @@ class Tally:
         try:
             records = json.loads(b"[" + b",".join(lines) + b"]")
         except ValueError:
-            records = map(_parse_record, lines)
+            records = lines
         for record in records:
             try:
-                self._add(record)
+                self._add(json.loads(record) if record.__class__ is bytes else record)
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
                 self.torn += 1
 
@@ -1801,9 +1656,7 @@ class Tally:
         name = sql_value(name) if name else None
         method = record["m"] if record["m"] in METHODS else "OTHER"  # nobody may grow the series by inventing methods
         key = (name, "/function/" + name if name else sql_value(str(record["r"])), method, int(record["s"]), int(moment) // 60)
-        group = self.groups.get(key)
-        if group is None:
-            group = self.groups[key] = [0, 0, 0.0, [0] * (len(BUCKETS) + 1)]
+        group = self.groups.get(key) or self.groups.setdefault(key, [0, 0, 0.0, [0] * (len(BUCKETS) + 1)])
         group[0] += 1
         group[1] += taken
         group[2] = max(group[2], moment)
@@ -1818,11 +1671,6 @@ def sql_value(value: Any) -> Any:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def _parse_record(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def quantile(buckets: list[int], q: float) -> float:
@@ -1842,14 +1690,12 @@ def add_buckets(one: str, other: list[int]) -> str:
 
 
 def _read_from(path: str, position: int) -> bytes:
-    try:
-        if os.path.getsize(path) == position:
-            return b""
-        with open(path, "rb") as file:
-            file.seek(position)
-            return file.read(FOLD_BYTES)
-    except FileNotFoundError:
-        return b""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.getsize(path) != position:
+            with open(path, "rb") as file:
+                file.seek(position)
+                return file.read(FOLD_BYTES)
+    return b""
 
 
 class Folder:
@@ -1860,10 +1706,7 @@ class Folder:
         self._keep_calls, self._keep_days = settings.KEEP_INVOCATIONS, settings.KEEP_DAYS
 
     def fold(self, within: Optional[Callable[[sqlite3.Connection], None]] = None) -> int:
-        """Fold all that was appended before this call; return the number of records.
-
-        `within` runs in the last transaction, so that what it does can't miss or see a record twice.
-        """
+        """Fold all appended so far, return how many records; `within` runs in the last transaction, so it sees each once."""
         total = 0
         while True:
             with self._store.write() as connection:
@@ -1935,8 +1778,7 @@ class Folder:
                 call.get("id"), call["t"], call.get("f") or call.get("r"), call["m"], call.get("p"), call["s"], call["us"],
                 call.get("n"), call.get("c"), call.get("via", "http"), call.get("try", 1), call.get("out"), call.get("err"))))
              for call in calls])
-        connection.execute("DELETE FROM fn_calls WHERE number <= (SELECT max(number) FROM fn_calls) - ?",
-                           (self._keep_calls,))
+        connection.execute("DELETE FROM fn_calls WHERE number <= (SELECT max(number) FROM fn_calls) - ?", (self._keep_calls,))
 
     def prune(self, now: float) -> None:
         """Delete segments that are folded, given up by every writer and older than KEEP_DAYS; and old minutes."""
@@ -1963,7 +1805,6 @@ HOOKS = "_hooks"
 PACKAGE = "functions"  # what functions are called in sys.modules, whatever FUNCTIONS_DIR is called
 KEEP_VERSIONS = 50
 GROUP_DEPTH = 8
-_EMPTY = "the file is empty"
 
 
 def valid_name(name: str) -> bool:
@@ -1974,7 +1815,7 @@ def valid_name(name: str) -> bool:
 def compile_source(source: bytes, path: str, flags: int = 0) -> Any:
     """Compile a function file; LoadError with line and column where it can't be."""
     if not source.strip():
-        raise LoadError(_EMPTY)
+        raise LoadError("the file is empty")
     try:
         return compile(source, path, "exec", flags, dont_inherit=True)
     except SyntaxError as error:
@@ -2009,22 +1850,19 @@ def read_schedule(path: str) -> Any:
 
 
 class Versions:
-    """Every source that was saved or served, the last 50 of each function; and which functions are broken now.
-
-    A database that can't be written to loses a version, never a call.
-    """
+    """The last 50 sources of each function that were saved or served, and which are broken; a write may fail, a call not."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
+    _NEWEST = "SELECT version, source, loaded FROM fn_versions WHERE func_name = ? ORDER BY version DESC LIMIT 1"
+
     def remember(self, name: str, source: bytes, loaded: bool) -> int:
         """Store `source` unless it is the newest version already; return its number (0: could not)."""
         try:
-            newest = self._store.read("SELECT version, loaded FROM fn_versions WHERE func_name = ?1 AND source = ?2 AND"
-                                      " version = (SELECT max(version) FROM fn_versions WHERE func_name = ?1)",
-                                      name, source)
-            if newest and newest[0][1] >= loaded:
-                return newest[0][0]
+            for version, newest, good in self._store.read(self._NEWEST, name):
+                if newest == source and good >= loaded:  # the usual case needs no write lock
+                    return version
             with self._store.write() as connection:
                 return self._add(connection, name, source, loaded)
         except sqlite3.Error as error:
@@ -2032,8 +1870,7 @@ class Versions:
             return 0
 
     def _add(self, connection: sqlite3.Connection, name: str, source: bytes, loaded: bool) -> int:
-        row = connection.execute("SELECT version, source FROM fn_versions WHERE func_name = ? ORDER BY version DESC"
-                                 " LIMIT 1", (name,)).fetchone()
+        row = connection.execute(self._NEWEST, (name,)).fetchone()
         if row and row[1] == source:
             connection.execute("UPDATE fn_versions SET loaded = max(loaded, ?) WHERE func_name = ? AND version = ?",
                                (loaded, name, row[0]))
@@ -2048,9 +1885,9 @@ class Versions:
     def last_good(self, name: str) -> Optional[bytes]:
         """Return the newest source that has loaded, in this or any other process."""
         with contextlib.suppress(sqlite3.Error):
-            rows = self._store.read("SELECT source FROM fn_versions WHERE func_name = ? AND loaded"
-                                    " ORDER BY version DESC LIMIT 1", name)
-            return bytes(rows[0][0]) if rows else None
+            for row in self._store.read("SELECT source FROM fn_versions WHERE func_name = ? AND loaded"
+                                        " ORDER BY version DESC LIMIT 1", name):
+                return bytes(row[0])
         return None
 
     def forget_good(self, name: str) -> None:
@@ -2061,8 +1898,7 @@ class Versions:
     def mark_broken(self, name: str, error: Optional[LoadError]) -> None:
         """Note that a function can't be loaded, or can again."""
         with contextlib.suppress(sqlite3.Error):
-            rows = self._store.read("SELECT error FROM fn_broken WHERE func_name = ?", name)
-            if [str(error)] == [row[0] for row in rows] or (error is None and not rows):
+            if self.broken().get(name) == (None if error is None else str(error)):
                 return
             with self._store.write() as connection:
                 connection.execute("DELETE FROM fn_broken WHERE func_name = ?", (name,))
@@ -2125,49 +1961,25 @@ class Function:
 
 
 class _HelperLoader(importlib.machinery.SourceFileLoader):
-    """Loads a helper module under functions/: with the functions' imports, and without any .pyc.
+    """Loads a module under functions/ with the functions' imports."""
 
-    A .pyc is found by time and size to the second, so an edit within one would go unseen; and none may be written.
-    """
+    def __init__(self, fullname: str, path: str, names: dict[str, Any]) -> None:
+        super().__init__(fullname, path)
+        self._builtins = names
 
-    functions: Any = None
-
-    def get_code(self, fullname: str) -> Any:
-        """Compile the source afresh."""
+    def get_code(self, fullname: str) -> Any:  # a .pyc goes by the second, so it misses edits; and none may be written
         return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Run the module with the functions' builtins."""
-        module.__dict__["__builtins__"] = self.functions.builtins
+        module.__dict__["__builtins__"] = self._builtins
         super().exec_module(module)
 
 
-class _HelperFinder:
-    """Finds modules as ever, but gives those under functions/ the loader above. Stands before the usual finder."""
-
-    def __init__(self, functions: Functions) -> None:
-        self._functions = functions
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """Find a module (importlib's protocol)."""
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec and spec.origin and isinstance(spec.loader, importlib.machinery.SourceFileLoader) \
-                and spec.origin.startswith(self._functions.root + os.sep):
-            spec.loader = _HelperLoader(fullname, spec.origin)
-            spec.loader.functions = self._functions
-            spec.cached = None
-        return spec
-
-
 class Functions:
-    """The functions of one directory. `resolve` finds one for a path and loads it where its file has changed.
+    """The functions of one directory; `api` is what imports of flask and such mean there, `reserved` names are not served."""
 
-    `api` holds the modules that flask, functions_framework and so on mean inside function files; `reserved` names are
-    never served from a file.
-    """
-
-    def __init__(self, root: str, versions: Versions, api: Mapping[str, types.ModuleType],
-                 reserved: frozenset[str], casts: Mapping[str, Callable[[Any], Any]]) -> None:
+    def __init__(self, root: str, versions: Versions, api: Mapping[str, types.ModuleType], reserved: frozenset[str],
+                 casts: Mapping[str, Callable[[Any], Any]]) -> None:
         self.root, self.versions, self._api, self._reserved, self._casts = root, versions, api, reserved, casts
         self.builtins = {**builtins.__dict__, "__import__": self._import}
         self._known: dict[str, Function] = {}
@@ -2186,9 +1998,17 @@ class Functions:
         for path in (self.root, os.path.dirname(self.root)):
             if path not in sys.path:
                 sys.path.append(path)  # last, so that no function hides a library
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _HelperFinder)]
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Functions)]
         at = sys.meta_path.index(importlib.machinery.PathFinder) if importlib.machinery.PathFinder in sys.meta_path else 0
-        sys.meta_path.insert(at, _HelperFinder(self))
+        sys.meta_path.insert(at, self)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Find a module as ever, but give one under functions/ the loader above (importlib's protocol for finders)."""
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec and spec.origin and isinstance(spec.loader, importlib.machinery.SourceFileLoader) \
+                and spec.origin.startswith(self.root + os.sep):
+            spec.loader, spec.cached = _HelperLoader(fullname, spec.origin, self.builtins), None
+        return spec
 
     def path(self, name: str) -> str:
         """Return the file of a name, which must be a `valid_name`; the only door from names to the file system."""
@@ -2199,10 +2019,8 @@ class Functions:
     def resolve(self, path: str) -> tuple[Optional[Function], str]:
         """Find the function for ``hello/sub/path`` and the rest of the path; the first segment that is a file wins."""
         self._watch()
-        if path in self._known and "/" not in path:
-            known = self.get(path)
-            if known is not None:
-                return known, ""
+        if path in self._known and "/" not in path and (known := self.get(path)):
+            return known, ""
         parts = path.split("/")
         for count in range(1, min(len(parts), GROUP_DEPTH) + 1):
             name = parts[0] if count == 1 else "/".join(parts[:count])
@@ -2233,9 +2051,9 @@ class Functions:
             name = "/".join([*groups[:count], HOOKS])
             if name in self._known or os.access(os.path.join(self.root, *groups[:count], HOOKS + ".py"), os.F_OK):
                 function = self.get(name)
-                if function is not None and function.code is None:
+                if function and not function.code:
                     raise function.error or LoadError(f"{function.path}: it could not be loaded")
-                if function is not None and function.code is not None:
+                if function and function.code:
                     found.append(function.code.module)
         return found
 
@@ -2258,14 +2076,12 @@ class Functions:
         """Return a file's docstring line, why it does not compile, and its time; nothing of it is run."""
         path = self.path(name)
         stamp = file_stamp(path)
-        known = self._summaries.get(name)
-        if known is None or known[0] != stamp:
+        if self._summaries.get(name, ("",))[0] != stamp:
             try:
-                known = (stamp, summarize(read_source(path), path), None)
+                self._summaries[name] = stamp, summarize(read_source(path), path), None
             except LoadError as error:
-                known = (stamp, "", error)
-            self._summaries[name] = known
-        return known[1], known[2], stamp[0] / 1e9 if stamp else 0.0
+                self._summaries[name] = stamp, "", error
+        return (*self._summaries[name][1:], stamp[0] / 1e9 if stamp else 0.0)
 
     def schedules(self) -> dict[str, Any]:
         """Return SETTINGS["schedule"] of every function that has one; nothing is run, so it must be a literal."""
@@ -2303,8 +2119,8 @@ class Functions:
             return None
         if name in self._reserved:
             if name not in self._warned:
-                self._warned.add(name)
                 log.warning("%s: this name is the platform's own, so the file is not served", path)
+            self._warned.add(name)
             return None
         with self._adding:
             function = self._known.setdefault(name, Function(name, path))
@@ -2334,14 +2150,12 @@ class Functions:
     def _swap(self, function: Function, source: bytes) -> None:
         broken, function.source, function.tried = function.error is not None, source, time.monotonic()
         code = self._execute(function, source)
-        if not code.entries and not function.is_hooks:
-            if function.code is not None or self.versions.last_good(function.name):
-                raise NoEntry("it has no main()")
-            function.error = NoEntry("it has no main()")
-        else:
-            function.error = None
+        error = None if code.entries or function.is_hooks else NoEntry("it has no main()")
+        if error is None:
             self.versions.remember(function.name, source, loaded=True)
-        function.code = code
+        elif function.code is not None or self.versions.last_good(function.name):
+            raise error
+        function.code, function.error = code, error
         if broken:
             self.versions.mark_broken(function.name, None)  # a helper module without main() is not broken either
 
@@ -2361,8 +2175,7 @@ class Functions:
         name = f"{PACKAGE}.{function.name.replace('/', '.')}"
         program = compile_source(source, function.path)
         module = types.ModuleType(name)
-        loader = _HelperLoader(name, function.path)
-        loader.functions = self
+        loader = _HelperLoader(name, function.path, self.builtins)
         module.__dict__.update(__file__=function.path, __package__=name.rpartition(".")[0], __loader__=loader,
                                __spec__=importlib.machinery.ModuleSpec(name, loader, origin=function.path),
                                __builtins__=self.builtins)
@@ -2371,17 +2184,13 @@ class Functions:
         try:
             exec(program, module.__dict__)
             settings = read_settings(module, self._casts)
-            code = Code(source, module, settings, find_entries(module, settings), find_handlers(module))
+            code = Code(source, module, settings, find_entries(module, settings.entry), find_handlers(module))
             if function.is_hooks and hasattr(module, "on_start"):
                 module.on_start()
         except BaseException as error:  # a module may raise anything; none of it may end the server
-            if before is None:
-                sys.modules.pop(name, None)
-            else:
-                sys.modules[name] = before
-            if isinstance(error, LoadError):
-                raise
-            raise describe_failure(error, function.path) from None
+            sys.modules.pop(name, None)
+            sys.modules.update({name: before} if before else {})
+            raise error if isinstance(error, LoadError) else describe_failure(error, function.path) from None
         parent = sys.modules.get(module.__package__ or "")
         if parent is not None:
             setattr(parent, name.rpartition(".")[2], module)
@@ -2420,12 +2229,10 @@ class Functions:
 
     def _watch(self) -> None:
         """Twice a second: where a helper has changed, forget all of them and load their users anew."""
-        now = time.monotonic()
-        if now - self._looked < 0.5:
-            return
-        self._looked = now
-        with self._adding:
-            self._forget_helpers()
+        if time.monotonic() - self._looked >= 0.5:
+            self._looked = time.monotonic()
+            with self._adding:
+                self._forget_helpers()
 
     def _forget_helpers(self) -> None:
         if all(file_stamp(path) == stamp for path, stamp in list(self._watched.items())):
@@ -2468,32 +2275,33 @@ def user_traceback(error: BaseException) -> str:
 KEYWORDS = ("config", "protected", "context")
 
 
-def find_entries(module: types.ModuleType, settings: CallSettings) -> dict[str, Entry]:
+def find_entries(module: types.ModuleType, name: str) -> dict[str, Entry]:
     """Find the entry points: SETTINGS["entry"], several that functions_framework marked, main, or the one marked."""
     marked = {name: value for name, value in vars(module).items() if isinstance(value, types.FunctionType)
               and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}
-    name = settings.entry
     if name:
         if not callable(getattr(module, name, None)):
             raise LoadError(f"SETTINGS['entry']: the file has no function {name!r}")
         return {"": make_entry(getattr(module, name))}
     if len(marked) > 1:
         return {name: make_entry(value) for name, value in marked.items()}
-    for value in [getattr(module, "main", None), *marked.values()]:
-        if callable(value):
-            return {"": make_entry(value)}
-    return {}
+    main = [value for value in (getattr(module, "main", None), *marked.values()) if callable(value)]
+    return {"": make_entry(main[0])} if main else {}
 
 
 def find_handlers(module: types.ModuleType) -> list[tuple[Any, Callable[[Any], Any]]]:
     """Find what functions_framework.errorhandler marked."""
-    return [(value.__dict__["_fnserve_handles"], value) for value in vars(module).values()
+    return [(value.__dict__["_fnserve_handles"][1], value) for value in vars(module).values()
             if isinstance(value, types.FunctionType) and "_fnserve_handles" in value.__dict__]
 
 
-def make_entry(function: Callable[..., Any]) -> Entry:
-    """Look at an entry point."""
-    return Entry(function, *inspect_entry(function), getattr(function, "_fnserve_entry", ("", "http"))[1])
+def _must(test: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
+    """Make a cast that hands a value on as it is where `test` holds."""
+    def cast(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(what)
+        return value
+    return cast
 
 
 def _list_of(check: Callable[[str], str], what: str) -> Callable[[Any], tuple[str, ...]]:
@@ -2512,37 +2320,17 @@ def _rate(value: Any) -> tuple[int, float]:
     return int(found[1]), {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2][0]]
 
 
-def _origin(text: str) -> str:
-    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.\-]*://[^/\s]+", text, re.I):
-        raise ValueError("* or origins such as https://example.com")
-    return text
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("a dict")
-    return value
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("True or False")
-    return value
-
-
-def _header_field(value: Any) -> str:
-    if not isinstance(value, str) or not _HEADER_NAME.fullmatch(value):
-        raise ValueError("the name of a header")
-    return value
+_ORIGINS = "* or origins such as https://example.com"
 
 
 SETTINGS_CASTS: dict[str, Callable[[Any], Any]] = {
-    "methods": _list_of(lambda name: choice(*METHODS)(name), "a list of HTTP methods"),
+    "methods": _list_of(choice(*METHODS), "a list of HTTP methods"),
     "auth": lambda value: choice("public", "login", "token", "internal")(str(value)),
-    "cors": _list_of(_origin, "* or origins such as https://example.com"), "rate": _rate,
+    "cors": _list_of(_must(re.compile(r"\*|[a-z][a-z0-9+.\-]*://[^/\s]+", re.I).fullmatch, _ORIGINS), _ORIGINS), "rate": _rate,
     "concurrency": lambda value: whole(1, 256)(str(value)), "timeout": lambda value: seconds(str(value)),
-    "max_body": lambda value: size(str(value)), "parameters": _mapping,
-    "async": _boolean, "retries": lambda value: whole(0, 100)(str(value)), "dedupe": _header_field,
+    "max_body": lambda value: size(str(value)), "parameters": _must(lambda value: isinstance(value, dict), "a dict"),
+    "async": _must(lambda value: isinstance(value, bool), "True or False"), "retries": lambda value: whole(0, 100)(str(value)),
+    "dedupe": _must(lambda value: isinstance(value, str) and _HEADER_NAME.fullmatch(value), "the name of a header"),
     "entry": lambda value: choice(str(value))(str(value) if str(value).isidentifier() else ""),
 }
 
@@ -2566,8 +2354,8 @@ def read_settings(module: types.ModuleType, casts: Mapping[str, Callable[[Any], 
 PLAIN = CallSettings()
 
 
-def inspect_entry(entry: Callable[..., Any]) -> tuple[bool, tuple[str, ...]]:
-    """Tell whether an entry point takes the request, and which of config, protected and context."""
+def make_entry(entry: Callable[..., Any]) -> Entry:
+    """Look at an entry point: whether it takes the request, and which of config, protected and context."""
     if type(entry) is types.FunctionType and not hasattr(entry, "__wrapped__"):
         code = entry.__code__  # what inspect.signature would say, without the 500 kB of importing it
         names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
@@ -2575,7 +2363,8 @@ def inspect_entry(entry: Callable[..., Any]) -> tuple[bool, tuple[str, ...]]:
         names = names[1 if code.co_argcount else 0:]
     else:
         first, every, names = _inspect_callable(entry)
-    return first, KEYWORDS if every else tuple(word for word in KEYWORDS if word in names)
+    wants = KEYWORDS if every else tuple(word for word in KEYWORDS if word in names)
+    return Entry(entry, first, wants, getattr(entry, "_fnserve_entry", ("", "http"))[1])
 
 
 def _inspect_callable(entry: Callable[..., Any]) -> tuple[bool, bool, tuple[str, ...]]:
@@ -2634,22 +2423,21 @@ class Call:
     def session(self) -> Session:
         """The session, read when it is first asked for."""
         if self._session is None:
-            self._session = load_session(self.request, self.app.signer, self.started)
+            cookie = self.request.cookies.get("session", "")  # anything wrong with it is an empty session
+            self._session = Session(self.app.signer.unsign(cookie, self.started))
         return self._session
 
     @property
     def g(self) -> Any:
         """A namespace that lives as long as the call."""
-        if self._g is None:
-            self._g = Globals()
+        self._g = self._g or Globals()
         return self._g
 
     def capture(self, text: str) -> None:
         """Keep what the call prints, the first OUTPUT_BYTES of it."""
-        room = OUTPUT_BYTES - self.printed
+        if self.printed < OUTPUT_BYTES:
+            self.output.append(text[:OUTPUT_BYTES - self.printed])
         self.printed += len(text)
-        if room > 0:
-            self.output.append(text[:room])
 
 
 class Context(NamedTuple):
@@ -2683,8 +2471,7 @@ def serving() -> Call:
     try:
         return current_call.get()
     except LookupError:
-        raise RuntimeError("this works only while a function is called, in its thread or one that copied its context"
-                           ) from None
+        raise RuntimeError("this works only while a function is called, in its thread or one that copied its context") from None
 
 
 def _forward(operation: Callable[..., Any]) -> Any:
@@ -2700,26 +2487,15 @@ class Proxy:
         object.__setattr__(self, "_find", find)
         object.__setattr__(self, "_name", name)
 
-    def _get_current_object(self) -> Any:
-        return self._find()
+    _get_current_object = property(lambda self: self._find)  # werkzeug.local's
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._find(), name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._find(), name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._find(), name)
-
+    __setattr__, __delattr__ = _forward(setattr), _forward(delattr)
     __getitem__, __setitem__, __delitem__ = _forward(operator.getitem), _forward(operator.setitem), _forward(operator.delitem)
     __contains__, __iter__, __len__ = _forward(operator.contains), _forward(iter), _forward(len)
-
-    def __eq__(self, other: Any) -> bool:
-        return bool(self._find() == other)
-
-    def __hash__(self) -> int:
-        return hash(self._find())
+    __eq__, __hash__ = _forward(operator.eq), _forward(hash)
 
     def __bool__(self) -> bool:
         return _MISSING is not current_call.get(_MISSING) and bool(self._find())
@@ -2873,14 +2649,9 @@ class FileBody:
         return FileBody(self._file, stop - start)
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        chunk = self._file.read(int(min(CHUNK, self._left)))
-        if not chunk:
-            raise StopIteration
-        self._left -= len(chunk)
-        return chunk
+        while chunk := self._file.read(int(min(CHUNK, self._left))):
+            self._left -= len(chunk)
+            yield chunk
 
     def close(self) -> None:
         """Close the file."""
@@ -2960,38 +2731,24 @@ def get_flashed_messages(with_categories: bool = False, category_filter: Iterabl
     return found if with_categories else [message for _, message in found]
 
 
-class CloudEvent:
+class CloudEvent(dict):
     """A CloudEvent 1.0: `data`, and its attributes by ``event["type"]``, `get` and `get_attributes`."""
 
     def __init__(self, attributes: Mapping[str, Any], data: Any = None) -> None:
-        self._attributes, self.data = {"specversion": "1.0", **attributes}, data
-        missing = [name for name in ("id", "source", "type") if not self._attributes.get(name)]
+        super().__init__({"specversion": "1.0", **attributes})
+        self.data = data
+        missing = [name for name in ("id", "source", "type") if not self.get(name)]
         if missing:
             raise HTTPException(400, f"The CloudEvent lacks {', '.join(missing)}")
 
-    def get_attributes(self) -> dict[str, Any]:
-        """Return all attributes."""
-        return dict(self._attributes)
+    get_attributes = dict.copy
 
     def get_data(self) -> Any:
         """Return the data."""
         return self.data
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return one attribute."""
-        return self._attributes.get(name, default)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._attributes[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._attributes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._attributes)
-
     def __repr__(self) -> str:
-        return f"CloudEvent({self._attributes!r})"
+        return f"CloudEvent({super().__repr__()})"
 
 
 def read_event(request: Request) -> CloudEvent:
@@ -3002,7 +2759,7 @@ def read_event(request: Request) -> CloudEvent:
             raise HTTPException(400, "The CloudEvent is not a JSON object")
         data = sent.pop("data", None)
         if "data_base64" in sent:
-            with contextlib.suppress(Base64Error, ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError):
                 data = a2b_base64(sent["data_base64"])
             del sent["data_base64"]
         return CloudEvent(sent, data)
@@ -3016,20 +2773,12 @@ def read_event(request: Request) -> CloudEvent:
     return CloudEvent({name.replace("-", "_"): value for name, value in named.items()}, body or None)
 
 
-def mark_entry(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a decorator that marks an entry point: functions_framework.http and .cloud_event."""
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        function._fnserve_entry = (function.__module__, kind)  # type: ignore[attr-defined]
+def mark(name: str, value: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a decorator that leaves a mark on a function: functions_framework's http, cloud_event and errorhandler."""
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        setattr(function, name, (function.__module__, value))
         return function
-    return mark
-
-
-def mark_handler(handles: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a decorator that marks what answers a status or an exception: functions_framework.errorhandler."""
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        function._fnserve_handles = handles  # type: ignore[attr-defined]
-        return function
-    return mark
+    return decorate
 
 
 PUBLIC = """request session g current_app jsonify abort redirect url_for Response Request make_response send_file
@@ -3050,7 +2799,8 @@ def make_api() -> dict[str, types.ModuleType]:
            typing=module("flask.typing", ResponseReturnValue=Any))
     made.update({"flask.json": json, "flask.globals": made["flask"], "flask.helpers": made["flask"],
                  "flask.wrappers": made["flask"]})
-    module("functions_framework", http=mark_entry("http"), cloud_event=mark_entry("cloud_event"), errorhandler=mark_handler)
+    module("functions_framework", http=mark("_fnserve_entry", "http"), cloud_event=mark("_fnserve_entry", "cloud_event"),
+           errorhandler=functools.partial(mark, "_fnserve_handles"))
     made["fnserve"] = here
     errors = {kind.__name__: kind for kind in EXCEPTIONS.values()}
     module("werkzeug.exceptions", HTTPException=HTTPException, BadRequestKeyError=BadRequestKeyError, abort=abort, **errors)
@@ -3065,10 +2815,7 @@ def make_api() -> dict[str, types.ModuleType]:
 
 
 class Client:
-    """Calls a WSGI application without a server: ``Client(app).post("/function/hello", json={})`` gives a Response.
-
-    `path` may hold a query. Cookies are kept between calls.
-    """
+    """Calls a WSGI app without a server, keeping cookies: ``Client(app).post("/function/hello?a=b", json={})``."""
 
     def __init__(self, app: Any, headers: Optional[Mapping[str, str]] = None, address: str = "127.0.0.1") -> None:
         self.app, self.headers, self.address = app, dict(headers or {}), address
@@ -3112,10 +2859,8 @@ class Client:
             if hasattr(parts, "close"):
                 parts.close()
         status, headers = started[-1]
-        response = Response(body, status, [pair for pair in headers if pair[0] != "Content-Type"],
-                            content_type=dict(headers).get("Content-Type"))
-        if "Content-Type" not in dict(headers):
-            del response.headers["Content-Type"]
+        response = Response(body, status)
+        response.headers = Headers(headers)
         for cookie in response.headers.getlist("Set-Cookie"):
             key, _, value = cookie.partition(";")[0].partition("=")
             if "Max-Age=0" in cookie:
@@ -3325,7 +3070,7 @@ def verify(scheme: Union[str, Hmac], request: Request, config: Mapping[str, Opti
         raise BadSignature(f"{secret} is not set in .env")
     try:
         check(request, keys, now)
-    except (Base64Error, ValueError) as error:
+    except ValueError as error:  # binascii.Error is one
         raise BadSignature(f"bad encoding: {error}") from None
 
 
@@ -3626,20 +3371,20 @@ def _crontab_weekday(text: str) -> int:
 # table fn_queue is the state, shared by all processes; `Queue` owns a process's claim on what it runs: a lock on a file of
 # its own, which the kernel drops at its death, so that its calls can be given back at once.
 
-QUEUE_SCHEMA = """
-CREATE TABLE IF NOT EXISTS fn_queue (id TEXT PRIMARY KEY, function TEXT NOT NULL, state TEXT NOT NULL, due REAL NOT NULL,
-    trigger TEXT NOT NULL, attempts INTEGER NOT NULL, retries INTEGER, owner TEXT, created REAL NOT NULL, started REAL,
-    finished REAL, key TEXT, job TEXT, planned REAL, request TEXT NOT NULL, body BLOB, status INTEGER, headers TEXT,
-    answer BLOB, error TEXT);
-CREATE INDEX IF NOT EXISTS fn_queue_due ON fn_queue (due) WHERE state = 'waiting';
-CREATE INDEX IF NOT EXISTS fn_queue_running ON fn_queue (owner) WHERE state = 'running';
-CREATE INDEX IF NOT EXISTS fn_queue_job ON fn_queue (job, created) WHERE job IS NOT NULL;
-CREATE UNIQUE INDEX IF NOT EXISTS fn_queue_key ON fn_queue (key) WHERE key IS NOT NULL;
-"""
+QUEUE_TABLES = {
+    "fn_queue": "(id TEXT PRIMARY KEY, function TEXT NOT NULL, state TEXT NOT NULL, due REAL NOT NULL, trigger TEXT NOT NULL,"
+                " attempts INTEGER NOT NULL, retries INTEGER, owner TEXT, created REAL NOT NULL, started REAL, finished REAL,"
+                " key TEXT, job TEXT, planned REAL, request TEXT NOT NULL, body BLOB, status INTEGER, headers TEXT,"
+                " answer BLOB, error TEXT)",
+    "fn_queue_due": "ON fn_queue (due) WHERE state = 'waiting'",
+    "fn_queue_running": "ON fn_queue (owner) WHERE state = 'running'",
+    "fn_queue_job": "ON fn_queue (job, created) WHERE job IS NOT NULL",
+    "fn_queue_key": "ON fn_queue (key) WHERE key IS NOT NULL",
+}
 RESULT_SECONDS = 86_400  # results and idempotency keys are kept this long, dead calls KEEP_DAYS
 ANSWER_BYTES = 1024 * 1024
 MAX_BACKOFF_SECONDS = 3600.0
-YIELD_SECONDS = .003  # before a call is run, so that the sender's answer goes out first: 1.7 commits instead of 2.9 (bench/)
+YIELD_SECONDS = .003  # before a call is run, so that its sender is answered first: 1.7 commits instead of 2.9 (bench/)
 STATES = ("waiting", "running", "done", "dead")
 
 
@@ -3755,7 +3500,7 @@ class Queue:
         with self._store.write() as connection:
             connection.execute(
                 "UPDATE fn_queue SET state = ?, due = ?, owner = NULL, finished = ?, status = ?, headers = ?, answer = ?,"
-                " error = ? WHERE id = ? AND state = 'running' AND attempts = ?",  # not where it was taken for dead and given back
+                " error = ? WHERE id = ? AND state = 'running' AND attempts = ?",  # not where it was given back
                 (state, now + wait if again else row["due"], now, status, headers, answer[:ANSWER_BYTES], error or None,
                  row["id"], row["attempts"]))
 
@@ -3878,12 +3623,12 @@ class Runner:
 # Jobs and when they fire. Uses 05, 10 and 11. Only the leader calls `step`: a run goes into the queue in the transaction
 # that moves next_run_time, so it is put once, whoever dies. The table fn_jobs is the state.
 
-SCHEDULE_SCHEMA = """
-CREATE TABLE IF NOT EXISTS fn_jobs (id TEXT PRIMARY KEY, name TEXT NOT NULL, func TEXT NOT NULL, args TEXT NOT NULL,
-    kwargs TEXT NOT NULL, schedule TEXT NOT NULL, next REAL, paused INTEGER NOT NULL DEFAULT 0, source TEXT NOT NULL,
-    grace REAL, instances INTEGER NOT NULL, coalesce INTEGER NOT NULL, created REAL NOT NULL,
-    planned INTEGER NOT NULL DEFAULT 0, late INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, missed INTEGER NOT NULL DEFAULT 0);
-"""
+SCHEDULE_TABLES = {
+    "fn_jobs": "(id TEXT PRIMARY KEY, name TEXT NOT NULL, func TEXT NOT NULL, args TEXT NOT NULL, kwargs TEXT NOT NULL,"
+               " schedule TEXT NOT NULL, next REAL, paused INTEGER NOT NULL DEFAULT 0, source TEXT NOT NULL, grace REAL,"
+               " instances INTEGER NOT NULL, coalesce INTEGER NOT NULL, created REAL NOT NULL,"
+               " planned INTEGER NOT NULL DEFAULT 0, late INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0,"
+               " missed INTEGER NOT NULL DEFAULT 0)"}
 MISFIRE_SECONDS = 60.0  # APScheduler's default of one second would miss what a restart of the board delays
 LATE_SECONDS = 5.0
 MOST_RUNS = 1000  # that one step counts of a job that was not looked at for long
@@ -5442,7 +5187,7 @@ class App:
         self.reserved = frozenset(path[10:] for path in ROUTES if path.startswith("/function/"))
         self.protected = NAMES_OF_ADMIN_FUNCTIONS | self.reserved | set(settings.PROTECTED_FUNCTIONS)
         self.signer = Signer(settings.SECRET_KEY, settings.SECRET_TOKEN)
-        self.store = Store(settings.DB_PATH, SCHEMA + QUEUE_SCHEMA + SCHEDULE_SCHEMA)
+        self.store = Store(settings.DB_PATH, {**TABLES, **QUEUE_TABLES, **SCHEDULE_TABLES})
         self.journal = Journal(settings.JOURNAL_DIR)
         self.config = Config(settings.directory)
         casts = {**SETTINGS_CASTS, "verify": read_scheme, "schedule": self._read_schedule}

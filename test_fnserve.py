@@ -374,7 +374,7 @@ class JournalTest(Case):
             self.call(app, "GET", "/function/hello")
         self.call(app, "GET", "/function/bad")
         self.call(app, "GET", "/function/nope")
-        other = fnserve.Folder(app.journal, fnserve.Store(app.settings.DB_PATH, fnserve.SCHEMA), app.settings, app.protected)
+        other = fnserve.Folder(app.journal, fnserve.Store(app.settings.DB_PATH, fnserve.TABLES), app.settings, app.protected)
         self.assertEqual(other.fold() + app.folder.fold() + app.folder.fold(), 7)
         self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"hello": 5, "bad": 1})
 
