@@ -3349,7 +3349,7 @@ def answer_error(app: Any, call: Call, error: HTTPException) -> Response:
         return error.response
     wants_page = call.request.accept_mimetypes.best_match(("application/json", "text/html")) == "text/html"
     if wants_page and app.error_page is not None and call.route != "(unknown)" or wants_page and error.code == 401:
-        response: Response = app.error_page(app, call, error)
+        response: Response = app.error_page(call, error)
     else:
         response = json_error(call, error)
     response.status = error.code
@@ -3724,7 +3724,7 @@ TEXTS = {  # key: (Traditional Chinese, English)
         "別人已經存了新版本。您的文字保留在下面;請先看看新的版本。",
         "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
     "failed": ("請求無法完成。", "The request could not be completed."),
-    "diff": ("與前一版的差異", "Difference to the one before"),
+    "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
 }
 
 NEW_FUNCTION = '''"""What this function does, in one line."""
@@ -3746,12 +3746,18 @@ def main(request):
 '''
 
 # == 16 ADMIN =============================================================
-# The pages, one small view each: it gathers data, and answers it as JSON or hands it to a page. Uses 01 to 15; owns no
+# The pages, one small view each: it gathers data, and answers it as JSON or as a page of it. Uses 01 to 15; owns no
 # state. `tag` escapes whatever isn't Markup, and no HTML is put together in any other way.
 
-POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-_VOID = ("input", "meta", "link", "rect", "br")
+PAGE_HEADERS = {  # of every page: no foreign or injected script runs, no foreign frame shows it
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src "
+                               "'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Frame-Options": "DENY", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin"}
+LIST = "/function/list_functions"
+MENU = {"functions": LIST, "add": "/function/add_function", "stats": "/function/show_stats", "logs": "/admin/logs",
+        "logout": "/logout"}
+_VOID = ("input", "meta", "link", "rect")
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
@@ -3761,112 +3767,49 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     """
     shown = "".join(f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
                     for key, value in attributes.items() if value is not None and value is not False)
-    inside = "".join(escape(child) for child in children if child is not None)
-    return Markup(f"<{name}{shown}>" if name in _VOID else f"<{name}{shown}>{inside}</{name}>")
+    return Markup(f"<{name}{shown}>" if name in _VOID else f"<{name}{shown}>{join(*children)}</{name}>")
 
 
-def join(parts: Iterable[Any]) -> Markup:
+def join(*parts: Any) -> Markup:
     """Put pieces of a page one after another."""
-    return Markup("".join(escape(part) for part in parts))
+    return Markup("".join(escape(part) for part in parts if part is not None))
+
+
+def link(text: Any, path: str, kind: Optional[str] = None, **query: Any) -> Markup:
+    """Make a link; `kind` is its class."""
+    return tag("a", text, href=quote(path) + ("?" + urlencode(query) if query else ""), class_=kind)
+
+
+def form(action: str, *parts: Any, **hidden: Any) -> Markup:
+    """Make a form that posts its parts and the hidden values."""
+    kept = (tag("input", type="hidden", name=name, value=value) for name, value in hidden.items())
+    return tag("form", *kept, *parts, method="post", action=action)
+
+
+def note(text: str, kind: str = "") -> Markup:
+    """Make the box that says what has happened."""
+    return tag("div", text, class_=f"card note {kind}", role="status")
 
 
 class Texts:
     """The words of one language: ``t("save")``."""
 
-    def __init__(self, app: Any, call: Call) -> None:
-        chosen = app.settings.UI_LANG
-        if chosen == "auto":
+    def __init__(self, call: Call) -> None:
+        self.lang = call.app.settings.UI_LANG
+        if self.lang == "auto":
             wanted = call.request.accept_languages.best_match(("en", "en-us", "en-gb", "zh-tw", "zh-hant-tw", "zh"), "zh-TW")
-            chosen = "en" if str(wanted).startswith("en") else "zh-TW"
-        self.lang = chosen
+            self.lang = "en" if str(wanted).startswith("en") else "zh-TW"
 
     def __call__(self, key: str, *values: Any) -> str:
         return TEXTS[key][self.lang == "en"].format(*values)
 
 
-def wants_json(call: Call) -> bool:
-    """Tell whether a page is asked for as JSON: a JSON body, or JSON preferred in Accept."""
-    accept = call.request.accept_mimetypes
-    return call.request.is_json or accept.quality("application/json") > accept.quality("text/html")
-
-
-def page(app: Any, call: Call, title: str, *body: Any, menu: bool = True, status: int = 200) -> Response:
-    """Make a page: head, menu, body, and the headers that keep foreign scripts and frames out."""
-    t = Texts(app, call)
-    items = (("functions", "/function/list_functions"), ("add", "/function/add_function"),
-             ("stats", "/function/show_stats"), ("logs", "/admin/logs"), ("logout", "/logout"))
-    links = [tag("a", t(key), href=url, aria_current="page" if url == call.request.path else None)
-             for key, url in items] if menu else []
-    head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} · fnserve"),
-               tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
-               tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"),
-               tag("link", rel="icon", href="data:,"))
-    content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), *body),
-                  tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
-    return secure(Response("<!doctype html>\n" + tag("html", head, content, lang=t.lang), status))
-
-
-def secure(response: Response) -> Response:
-    """Add the headers that every page of ours has."""
-    for name, value in (("Content-Security-Policy", POLICY), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"),
-                        ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "same-origin")):
-        response.headers[name] = value
-    return response
-
-
-def answer(call: Call, data: Any, show: Callable[[], Response], status: int = 200) -> Response:
-    """Answer with the data as JSON, or with the page that `show` makes of it."""
-    if not wants_json(call):
-        response = show()
-        response.status = status
-        return response
-    return secure(Response(dump_json(data, sort_keys=False, ensure_ascii=False) + "\n", status, mimetype="application/json"))
-
-
-def done(call: Call, message: str, url: str, status: int = 200, **data: Any) -> Response:
-    """Answer that something was done: JSON with `status`, or a page by way of a redirect."""
-    return answer(call, {"message": message, **data}, lambda: redirect(url, 303), status if wants_json(call) else 303)
-
-
-def note(text: str, kind: str = "") -> Markup:
-    """Make the box that says what has happened."""
-    return tag("div", text, class_=f"card note {kind}".strip(), role="status")
-
-
-def fields(call: Call) -> dict[str, Any]:
-    """Return what was sent to a page: the JSON body, else form and query."""
-    if call.request.is_json:
-        sent = call.request.get_json()
-        if not isinstance(sent, dict):
-            raise HTTPException(400, "The JSON body must be an object")
-        return {**call.request.args.to_dict(), **sent}
-    return call.request.values.to_dict()
-
-
-def text_field(sent: Mapping[str, Any], name: str) -> str:
-    """Return one field that must be text; a missing one is blank."""
-    value = sent.get(name, "")
-    if not isinstance(value, str):
-        raise HTTPException(400, f"{name} must be text")
-    return value
-
-
-def local_path(text: str) -> str:
-    """Return where to go after the login: a path on this server, nothing that a browser reads as another host."""
-    return text if re.fullmatch(r"/(?![/\\])[^\x00-\x20\x7f\\]*", text) else "/function/list_functions"
-
-
-def local_time(moment: Optional[float]) -> str:
-    """Show a Unix time in the machine's zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment else ""
-
-
-def table(heads: Iterable[Any], rows: Iterable[Any], empty: str) -> Markup:
-    """Make a table of rows, or a note where there are none."""
-    body = list(rows)
-    if not body:
-        return note(empty)
-    return tag("div", tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body)), class_="card scroll")
+def table(t: Texts, columns: dict[str, Optional[str]], empty: str, rows: Iterable[Iterable[Any]]) -> Markup:
+    """Make a table of cells, or a note where there are none; `columns` are headings and the class of their cells."""
+    body = [tag("tr", *(tag("td", cell, class_=kind) for cell, kind in zip(row, columns.values()))) for row in rows]
+    heads = (tag("th", t(key) if key in TEXTS else key, class_=kind) for key, kind in columns.items())
+    shown = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body))
+    return tag("div", shown, class_="card scroll") if body else note(t(empty))
 
 
 def bars(values: list[int], width: int, height: int, label: str) -> Markup:
@@ -3877,25 +3820,83 @@ def bars(values: list[int], width: int, height: int, label: str) -> Markup:
     return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
 
 
+def local_time(moment: Optional[float]) -> str:
+    """Show a Unix time in the machine's zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment else ""
+
+
+def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 200) -> Response:
+    """Make a page: head, menu, what has just been done (``?done=saved``), body."""
+    t, done = Texts(call), call.request.args.get("done")
+    links = [tag("a", t(key), href=url, aria_current="page" if url == call.request.path else None)
+             for key, url in MENU.items() if menu]
+    head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} · fnserve"),
+               tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
+               tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"),
+               tag("link", rel="icon", href="data:,"))
+    news = note(t(done)) if menu and done in ("saved", "deleted", "restored", "cleared") else None
+    content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), news, *body),
+                  tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
+    return Response("<!doctype html>\n" + tag("html", head, content, lang=t.lang), status, PAGE_HEADERS, "text/html")
+
+
+def wants_json(call: Call) -> bool:
+    """Tell whether a page is asked for as JSON: a JSON body, or JSON preferred in Accept."""
+    accept = call.request.accept_mimetypes
+    return call.request.is_json or accept.quality("application/json") > accept.quality("text/html")
+
+
+def as_json(data: Any, status: int = 200) -> Response:
+    """Answer the data of a page as JSON."""
+    return Response(dump_json(data, sort_keys=False, ensure_ascii=False) + "\n", status, PAGE_HEADERS, "application/json")
+
+
+def done(call: Call, message: str, url: str, status: int = 200, **data: Any) -> Response:
+    """Answer that something was done: JSON with `status`, or a page by way of a redirect."""
+    return as_json({"message": message, **data}, status) if wants_json(call) else redirect(url, 303)
+
+
+def fields(call: Call) -> dict[str, Any]:
+    """Return what was sent to a page: the JSON body, else form and query."""
+    if not call.request.is_json:
+        return call.request.values.to_dict()
+    sent = call.request.get_json()
+    if not isinstance(sent, dict):
+        raise HTTPException(400, "The JSON body must be an object")
+    return {**call.request.args.to_dict(), **sent}
+
+
+def text_field(sent: Mapping[str, Any], name: str) -> str:
+    """Return one field that must be text; a missing one is blank."""
+    value = sent.get(name, "")
+    if not isinstance(value, str):
+        raise HTTPException(400, f"{name} must be text")
+    return value
+
+
 def view_index(app: Any, call: Call) -> Response:
     """/ : to the list for who is logged in; else that the server runs."""
     if app.settings.ADMIN and app.signer.is_login(call.session.get("_login"), call.started):
-        return redirect("/function/list_functions")
-    t = Texts(app, call)
-    link = tag("a", t("login"), href="/login", class_="button") if app.settings.ADMIN else None
-    return answer(call, {"status": "running"}, lambda: page(app, call, "fnserve", tag("p", t("running")), link, menu=False))
+        return redirect(LIST)
+    if wants_json(call):
+        return as_json({"status": "running"})
+    t = Texts(call)
+    return page(call, "fnserve", tag("p", t("running")), link(t("login"), "/login", "button") if app.settings.ADMIN else None,
+                menu=False)
 
 
-def login_page(app: Any, call: Call, going_to: str, failed: bool, status: int) -> Response:
+def login_page(call: Call, going_to: str, status: int, news: Optional[Markup] = None) -> Response:
     """Show the form that asks for the token."""
-    t = Texts(app, call)
-    form = tag("form", tag("label", t("token"), for_="token"),
-               tag("input", id="token", name="token", type="password", autocomplete="current-password", autofocus=True,
-                   required=True),
-               tag("input", type="hidden", name="next", value=going_to), tag("p", tag("button", t("login"))),
-               method="post", action="/login")
-    return page(app, call, t("login"), note(t("wrong"), "bad") if failed else None,
-                tag("div", form, class_="card narrow"), menu=False, status=status)
+    t = Texts(call)
+    asked = tag("input", id="token", name="token", type="password", autocomplete="current-password", autofocus=True,
+                required=True)
+    shown = form("/login", tag("label", t("token"), for_="token"), asked, tag("p", tag("button", t("login"))), next=going_to)
+    return page(call, t("login"), news, tag("div", shown, class_="card narrow"), menu=False, status=status)
+
+
+def local_path(text: str) -> str:
+    """Return where to go after the login: a path on this server, nothing that a browser reads as another host."""
+    return text if re.fullmatch(r"/(?![/\\])[^\x00-\x20\x7f\\]*", text) else LIST
 
 
 def view_login(app: Any, call: Call) -> Response:
@@ -3903,12 +3904,14 @@ def view_login(app: Any, call: Call) -> Response:
     sent = fields(call)
     going_to = local_path(text_field(sent, "next"))
     if call.request.method != "POST":
-        return login_page(app, call, going_to, False, 200)
-    if not check_token(app, call, text_field(sent, "token")):
-        return answer(call, {"message": "登入失敗"}, lambda: login_page(app, call, going_to, True, 401), 401)
-    call.session.clear()
-    call.session["_login"] = app.signer.login_mark(int(call.started + app.settings.SESSION_HOURS * 3600))
-    return done(call, "登入成功", going_to)
+        return login_page(call, going_to, 200)
+    if check_token(app, call, text_field(sent, "token")):
+        call.session.clear()
+        call.session["_login"] = app.signer.login_mark(int(call.started + app.settings.SESSION_HOURS * 3600))
+        return done(call, "登入成功", going_to)
+    if wants_json(call):
+        return as_json({"message": "登入失敗"}, 401)
+    return login_page(call, going_to, 401, note(Texts(call)("wrong"), "bad"))
 
 
 def view_logout(app: Any, call: Call) -> Response:
@@ -3917,16 +3920,17 @@ def view_logout(app: Any, call: Call) -> Response:
     return done(call, "已登出", "/")
 
 
-def error_page(app: Any, call: Call, error: HTTPException) -> Response:
+def error_page(call: Call, error: HTTPException) -> Response:
     """Answer an error to a browser on one of our own pages; the login page where a login is what is missing."""
-    t, request = Texts(app, call), call.request
+    t, request = Texts(call), call.request
     if error.code == 401:
         query = request.environ.get("QUERY_STRING", "")
         going_to = request.path + ("?" + query if query else "") if request.method == "GET" else ""
-        return login_page(app, call, local_path(going_to), False, 401)
-    text = t("cross") if error.code == 403 else f"{error.code} {error.description}"
-    again = tag("a", t("go_on"), href=request.path, class_="button") if error.code == 403 else None
-    return page(app, call, t("failed"), note(text, "bad"), again, tag("p", call.id, class_="soft"), menu=False)
+        return login_page(call, local_path(going_to), 401)
+    text, again = f"{error.code} {error.description}", None
+    if error.code == 403:
+        text, again = t("cross"), link(t("go_on"), request.path, "button")
+    return page(call, t("failed"), note(text, "bad"), again, tag("p", call.id, class_="soft"), menu=False)
 
 
 def function_rows(app: Any) -> list[dict[str, Any]]:
@@ -3948,36 +3952,26 @@ def function_rows(app: Any) -> list[dict[str, Any]]:
 def view_list(app: Any, call: Call) -> Response:
     """/function/list_functions"""
     rows = function_rows(app)
-    return answer(call, {"functions": rows}, lambda: list_page(app, call, rows))
+    if wants_json(call):
+        return as_json({"functions": rows})
+    t, sparks = Texts(call), hour_of_calls(app, call.started)
+    columns = {"name": None, "calls": "n", "errors": "n", "last": "n soft wide", "hour": "wide", "status": None}
+    shown = table(t, columns, "none", ((
+        join(link(row["name"], "/function/edit_function", module_name=row["name"]), tag("div", row["summary"], class_="soft"),
+             function_links(t, row["name"])),
+        row["calls"], tag("span", row["errors"], class_="bad" if row["errors"] else None), local_time(row["last_call"]),
+        bars(sparks.get(row["name"], [0]), 120, 24, t("hour")),
+        tag("div", t(row["status"]), tag("div", row["reason"], class_="soft"), class_="bad" if row["reason"] else "good")
+    ) for row in rows))
+    return page(call, t("functions"), tag("p", link(t("add"), "/function/add_function", "button")), shown)
 
 
-def list_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
-    """Show the functions in a table."""
-    t, sparks = Texts(app, call), hour_of_calls(app, call.started)
-    heads = (tag("th", t(key), class_=kind) for key, kind in (
-        ("name", None), ("calls", "n"), ("errors", "n"), ("last", "wide"), ("hour", "wide"), ("status", None)))
-    body = [tag("tr",
-                tag("td", tag("a", row["name"], href=f"/function/edit_function?module_name={quote(row['name'])}"),
-                    tag("div", row["summary"], class_="soft"),
-                    tag("div", *function_links(t, row["name"]), class_="row soft")),
-                tag("td", row["calls"], class_="n"), tag("td", row["errors"], class_="n bad" if row["errors"] else "n"),
-                tag("td", local_time(row["last_call"]), class_="n soft wide"),
-                tag("td", bars(sparks.get(row["name"], [0]), 120, 24, t("hour")), class_="wide"),
-                tag("td", t(row["status"]), tag("div", row["reason"], class_="soft") if row["reason"] else None,
-                    class_="bad" if row["reason"] else "good")) for row in rows]
-    news = call.request.args.get("done", "")
-    return page(app, call, t("functions"), note(t(news)) if news in ("saved", "deleted", "restored") else None,
-                tag("p", tag("a", t("add"), href="/function/add_function", class_="button")), table(heads, body, t("none")))
-
-
-def function_links(t: Texts, name: str) -> list[Markup]:
+def function_links(t: Texts, name: str) -> Markup:
     """Link to what can be done with one function."""
-    query = quote(name, safe="")
-    return [tag("a", t("run"), href=f"/function/{quote(name)}", target="_blank", rel="noopener"),
-            tag("a", t("edit"), href=f"/function/edit_function?module_name={query}"),
-            tag("a", t("logs"), href=f"/admin/logs?function={query}"),
-            tag("a", t("versions"), href=f"/admin/versions?module_name={query}"),
-            tag("a", t("delete"), href=f"/function/delete_function?module_name={query}", class_="bad")]
+    return tag("div", tag("a", t("run"), href=f"/function/{quote(name)}", target="_blank", rel="noopener"),
+               link(t("edit"), "/function/edit_function", module_name=name), link(t("logs"), "/admin/logs", function=name),
+               link(t("versions"), "/admin/versions", module_name=name),
+               link(t("delete"), "/function/delete_function", "bad", module_name=name), class_="row soft")
 
 
 def hour_of_calls(app: Any, now: float) -> dict[str, list[int]]:
@@ -3990,148 +3984,106 @@ def hour_of_calls(app: Any, now: float) -> dict[str, list[int]]:
     return found
 
 
-class Refused(Exception):
-    """A save that can't be done: status, a key of TEXTS or a text, and the line and column in the code."""
-
-    def __init__(self, status: int, text: str, line: int = 0, column: int = 0) -> None:
-        super().__init__(text)
-        self.status, self.text, self.line, self.column = status, text, line, column
-
-
-def existing_name(app: Any, name: str) -> str:
-    """Return the name of a function that there is a file for; 404 otherwise."""
+def read_current(app: Any, name: str) -> tuple[bytes, int]:
+    """Return the source that a function's file holds now, and the number it is kept under; 404 where there is no file."""
     if not valid_name(name) or not os.path.isfile(app.functions.path(name)):
         raise HTTPException(404, f'Function "{name[:100]}" not found')
-    return name
+    source = read_source(app.functions.path(name))
+    return source, app.functions.versions.remember(name, source, loaded=False)
 
 
-def check_new_name(app: Any, name: str) -> None:
+def check_new_name(app: Any, t: Texts, name: str) -> None:
     """Refuse a name that can't be a function's, or is one's already."""
     if not valid_name(name) or name in app.reserved:
-        raise Refused(400, "bad_name")
+        raise HTTPException(400, t("bad_name"))
     if os.path.exists(app.functions.path(name)):
-        raise Refused(409, "exists")
+        raise HTTPException(409, t("exists"))
 
 
-def store_code(app: Any, name: str, code: str) -> int:
+def store_code(app: Any, t: Texts, name: str, code: str) -> int:
     """Write a function's file, if the code compiles; return the number of the version."""
-    source = code.replace("\r\n", "\n").encode("utf-8", "surrogatepass")
+    path, source = app.functions.path(name), code.replace("\r\n", "\n").encode("utf-8", "surrogatepass")
     if not source.strip():
-        raise Refused(400, "no_code")
+        raise HTTPException(400, t("no_code"))
     try:
-        compile_source(source, app.functions.path(name))
-    except LoadError as error:
-        raise Refused(400, error.message, error.line, error.column) from None
-    try:
+        compile_source(source, path)
         app.functions.save(name, source)
+    except LoadError as error:
+        raise HTTPException(400, error.message, line=error.line, column=error.column) from None
     except OSError as error:
-        raise Refused(500, f"{app.functions.path(name)}: {error.strerror}") from None
+        raise HTTPException(500, f"{path}: {error.strerror}") from None
     return app.functions.versions.remember(name, source, loaded=False)
 
 
-def refuse(app: Any, call: Call, error: Refused, name: str, code: str, action: str, version: Any,
-           original: str = "") -> Response:
-    """Answer a save that was refused, with the text kept in the form."""
-    t = Texts(app, call)
-    text = TEXTS[error.text][t.lang == "en"] if error.text in TEXTS else error.text
-    data = {"error": text, "line": error.line, "column": error.column, "request_id": call.id}
-    return answer(call, data, lambda: editor_page(app, call, name, code, action, version, error, text, original),
-                  error.status)
-
-
-def editor_page(app: Any, call: Call, name: str, code: str, action: str, version: Any, error: Optional[Refused] = None,
-                text: str = "", original: str = "") -> Response:
-    """Show the editor."""
-    t, box = Texts(app, call), None
-    if error is not None:
-        box = note((t("line", error.line) + ": " if error.line else "") + text, "bad")
-    elif call.request.args.get("done") == "saved":
-        box = note(t("saved"))
+def editor_page(call: Call, name: str, code: str, original: Optional[str] = None, version: Any = "",
+                error: Optional[HTTPException] = None) -> Response:
+    """Show the editor: of a new function where there is no `original`, with an error and the text that caused it."""
+    t = Texts(call)
+    line = error.body.get("line") if error else None
     editor = tag("div", tag("pre", class_="gutter", aria_hidden="true"),
                  tag("textarea", "\n" + code, class_="code", id="code", name="code", spellcheck="false", wrap="off",
-                     autocapitalize="off", data_line=error.line if error and error.line else None), class_="editor")
-    links = tag("span", *function_links(t, name), class_="row") if version and name else None
-    form = tag("form", tag("label", t("name"), for_="module_name"),
-               tag("input", id="module_name", name="module_name", value=name, required=True, autocapitalize="off",
-                   autofocus=not name, placeholder="hello"),
-               tag("input", type="hidden", name="original_name", value=original or name),
-               tag("input", type="hidden", name="version", value=version or ""),
-               tag("label", t("code"), for_="code"), editor,
-               tag("p", tag("button", t("save")),
-                   tag("a", t("cancel"), href="/function/list_functions", class_="button plain"), links, class_="row"),
-               method="post", action=action)
-    return page(app, call, t("edit" if version else "add"), box, tag("div", form, class_="card"))
+                     autocapitalize="off", data_line=line or None), class_="editor")
+    asked = tag("input", id="module_name", name="module_name", value=name, required=True, autocapitalize="off",
+                autofocus=not name, placeholder="hello")
+    shown = form("/function/save_function" if original is None else "/function/update_function",
+                 tag("label", t("name"), for_="module_name"), asked, tag("label", t("code"), for_="code"), editor,
+                 tag("p", tag("button", t("save")), link(t("cancel"), LIST, "button plain"), class_="row"),
+                 function_links(t, original) if original else None, original_name=original or "", version=version)
+    return page(call, t("add" if original is None else "edit"),
+                note((t("line", line) + ": " if line else "") + error.description, "bad") if error else None,
+                tag("div", shown, class_="card"), status=error.code if error else 200)
 
 
 def view_add(app: Any, call: Call) -> Response:
     """/function/add_function : the empty form; POST is save_function."""
-    if call.request.method == "POST":
-        return view_save(app, call)
-    return editor_page(app, call, "", NEW_FUNCTION, "/function/save_function", 0)
+    return view_save(app, call) if call.request.method == "POST" else editor_page(call, "", NEW_FUNCTION)
 
 
 def view_save(app: Any, call: Call) -> Response:
-    """/function/save_function : makes a new function of module_name and code."""
-    sent = fields(call)
-    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
+    """/function/save_function, update_function : makes or changes module_name; a new one where original_name differs."""
+    t, sent = Texts(call), fields(call)
+    name, code, seen = text_field(sent, "module_name").strip(), text_field(sent, "code"), str(sent.get("version") or "")
+    original = (text_field(sent, "original_name") or name) if call.request.path == "/function/update_function" else None
     try:
-        check_new_name(app, name)
-        version = store_code(app, name, code)
-    except Refused as error:
-        return refuse(app, call, error, name, code, "/function/save_function", 0)
-    return done(call, "saved", "/function/list_functions?done=saved", 201, module_name=name, version=version)
+        if name != original:
+            check_new_name(app, t, name)
+        elif str(read_current(app, name)[1]) != seen and seen:
+            raise HTTPException(409, t("stale"))
+        version = store_code(app, t, name, code)
+    except HTTPException as error:
+        if wants_json(call):
+            return as_json({"line": 0, "column": 0, **error.body, "request_id": call.id}, error.code)
+        return editor_page(call, name, code, original, seen, error)
+    url = LIST + "?" if original is None else f"/function/edit_function?module_name={quote(name)}&"
+    return done(call, "saved", url + "done=saved", 201 if name != original else 200, module_name=name, version=version)
 
 
 def view_edit(app: Any, call: Call) -> Response:
     """/function/edit_function?module_name= : the code and its version."""
-    name = existing_name(app, call.request.args.get("module_name", ""))
-    source = read_source(app.functions.path(name))
-    version = app.functions.versions.remember(name, source, loaded=False)
-    data = {"module_name": name, "code": source.decode("utf-8", "replace"), "version": version}
-    return answer(call, data, lambda: editor_page(app, call, name, data["code"], "/function/update_function", version))
+    name = call.request.args.get("module_name", "")
+    source, version = read_current(app, name)
+    code = source.decode("utf-8", "replace")
+    if wants_json(call):
+        return as_json({"module_name": name, "code": code, "version": version})
+    return editor_page(call, name, code, name, version)
 
 
-def view_update(app: Any, call: Call) -> Response:
-    """/function/update_function : stores code under module_name; under a new one where original_name differs."""
-    sent = fields(call)
-    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
-    original, seen = text_field(sent, "original_name") or name, str(sent.get("version") or "")
-    try:
-        if name != original:
-            check_new_name(app, name)
-        else:
-            existing_name(app, name)
-            source = read_source(app.functions.path(name))
-            if seen and seen != str(app.functions.versions.remember(name, source, loaded=False)):
-                raise Refused(409, "stale")
-        version = store_code(app, name, code)
-    except Refused as error:
-        return refuse(app, call, error, name, code, "/function/update_function", seen, original)
-    return done(call, "saved", f"/function/edit_function?module_name={quote(name)}&done=saved",
-                201 if name != original else 200, module_name=name, version=version)
-
-
-def ask(app: Any, call: Call, title: str, text: str, button: str, **hidden: str) -> Response:
+def ask(call: Call, title: str, text: str, **hidden: str) -> Response:
     """Show a page that asks before something is done."""
-    t = Texts(app, call)
-    form = tag("form", *(tag("input", type="hidden", name=key, value=value) for key, value in hidden.items()),
-               tag("p", text), tag("p", tag("button", button, class_="danger"),
-                                   tag("a", t("cancel"), href="/function/list_functions", class_="button plain"),
-                                   class_="row"), method="post", action=call.request.path)
-    return page(app, call, title, tag("div", form, class_="card"))
+    buttons = tag("p", tag("button", title, class_="danger"), link(Texts(call)("cancel"), LIST, "button plain"), class_="row")
+    return page(call, title, tag("div", form(call.request.path, tag("p", text), buttons, **hidden), class_="card"))
 
 
 def view_delete(app: Any, call: Call) -> Response:
     """/function/delete_function?module_name= : GET asks, POST deletes; the versions stay."""
-    t, name = Texts(app, call), existing_name(app, text_field(fields(call), "module_name"))
+    t, name = Texts(call), text_field(fields(call), "module_name")
+    read_current(app, name)
     if call.request.method == "GET":
-        return ask(app, call, t("delete"), t("ask_delete", name), t("delete"), module_name=name)
-    path = app.functions.path(name)
-    app.functions.versions.remember(name, read_source(path), loaded=False)
-    os.unlink(path)
+        return ask(call, t("delete"), t("ask_delete", name), module_name=name)
+    os.unlink(app.functions.path(name))
     app.functions.versions.mark_broken(name, None)
     app.functions.versions.forget_good(name)
-    return done(call, "deleted", "/function/list_functions?done=deleted", module_name=name)
+    return done(call, "deleted", LIST + "?done=deleted", module_name=name)
 
 
 def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
@@ -4148,100 +4100,62 @@ def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
 
 
 def view_stats(app: Any, call: Call) -> Response:
-    """/function/show_stats : how often each function was called, exactly."""
+    """/function/show_stats : how often each function was called, exactly, and a chart of the last day."""
     rows = stats_rows(app, call.started)
-    return answer(call, {"stats": {row["name"]: row["calls"] for row in rows}}, lambda: stats_page(app, call, rows))
-
-
-def stats_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
-    """Show the statistics and a chart of the last day."""
-    t = Texts(app, call)
-    first, hours = int(call.started) // 3600 - 23, [0] * 24
+    if wants_json(call):
+        return as_json({"stats": {row["name"]: row["calls"] for row in rows}})
+    t, first, hours = Texts(call), int(call.started) // 3600 - 23, [0] * 24
     for minute, calls in app.store.read("SELECT minute, sum(calls) FROM fn_minutes WHERE minute >= ? AND endpoint LIKE"
                                         " '/function/%' GROUP BY minute", first * 60):
         if minute // 60 - first < 24:
             hours[minute // 60 - first] += calls
-    heads = (tag("th", word, class_=kind) for word, kind in (
-        (t("function"), None), (t("calls"), "n"), (t("errors"), "n"), ("p50", "n"), ("p95", "n")))
-    body = [tag("tr", tag("td", row["name"]), tag("td", row["calls"], class_="n"), tag("td", row["errors"], class_="n"),
-                *(tag("td", f"{row[key] * 1000:.0f} ms", class_="n") for key in ("p50", "p95"))) for row in rows]
-    return page(app, call, t("stats"), note(t("cleared")) if call.request.args.get("done") == "cleared" else None,
-                tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card"),
-                table(heads, body, t("no_calls")),
-                tag("p", tag("a", t("clear"), href="/function/clear_stats", class_="button plain")))
+    shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n"}, "no_calls", (
+        (row["name"], row["calls"], row["errors"], *(f"{row[key] * 1000:.0f} ms" for key in ("p50", "p95"))) for row in rows))
+    chart = tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card")
+    return page(call, t("stats"), chart, shown, tag("p", link(t("clear"), "/function/clear_stats", "button plain")))
 
 
 def view_clear(app: Any, call: Call) -> Response:
     """/function/clear_stats : GET asks, POST clears what was counted until now."""
-    t = Texts(app, call)
-    if call.request.method == "GET":
-        return ask(app, call, t("clear"), t("ask_clear"), t("clear"))
-
     def clear(connection: sqlite3.Connection) -> None:
-        for table in ("call_stats", "fn_functions", "fn_minutes"):
-            connection.execute(f"DELETE FROM {table}")
+        for name in ("call_stats", "fn_functions", "fn_minutes"):
+            connection.execute(f"DELETE FROM {name}")
+    if call.request.method == "GET":
+        t = Texts(call)
+        return ask(call, t("clear"), t("ask_clear"))
     app.folder.fold(within=clear)
     return done(call, "cleared", "/function/show_stats?done=cleared")
 
 
-LOG_COLUMNS = "id time function method path status ms trigger attempt output error".split()
+LOG_COLUMNS = "id time function method path status ms trigger attempt output error number".split()
 
 
 def read_calls(app: Any, function: str = "", status: str = "", text: str = "", limit: int = 100,
                after: int = 0) -> list[dict[str, Any]]:
     """Return the last calls, newest first; `status` is 404 or 4xx, `text` occurs in path, output or traceback."""
     app.folder.fold()
-    where, values = ["number > ?"], [after]  # type: list[str], list[Any]
-    if function:
-        where, values = where + ["function = ?"], values + [function]
-    if status:
-        where, values = where + ["status LIKE ?"], values + [status.lower().replace("x", "_")]
-    if text:
-        where.append("instr(path || char(10) || ifnull(output, '') || char(10) || ifnull(error, '') || id, ?)")
-        values.append(text)
+    wanted = {"number > ?": after, **{condition: value for condition, value in (
+        ("function = ?", function), ("status LIKE ?", status.lower().replace("x", "_")),
+        ("instr(path || char(10) || ifnull(output, '') || char(10) || ifnull(error, '') || id, ?)", text)) if value}}
     rows = app.store.read(
         "SELECT id, time, function, method, path, status, us / 1000.0, trigger, attempt, output, error, number"
-        f" FROM fn_calls WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?", *values, limit)
-    return [dict(zip([*LOG_COLUMNS, "number"], row)) for row in rows]
+        f" FROM fn_calls WHERE {' AND '.join(wanted)} ORDER BY number DESC LIMIT ?", *wanted.values(), limit)
+    return [dict(zip(LOG_COLUMNS, row)) for row in rows]
 
 
 def view_logs(app: Any, call: Call) -> Response:
-    """/admin/logs?function=&status=&q=&limit=&after= : the last calls with output and traceback."""
+    """/admin/logs?function=&status=&q=&limit=&after= : the last calls, with what they printed and why they failed."""
     args = call.request.args
-    limit = max(1, min(1000, args.get("limit", 100, type=int)))
-    rows = read_calls(app, args.get("function", ""), args.get("status", ""), args.get("q", ""), limit,
-                      args.get("after", 0, type=whole(0, 1 << 53)))
-    return answer(call, {"invocations": rows}, lambda: logs_page(app, call, rows))
-
-
-def logs_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
-    """Show the calls in a table, with what they printed and why they failed."""
-    t = Texts(app, call)
-    heads = (tag("th", t(key)) for key in ("time", "function", "request", "status", "took"))
-    body = [tag("tr", tag("td", local_time(row["time"]), class_="soft"), tag("td", row["function"]),
-                tag("td", f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
-                    tag("div", row["id"], class_="soft")),
-                tag("td", row["status"], class_="bad" if row["status"] >= 500 else None),
-                tag("td", f"{row['ms']:.1f} ms", class_="n")) for row in rows]
-    return page(app, call, t("logs"), table(heads, body, t("no_calls")))
-
-
-def view_versions(app: Any, call: Call) -> Response:
-    """/admin/versions?module_name=[&version=] : what was saved, and how one differs from the one before."""
-    name = call.request.args["module_name"]
-    rows = app.store.read("SELECT version, saved_at, length(source) FROM fn_versions WHERE func_name = ?"
-                          " ORDER BY version DESC", name)
-    path = app.functions.path(name) if valid_name(name) else ""
-    now = read_source(path) if os.path.isfile(path) else None
-    data = [{"version": row[0], "saved_at": row[1], "size": row[2], "current": False} for row in rows]
-    if rows and now is not None:
-        data[0]["current"] = now == read_version(app, name, rows[0][0])
-    if "version" in call.request.args:
-        number = call.request.args.get("version", 0, type=whole(0, 1 << 53))
-        code = read_version(app, name, number)
-        return answer(call, {"module_name": name, "version": number, "code": code.decode("utf-8", "replace")},
-                      lambda: version_page(app, call, name, number, code))
-    return answer(call, {"versions": data}, lambda: versions_page(app, call, name, data))
+    rows = read_calls(app, args.get("function", ""), args.get("status", ""), args.get("q", ""),
+                      max(1, min(1000, args.get("limit", 100, type=int))), args.get("after", 0, type=whole(0, 1 << 53)))
+    if wants_json(call):
+        return as_json({"invocations": rows})
+    t, columns = Texts(call), {"time": "soft", "function": None, "request": None, "status": None, "took": "n"}
+    return page(call, t("logs"), table(t, columns, "no_calls", ((
+        local_time(row["time"]), row["function"],
+        join(f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
+             tag("div", row["id"], class_="soft")),
+        tag("span", row["status"], class_="bad" if row["status"] >= 500 else None), f"{row['ms']:.1f} ms") for row in rows)))
 
 
 def read_version(app: Any, name: str, version: int) -> bytes:
@@ -4252,33 +4166,42 @@ def read_version(app: Any, name: str, version: int) -> bytes:
     return bytes(rows[0][0])
 
 
-def versions_page(app: Any, call: Call, name: str, rows: list[dict[str, Any]]) -> Response:
-    """Show the versions of a function."""
-    t = Texts(app, call)
-    body = [tag("tr", tag("td", tag("a", f"#{row['version']}", href=f"/admin/versions?module_name={quote(name, safe='')}"
-                                                                   f"&version={row['version']}")),
-                tag("td", local_time(row["saved_at"])), tag("td", row["size"], class_="n"),
-                tag("td", t("current") if row["current"] else restore_form(t, name, row["version"]))) for row in rows]
-    return page(app, call, f"{t('versions')}: {name}", tag("div", tag("table", *body), class_="card scroll"))
-
-
 def restore_form(t: Texts, name: str, version: int) -> Markup:
     """Make the button that restores a version."""
-    return tag("form", tag("input", type="hidden", name="module_name", value=name),
-               tag("input", type="hidden", name="version", value=version), tag("button", t("restore"), class_="plain"),
-               method="post", action="/admin/restore")
+    return form("/admin/restore", tag("button", t("restore"), class_="plain"), module_name=name, version=version)
 
 
-def version_page(app: Any, call: Call, name: str, version: int, code: bytes) -> Response:
+def view_versions(app: Any, call: Call) -> Response:
+    """/admin/versions?module_name=[&version=] : what was saved, the newest first."""
+    if "version" in call.request.args:
+        return view_version(app, call)
+    t, name = Texts(call), call.request.args["module_name"]
+    rows = [dict(zip(("version", "saved_at", "size", "current"), row)) for row in app.store.read(
+        "SELECT version, saved_at, length(source), 0 FROM fn_versions WHERE func_name = ? ORDER BY version DESC", name)]
+    now = read_source(app.functions.path(name)) if valid_name(name) and os.path.isfile(app.functions.path(name)) else None
+    for row in rows:
+        row["current"] = now is not None and row is rows[0] and now == read_version(app, name, row["version"])
+    if wants_json(call):
+        return as_json({"versions": rows})
+    columns = {"version": None, "time": None, "size": "n", "status": None}
+    return page(call, f"{t('versions')}: {name}", table(t, columns, "no_versions", ((
+        link(f"#{row['version']}", "/admin/versions", module_name=name, version=row["version"]), local_time(row["saved_at"]),
+        row["size"], t("current") if row["current"] else restore_form(t, name, row["version"])) for row in rows)))
+
+
+def view_version(app: Any, call: Call) -> Response:
     """Show one version, and its difference to the one before."""
     import difflib  # only on this page
-    t = Texts(app, call)
+    t, name, number = Texts(call), call.request.args["module_name"], call.request.args.get("version", 0, type=whole(0, 1 << 53))
+    code = read_version(app, name, number).decode("utf-8", "replace")
+    if wants_json(call):
+        return as_json({"module_name": name, "version": number, "code": code})
     rows = app.store.read("SELECT source FROM fn_versions WHERE func_name = ? AND version < ? ORDER BY version DESC LIMIT 1",
-                          name, version)
-    old, new = bytes(rows[0][0]).decode("utf-8", "replace") if rows else "", code.decode("utf-8", "replace")
-    diff = "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=3))
-    return page(app, call, f"{name} #{version}", restore_form(t, name, version),
-                tag("div", tag("div", t("diff"), class_="soft"), tag("pre", diff), tag("pre", new), class_="card"))
+                          name, number)
+    old = bytes(rows[0][0]).decode("utf-8", "replace") if rows else ""
+    diff = "\n".join(difflib.unified_diff(old.splitlines(), code.splitlines(), lineterm="", n=3))
+    return page(call, f"{name} #{number}", restore_form(t, name, number),
+                tag("div", tag("div", t("diff"), class_="soft"), tag("pre", diff), tag("pre", code), class_="card"))
 
 
 def view_restore(app: Any, call: Call) -> Response:
@@ -4290,27 +4213,25 @@ def view_restore(app: Any, call: Call) -> Response:
     source = read_version(app, name, int(number))
     app.functions.save(name, source)
     version = app.functions.versions.remember(name, source, loaded=False)
-    return done(call, "restored", "/function/list_functions?done=restored", module_name=name, version=version)
+    return done(call, "restored", LIST + "?done=restored", module_name=name, version=version)
 
 
 def view_asset(app: Any, call: Call) -> Response:
     """/admin/assets/... : the style sheet and the script; the login page needs them too."""
     body, kind = (CSS, "text/css") if call.request.path.endswith(".css") else (JS, "text/javascript")
-    response = secure(Response(body.strip() + "\n", mimetype=kind))
-    response.headers["Cache-Control"] = "public, max-age=86400"
-    return response
+    return Response(body, 200, {**PAGE_HEADERS, "Cache-Control": "public, max-age=86400"}, kind)
 
 
-_GET_POST = ("GET", "POST")
+GET_POST, POST = ("GET", "POST"), ("POST",)
 ROUTES = {
-    "/": Route(view_index, admin=False), "/login": Route(view_login, False, _GET_POST),
-    "/logout": Route(view_logout, False, _GET_POST), "/function/list_functions": Route(view_list),
-    "/function/add_function": Route(view_add, True, _GET_POST), "/function/save_function": Route(view_save, True, ("POST",)),
-    "/function/edit_function": Route(view_edit), "/function/update_function": Route(view_update, True, ("POST",)),
-    "/function/delete_function": Route(view_delete, True, (*_GET_POST, "DELETE")), "/function/show_stats": Route(view_stats),
-    "/function/clear_stats": Route(view_clear, True, _GET_POST), "/admin/logs": Route(view_logs),
-    "/admin/versions": Route(view_versions), "/admin/restore": Route(view_restore, True, ("POST",)),
+    "/": Route(view_index, False), LIST: Route(view_list), "/function/show_stats": Route(view_stats),
     "/admin/assets/fnserve.css": Route(view_asset, False), "/admin/assets/fnserve.js": Route(view_asset, False),
+    "/login": Route(view_login, False, GET_POST), "/logout": Route(view_logout, False, GET_POST),
+    "/function/add_function": Route(view_add, True, GET_POST), "/function/save_function": Route(view_save, True, POST),
+    "/function/edit_function": Route(view_edit), "/function/update_function": Route(view_save, True, POST),
+    "/function/delete_function": Route(view_delete, True, (*GET_POST, "DELETE")), "/admin/logs": Route(view_logs),
+    "/function/clear_stats": Route(view_clear, True, GET_POST), "/admin/versions": Route(view_versions),
+    "/admin/restore": Route(view_restore, True, POST),
 }
 
 # == 17 APP ===============================================================
