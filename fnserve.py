@@ -3586,80 +3586,65 @@ class LogFormat(logging.Formatter):
 # What the browser gets that isn't made per request, served from URLs of its own so that the pages' policy can forbid
 # everything inline. Plain strings, nothing else.
 
-CSS = """
+CSS = """\
 :root{color-scheme:light dark;--ink:#1b2733;--soft:#5b6b7a;--line:#d9e0e6;--paper:#fff;--back:#f4f6f8;--main:#0b6b57;
 --warn:#b3261e;--good:#1d7a3e;--mark:#fdecea}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9fb0bf;--line:#33414d;--paper:#18212a;--back:#10171e;
 --main:#57c7ae;--warn:#ff8a80;--good:#7bd88f;--mark:#4a2422}}
-*{box-sizing:border-box}
+*{box-sizing:border-box} a{color:var(--main)} h1{font-size:1.35rem;margin:.4rem 0 1rem}
 body{margin:0;background:var(--back);color:var(--ink);font:16px/1.5 system-ui,"Noto Sans TC","PingFang TC",sans-serif}
-header{background:var(--paper);border-bottom:1px solid var(--line);padding:0 1rem;display:flex;flex-wrap:wrap;
-align-items:center;gap:.25rem 1.1rem}
-header b{font-size:1.1rem;color:var(--main);padding:.7rem 0}
-header a{color:var(--ink);text-decoration:none;padding:.7rem 0}
-header a[aria-current]{box-shadow:inset 0 -3px var(--main)}
-main{max-width:70rem;margin:0 auto;padding:1rem}
-h1{font-size:1.35rem;margin:.4rem 0 1rem}
-a{color:var(--main)}
+header{background:var(--paper);border-bottom:1px solid var(--line);padding:0 1rem;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem}
+header b{font-size:1.1rem;color:var(--main)} header *{padding:.7rem 0} header a{color:var(--ink);text-decoration:none}
+header{align-items:center} header a[aria-current]{box-shadow:inset 0 -3px var(--main)}
+main{max-width:70rem;margin:0 auto;padding:1rem} .narrow{max-width:24rem;margin:10vh auto} .scroll{overflow-x:auto}
 .card{background:var(--paper);border:1px solid var(--line);border-radius:.6rem;padding:1rem;margin-bottom:1rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%}
+.note{border-left:4px solid var(--main)} .note.bad{border-left-color:var(--warn);background:var(--mark);color:var(--ink)}
+.bad{color:var(--warn)} .good{color:var(--good)} .soft{color:var(--soft);font-size:.9rem}
+.row{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center} label{display:block;font-weight:600;margin:.7rem 0 .25rem}
+table{border-collapse:collapse;width:100%} tr:last-child td{border-bottom:0}
 th,td{text-align:left;padding:.5rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600;font-size:.85rem;white-space:nowrap}
-tr:last-child td{border-bottom:0}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.soft{color:var(--soft);font-size:.9rem}
-.bad{color:var(--warn)}.good{color:var(--good)}
-.note{border-left:4px solid var(--main)}.note.bad{border-left-color:var(--warn);background:var(--mark);color:var(--ink)}
-.row{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center}
-.row form{margin:0}
-label{display:block;font-weight:600;margin:.7rem 0 .25rem}
 input,textarea,button,.button{font:inherit;color:inherit;border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
 input,textarea{background:var(--paper);width:100%;max-width:100%}
 input:focus,textarea:focus,button:focus-visible,a:focus-visible{outline:2px solid var(--main);outline-offset:1px}
-button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none;
-display:inline-block}
+button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none}
 button.plain,.button.plain{background:none;color:var(--ink);border-color:var(--line)}
-button.danger{background:var(--warn);border-color:var(--warn)}
-pre,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace}
-pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0;white-space:pre-wrap;
-overflow-wrap:anywhere}
+.button{display:inline-block} button.danger{background:var(--warn);border-color:var(--warn)}
+pre,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace} pre{white-space:pre-wrap;overflow-wrap:anywhere}
+pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0}
 .editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(52vh,40rem)}
-.gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);background:var(--back);overflow:hidden;
-user-select:none;min-width:3rem;white-space:pre;border-radius:0}
+.gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);overflow:hidden;user-select:none;min-width:3rem;
+white-space:pre;border-radius:0}
 .gutter i{font-style:normal;background:var(--warn);color:var(--paper);display:block;margin:0 -.4rem;padding:0 .4rem}
 textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:.5rem .6rem}
-textarea.code:focus{outline:0}.editor:focus-within{outline:2px solid var(--main)}
-svg{display:block;max-width:100%}svg rect{fill:var(--main)}
-.narrow{max-width:24rem;margin:10vh auto}
-@media(max-width:40rem){main{padding:.6rem}th,td{padding:.4rem}.wide{display:none}}
+textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
+svg{display:block;max-width:100%} svg rect{fill:var(--main)}
+@media(max-width:40rem){main{padding:.6rem} th,td{padding:.4rem} .wide{display:none}}
 """
 
-JS = """
-"use strict";
-(() => {
-  const code = document.querySelector("textarea.code");
-  if (!code) return;
-  const gutter = document.querySelector(".gutter"), form = code.form, wrong = Number(code.dataset.line);
-  let lines = 0, saved = code.value;
+JS = r"""
+const code = document.querySelector("textarea.code"), gutter = document.querySelector(".gutter");
+if (code) {
+  const form = code.form, wrong = Number(code.dataset.line);
+  let saved = code.value;
   const number = () => {
-    const count = code.value.split("\\n").length;
-    if (count === lines) return;
-    lines = count;
+    const count = code.value.split("\n").length;
+    if (count === gutter.children.length) return;
     gutter.textContent = "";
     for (let i = 1; i <= count; i++) {
       const line = document.createElement(i === wrong ? "i" : "span");
-      line.textContent = i === wrong ? i : i + "\\n";
+      line.textContent = i === wrong ? i : i + "\n";
       gutter.append(line);
     }
   };
-  const put = text => document.execCommand("insertText", false, text) || code.setRangeText(text,
-    code.selectionStart, code.selectionEnd, "end");
-  const lineStart = () => code.value.lastIndexOf("\\n", code.selectionStart - 1) + 1;
+  const put = text => document.execCommand("insertText", false, text)
+    || code.setRangeText(text, code.selectionStart, code.selectionEnd, "end");
+  const lineStart = () => code.value.lastIndexOf("\n", code.selectionStart - 1) + 1;
   const indent = back => {
-    const start = lineStart(), end = code.selectionEnd, old = code.value.slice(start, end);
-    const fresh = old.split("\\n").map(l => back ? l.replace(/^ {1,4}/, "") : "    " + l).join("\\n");
-    code.setSelectionRange(start, end);
+    const start = lineStart(), lines = code.value.slice(start, code.selectionEnd).split("\n");
+    const fresh = lines.map(line => back ? line.replace(/^ {1,4}/, "") : "    " + line).join("\n");
+    code.setSelectionRange(start, code.selectionEnd);
     put(fresh);
     code.setSelectionRange(start, start + fresh.length);
   };
@@ -3671,17 +3656,14 @@ JS = """
     } else if (event.key === "Enter" && !event.isComposing) {
       event.preventDefault();
       const before = code.value.slice(lineStart(), code.selectionStart);
-      put("\\n" + before.match(/^\\s*/)[0] + (/:\\s*$/.test(before) ? "    " : ""));
-    } else if (event.key === "Escape") {
-      form.querySelector("button").focus();
-    }
+      put("\n" + before.match(/^\s*/)[0] + (/:\s*$/.test(before) ? "    " : ""));
+    } else if (event.key === "Escape") form.querySelector("button").focus();
     number();
   });
   document.addEventListener("keydown", event => {
-    if ((event.ctrlKey || event.metaKey) && event.key === "s") {
-      event.preventDefault();
-      form.requestSubmit();
-    }
+    if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
+    event.preventDefault();
+    form.requestSubmit();
   });
   code.addEventListener("input", number);
   code.addEventListener("scroll", () => { gutter.scrollTop = code.scrollTop; });
@@ -3690,12 +3672,12 @@ JS = """
   number();
   if (wrong) {
     saved = "";
-    const at = code.value.split("\\n").slice(0, wrong - 1).join("\\n").length + (wrong > 1 ? 1 : 0);
+    const at = code.value.split("\n").slice(0, wrong - 1).join("\n").length + (wrong > 1 ? 1 : 0);
     code.focus();
     code.setSelectionRange(at, at);
     code.scrollTop = gutter.scrollTop = Math.max(0, (wrong - 5) * 21);
   }
-})();
+}
 """
 
 TEXTS = {  # key: (Traditional Chinese, English)
@@ -3708,8 +3690,7 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "edit": ("編輯", "Edit"), "delete": ("刪除", "Delete"), "versions": ("版本", "Versions"), "save": ("儲存", "Save"),
     "code": ("程式碼", "Code"), "cancel": ("取消", "Cancel"), "saved": ("已儲存。", "Saved."),
     "none": ("還沒有函式。", "There are no functions yet."), "no_calls": ("還沒有呼叫。", "There are no calls yet."),
-    "ask_delete": ("要刪除「{}」嗎?它的版本會保留,可以還原。",
-                   "Delete “{}”? Its versions are kept and can be restored."),
+    "ask_delete": ("要刪除「{}」嗎?它的版本會保留,可以還原。", "Delete “{}”? Its versions are kept and can be restored."),
     "deleted": ("已刪除。", "Deleted."), "clear": ("清除統計", "Clear statistics"),
     "ask_clear": ("要清除所有統計嗎?無法復原。", "Clear all statistics? This can't be undone."),
     "cleared": ("已清除。", "Cleared."), "day": ("最近 24 小時,每小時的呼叫", "Calls per hour, last 24 hours"),
@@ -3720,9 +3701,9 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "exists": ("這個名稱已經存在。", "A function of this name exists already."),
     "bad_name": ("名稱必須是 Python 識別字,不以底線開頭,也不是平台保留的名稱。",
                  "The name must be a Python identifier that does not start with _ and is not one of the platform's own."),
-    "no_code": ("程式碼是空的。", "The code is empty."), "stale": (
-        "別人已經存了新版本。您的文字保留在下面;請先看看新的版本。",
-        "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
+    "no_code": ("程式碼是空的。", "The code is empty."),
+    "stale": ("別人已經存了新版本。您的文字保留在下面;請先看看新的版本。",
+              "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
     "failed": ("請求無法完成。", "The request could not be completed."),
     "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
 }
