@@ -4788,9 +4788,9 @@ def cmd_init(arguments: Any, options: dict[str, Any]) -> int:
     os.makedirs(arguments.directory, exist_ok=True)
     settings = Settings(options, arguments.directory)
     write_new(os.path.join(settings.FUNCTIONS_DIR, "hello.py"), HELLO)
+    where = os.path.join(settings.directory, ".env.local")
     for name, value in make_secrets(settings).items():
-        print(f"{name}={value}  (in {os.path.join(settings.directory, '.env.local')})" if name == "SECRET_TOKEN" else
-              f"made {name}")
+        print(f"{name}={value}  (in {where})" if name == "SECRET_TOKEN" else f"made {name}")
     return 0
 
 
@@ -4800,10 +4800,10 @@ def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
     if not valid_name(arguments.name) or arguments.name in app.reserved:
         raise SettingError(f"{arguments.name!r}: {TEXTS['bad_name'][1]}")
     path = app.functions.path(arguments.name)
-    if not write_new(path, NEW_FUNCTION):
-        print(f"{path} exists already", file=sys.stderr)
-        return 1
-    return 0
+    if write_new(path, NEW_FUNCTION):
+        return 0
+    print(f"{path} exists already", file=sys.stderr)
+    return 1
 
 
 def cmd_list(arguments: Any, options: dict[str, Any]) -> int:
@@ -4819,22 +4819,19 @@ def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
     if data is not None and data.startswith("@"):
         with open(data[1:], "rb") as file:
             data = file.read()
-    headers = dict(line.partition(":")[::2] for line in arguments.header)
-    headers = {key.strip(): value.strip() for key, value in headers.items()}
-    if data is not None and not any(key.lower() == "content-type" for key in headers):
-        json_like = str(data).lstrip()[:1] in ("{", "[")
-        headers["Content-Type"] = "application/json" if json_like else "application/x-www-form-urlencoded"
+    headers = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in arguments.header)}
+    if data is not None and not any(name.lower() == "content-type" for name in headers):
+        headers["Content-Type"] = "application/" + ("json" if str(data).lstrip()[:1] in ("{", "[") else "x-www-form-urlencoded")
     app = prepare(**options)
     app.start()
     headers.setdefault("Authorization", "Bearer " + app.settings.SECRET_TOKEN)  # whoever runs this owns the files
     client = Client(lambda environ, start: app({**environ, "fnserve.trigger": "cli"}, start))
-    response = client.open("/function/" + quote(arguments.name), arguments.method or ("POST" if data else "GET"),
-                                query=dict(pair.partition("=")[::2] for pair in arguments.query), data=data,
-                                headers=headers)
+    query = dict(pair.partition("=")[::2] for pair in arguments.query)
+    method = arguments.method or ("POST" if data else "GET")
+    response = client.open("/function/" + quote(arguments.name), method, query=query, data=data, headers=headers)
+    body = response.get_data()
     sys.stdout.flush()
-    getattr(sys.stdout, "buffer").write(response.get_data())
-    if not response.get_data().endswith(b"\n"):
-        print()
+    getattr(sys.stdout, "buffer").write(body if body.endswith(b"\n") else body + b"\n")
     if response.code >= 400:
         print(response.status, file=sys.stderr)
     return int(response.code >= 400)
@@ -4848,9 +4845,8 @@ def cmd_check(arguments: Any, options: dict[str, Any]) -> int:
     log.handlers[:] = [logging.NullHandler()]  # the errors are printed below, a line each
     for name in app.functions.names():
         function = app.functions.get(name)
-        error = function.error if function else None
-        helper = isinstance(error, NoEntry) and function is not None and function.code is not None \
-            and not function.code.entries
+        error, code = (function.error, function.code) if function else (None, None)
+        helper = isinstance(error, NoEntry) and code is not None and not code.entries
         failed += error is not None and not helper
         print(f"{name}: {'fine, a helper module' if helper else error or 'fine'}")
     return int(failed > 0)
@@ -4914,21 +4910,22 @@ def cmd_export(arguments: Any, options: dict[str, Any]) -> int:
     if os.path.isdir(target) and os.listdir(target):
         raise SettingError(f"--to {arguments.to}: the directory is not empty")
     import shutil
-    own = {row.name for row in SETTINGS_TABLE}
-    shown = ("MAX_BODY", "TIMEOUT", "TRUSTED_PROXY", "UI_LANG", "SESSION_HOURS")
-    settings = {key: row for key, row in app.config.current().items() if key in shown}
-    shutil.copytree(app.settings.FUNCTIONS_DIR, os.path.join(target, PACKAGE), ignore=shutil.ignore_patterns("_*_", ".*"))
-    shutil.copy(__file__, os.path.join(target, "fnserve.py"))
-    write_new(os.path.join(target, "main.py"), EXPORTED.format(name=name, path=quote(name), settings=settings))
+    own, config = {row.name for row in SETTINGS_TABLE}, app.config.current()
+    shown = {"MAX_BODY", "TIMEOUT", "TRUSTED_PROXY", "UI_LANG", "SESSION_HOURS"} & set(config)
     needed = ["functions-framework\n"]
     with contextlib.suppress(FileNotFoundError), open("requirements.txt", encoding="utf-8") as file:
         needed += [line for line in file if not line.startswith(("waitress", "functions-framework"))]
-    write_new(os.path.join(target, "requirements.txt"), "".join(needed))
-    write_new(os.path.join(target, "Procfile"), "web: functions-framework --target main --port $PORT\n")
-    values = {key: value for key, value in app.config.current().items() if key not in own and value is not None}
-    text = "".join("{}='{}'\n".format(key, value.replace("\\", "\\\\").replace("'", "\\'")) for key, value in values.items())
-    if write_new(os.path.join(target, ".env"), text):
-        os.chmod(os.path.join(target, ".env"), 0o600)
+    quoted = ((name, value.replace("\\", "\\\\").replace("'", "\\'")) for name, value in config.items()
+              if name not in own and value is not None)
+    shutil.copytree(app.settings.FUNCTIONS_DIR, os.path.join(target, PACKAGE), ignore=shutil.ignore_patterns("_*_", ".*"))
+    shutil.copy(__file__, os.path.join(target, "fnserve.py"))
+    files = {
+        "main.py": EXPORTED.format(name=name, path=quote(name), settings={key: config[key] for key in sorted(shown)}),
+        "requirements.txt": "".join(needed), "Procfile": "web: functions-framework --target main --port $PORT\n",
+        ".env": "".join(f"{key}='{value}'\n" for key, value in quoted)}
+    for file_name, text in files.items():
+        write_new(os.path.join(target, file_name), text)
+    os.chmod(os.path.join(target, ".env"), 0o600)
     return 0
 
 
@@ -4940,7 +4937,6 @@ After=network.target
 
 [Service]
 Type=notify
-NotifyAccess=main
 WatchdogSec=60
 User={user}
 WorkingDirectory={directory}
@@ -4954,25 +4950,9 @@ UMask=0077
 ReadWritePaths={directory}
 ProtectSystem=strict
 ProtectHome={home}
-{bind}PrivateTmp=yes
-PrivateDevices=yes
-PrivateUsers=yes
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-AmbientCapabilities=
+{bind}{sandbox}CapabilityBoundingSet=
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
 ProtectProc=invisible
-RemoveIPC=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
@@ -4989,21 +4969,16 @@ SITE = """\
 # nginx site for fnserve: put it into /etc/nginx/sites-enabled/, mind the name and the certificate, then  nginx -s reload
 limit_req_zone $binary_remote_addr zone=fnserve_login:1m rate=10r/m;
 
-upstream fnserve {{
-    server {address};
-    keepalive 16;
-}}
+upstream fnserve {{ server {address}; keepalive 16; }}
 
 server {{
-    listen 80;
-    listen [::]:80;
+    listen 80; listen [::]:80;
     server_name {name};
     return 301 https://$host$request_uri;
 }}
 
 server {{
-    listen 443 ssl http2;
-    listen [::]:443 ssl http2;
+    listen 443 ssl http2; listen [::]:443 ssl http2;
     server_name {name};
     ssl_certificate     /etc/letsencrypt/live/{name}/fullchain.pem;
     ssl_certificate_key /etc/letsencrypt/live/{name}/privkey.pem;
@@ -5018,13 +4993,8 @@ server {{
     proxy_buffering off;                 # streams and server-sent events go out as they are made
     proxy_read_timeout {timeout}s;
 
-    location / {{
-        proxy_pass http://fnserve;
-    }}
-    location = /login {{
-        limit_req zone=fnserve_login burst=10 nodelay;
-        proxy_pass http://fnserve;
-    }}
+    location / {{ proxy_pass http://fnserve; }}
+    location = /login {{ limit_req zone=fnserve_login burst=10 nodelay; proxy_pass http://fnserve; }}
     # for this machine only: ask fnserve itself, on {address}
     location = /metrics {{ return 403; }}
     location /monitoring/ {{ return 403; }}
@@ -5032,12 +5002,18 @@ server {{
 """
 
 
+SANDBOX = """PrivateTmp PrivateDevices PrivateUsers NoNewPrivileges RestrictNamespaces RestrictRealtime RestrictSUIDSGID
+LockPersonality ProtectClock ProtectControlGroups ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables
+RemoveIPC"""
+
+
 def cmd_service(arguments: Any, options: dict[str, Any]) -> int:
     """print a systemd unit for this directory"""
     directory = os.path.abspath(arguments.dir or ".")
     at_home = directory.startswith(("/home/", "/root/"))
-    print(UNIT.format(user=arguments.user, directory=directory, python=arguments.python,
-                      home="tmpfs" if at_home else "yes", bind=f"BindPaths={directory}\n" if at_home else ""), end="")
+    print(UNIT.format(user=arguments.user, directory=directory, python=arguments.python, home="tmpfs" if at_home else "yes",
+                      bind=f"BindPaths={directory}\n" if at_home else "",
+                      sandbox="".join(f"{name}=yes\n" for name in SANDBOX.split())), end="")
     return 0
 
 
@@ -5052,6 +5028,20 @@ def cmd_nginx(arguments: Any, options: dict[str, Any]) -> int:
     return 0
 
 
+COMMANDS: dict[Callable[..., int], dict[str, dict[str, Any]]] = {  # each with what argparse is told of its arguments
+    cmd_serve: {}, cmd_init: {"directory": {"nargs": "?", "default": "."}}, cmd_new: {"name": {}}, cmd_list: {},
+    cmd_call: {"name": {"help": "name of the function, a subpath may follow: hello/Tony"},
+               "-X": {"dest": "method", "metavar": "METHOD"},
+               "-q": {"dest": "query", "action": "append", "default": [], "metavar": "KEY=VALUE"},
+               "-H": {"dest": "header", "action": "append", "default": [], "metavar": "'NAME: VALUE'"},
+               "-d": {"dest": "data", "metavar": "DATA|@FILE"}},
+    cmd_check: {}, cmd_stats: {}, cmd_export: {"name": {}, "--to": {"required": True, "metavar": "DIR"}},
+    cmd_logs: {"name": {"nargs": "?"}, "-n": {"type": int, "default": 20, "metavar": "N"},
+               "-f": {"dest": "follow", "action": "store_true"}},
+    cmd_service: {"--user": {"default": "fnserve"}, "--python": {"default": "/usr/bin/python3"}},
+    cmd_nginx: {"--server-name": {"required": True}}}
+
+
 def make_parser() -> Any:
     """Make the parser of the command line; every setting that is no secret is an option too."""
     import argparse  # 500 kB that a plain start does without
@@ -5064,29 +5054,14 @@ def make_parser() -> Any:
                                metavar="VALUE", help=f"{row.help} ({row.default or 'blank'})".replace("%", "%%"))
     parser = argparse.ArgumentParser(prog="fnserve.py", parents=[settings],
                                      description="Your own Google Cloud Functions, in one file.")
+    parser.set_defaults(run=cmd_serve)
     parser.add_argument("--version", action="version", version=f"fnserve {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    made = {}
-    for function in (cmd_serve, cmd_init, cmd_new, cmd_list, cmd_call, cmd_check, cmd_logs, cmd_stats, cmd_export,
-                     cmd_service, cmd_nginx):
-        name = function.__name__[4:]
-        made[name] = commands.add_parser(name, parents=[settings], help=function.__doc__)
-        made[name].set_defaults(run=function)
-    made["init"].add_argument("directory", nargs="?", default=".")
-    made["new"].add_argument("name")
-    made["call"].add_argument("name", help="name of the function, a subpath may follow: hello/Tony")
-    made["call"].add_argument("-X", dest="method", metavar="METHOD")
-    made["call"].add_argument("-q", dest="query", action="append", default=[], metavar="KEY=VALUE")
-    made["call"].add_argument("-H", dest="header", action="append", default=[], metavar="'NAME: VALUE'")
-    made["call"].add_argument("-d", dest="data", metavar="DATA|@FILE")
-    made["logs"].add_argument("name", nargs="?")
-    made["logs"].add_argument("-n", type=int, default=20, metavar="N")
-    made["logs"].add_argument("-f", dest="follow", action="store_true")
-    made["export"].add_argument("name")
-    made["export"].add_argument("--to", required=True, metavar="DIR")
-    made["service"].add_argument("--user", default="fnserve")
-    made["service"].add_argument("--python", default="/usr/bin/python3")
-    made["nginx"].add_argument("--server-name", required=True)
+    for function, taken in COMMANDS.items():
+        command = commands.add_parser(function.__name__[4:], parents=[settings], help=function.__doc__)
+        command.set_defaults(run=function)
+        for name, how in taken.items():
+            command.add_argument(name, **how)
     return parser
 
 
@@ -5101,16 +5076,12 @@ def main(argv: Optional[list[str]] = None) -> int:
         arguments = make_parser().parse_args(argv)
         arguments.dir = getattr(arguments, "dir", None)
         options = {row.name: getattr(arguments, row.name) for row in SETTINGS_TABLE if hasattr(arguments, row.name)}
-        run_command = getattr(arguments, "run", cmd_serve)
-        if arguments.dir and run_command not in (cmd_service, cmd_nginx):
+        if arguments.dir and arguments.run not in (cmd_service, cmd_nginx):
             os.chdir(arguments.dir)
-        return run_command(arguments, options)
-    except (SettingError, StoreError) as error:
+        return arguments.run(arguments, options)
+    except (SettingError, StoreError, OSError, sqlite3.Error) as error:
         print(f"fnserve: {error}", file=sys.stderr)
-        return 2
-    except (OSError, sqlite3.Error) as error:
-        print(f"fnserve: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, (SettingError, StoreError)) else 1
     except KeyboardInterrupt:
         return 1
 
