@@ -3060,13 +3060,6 @@ class Route(NamedTuple):
     methods: tuple[str, ...] = ("GET", "HEAD")
 
 
-class Target(NamedTuple):
-    """What a path leads to: a route, or a function and the rest of the path."""
-    route: Optional[Route]
-    function: Optional[Function] = None
-    subpath: str = ""
-
-
 def handle(app: Any, call: Call) -> Response:
     """Make the answer to a call. Whatever goes wrong becomes a response here and nowhere else."""
     try:
@@ -3078,46 +3071,46 @@ def handle(app: Any, call: Call) -> Response:
     return finish(app, call, response) if call.after or call.hooks else response
 
 
-def resolve(app: Any, call: Call) -> Target:
-    """Find what serves the path; 404 where nothing does."""
+def resolve(app: Any, call: Call) -> Union[Route, Function]:
+    """Find what serves the path, a route or a function; 404 where nothing does."""
     path = call.request.path
-    if path.startswith("/function/"):
-        name = path[10:]
-        function, subpath = app.functions.resolve(name)
+    of_function = path.startswith("/function/")
+    if of_function:
+        function, subpath = app.functions.resolve(path[10:])
         if function is not None:
             call.function = call.request.endpoint = function.name
             call.request.view_args = {"func_name": function.name, "subpath": subpath}
-            return Target(None, function, subpath)
+            return function
     route = app.routes.get(path)
-    if route is not None and not (route.admin and not app.settings.ADMIN):
+    if route is not None and (app.settings.ADMIN or not route.admin):
         call.route = call.request.endpoint = path
-        return Target(route)
-    if path.startswith("/function/"):
-        first = path[10:].partition("/")[0]
-        if first in app.protected and app.settings.ADMIN:  # like the others, so that names can't be probed
-            require_admin(app, call)
-        raise HTTPException(404, f'Function "{first[:100]}" not found')
-    raise HTTPException(404, "Not found")
+        return route
+    if not of_function:
+        raise HTTPException(404, "Not found")
+    first = path[10:].partition("/")[0]
+    if first in app.protected and app.settings.ADMIN:  # like the others, so that names can't be probed
+        require_admin(app, call)
+    raise HTTPException(404, f'Function "{first[:100]}" not found')
 
 
-def gate(app: Any, call: Call, target: Target) -> None:
+def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     """Refuse what may not be served: method, login, origin, rate, size."""
     request = call.request
-    if target.function is not None:
-        code = call.code = target.function.code
+    if isinstance(target, Route):
+        if request.method not in target.methods:
+            raise HTTPException(405, headers=[("Allow", ", ".join(target.methods))])
+        if target.admin:
+            require_admin(app, call)
+        else:
+            request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
+    else:
+        code = call.code = target.code
         if code is not None and code.settings is not PLAIN:
             gate_function(app, call, code.settings)
         if call.function in app.protected:
             if not app.settings.ADMIN:
                 raise HTTPException(404, f'Function "{call.function}" not found')
             require_admin(app, call)
-    elif target.route is not None:
-        if request.method not in target.route.methods:
-            raise HTTPException(405, headers=[("Allow", ", ".join(target.route.methods))])
-        if target.route.admin:
-            require_admin(app, call)
-        else:
-            request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
     length = request.content_length
     if length is not None and length > request.max_content_length:
         raise HTTPException(413)
@@ -3133,9 +3126,7 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
     allowed = settings.methods + (("HEAD",) if "GET" in settings.methods else ())
     if allowed and request.method not in allowed:
         raise HTTPException(405, headers=[("Allow", ", ".join(dict.fromkeys(allowed)))])
-    if settings.auth == "login":
-        require_admin(app, call)
-    elif settings.auth == "token" and not has_api_token(app, request):
+    if settings.auth == "login" or settings.auth == "token" and not has_api_token(app, request):
         require_admin(app, call)
     if settings.rate[0]:
         app.rates.take(call, settings.rate)
@@ -3192,19 +3183,19 @@ class Rates:
             recent.append(call.started)
 
 
-def run(app: Any, call: Call, target: Target) -> Any:
+def run(app: Any, call: Call, target: Union[Route, Function]) -> Any:
     """Call the view or the function, and return what it returns."""
-    function, code = target.function, call.code
-    if function is None:
-        return target.route.view(app, call)  # type: ignore[union-attr]
+    if isinstance(target, Route):
+        return target.view(app, call)
+    code = call.code
     if code is None:
-        raise function.error or LoadError("it could not be loaded")
-    call.hooks = app.functions.hooks(function.name)
+        raise target.error or LoadError("it could not be loaded")
+    call.hooks = app.functions.hooks(target.name)
     for hook in call.hooks:
         value = hook.before_request(call.request) if hasattr(hook, "before_request") else None
         if value is not None:
             return value
-    return call_entry(app, call, code.entries[""] if "" in code.entries else choose_entry(call, function, code))
+    return call_entry(app, call, code.entries[""] if "" in code.entries else choose_entry(call, target, code))
 
 
 def choose_entry(call: Call, function: Function, code: Code) -> Entry:
@@ -3245,9 +3236,7 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
         except BaseException as again:
             error = again
             break
-    if isinstance(error, HTTPException):
-        return answer_error(app, call, error)
-    return answer_failure(app, call, error)
+    return answer_error(app, call, error) if isinstance(error, HTTPException) else answer_failure(app, call, error)
 
 
 def find_handlers_of(call: Call, error: BaseException) -> Iterator[Callable[[Any], Any]]:
@@ -3303,31 +3292,24 @@ def is_cross_site(request: Request) -> bool:
 
 
 def check_token(app: Any, call: Call, token: str) -> bool:
-    """Compare with SECRET_TOKEN; five failures in five minutes from one address are a 429 in every worker.
-
-    An attempt is counted before it is compared, so that a hundred at once get no more tries than five.
-    """
+    """Compare with SECRET_TOKEN; five failures in five minutes from one address are a 429 in every worker."""
     if not app.settings.SECRET_TOKEN or not token:
         return False
+    address = client_network(call.request.remote_addr or "")
     try:
-        return _count_and_compare(app, call, token)
+        with app.store.write() as connection:  # counts and compares in one, so that a hundred at once get no more tries
+            now = app.clock()  # not when the request began: those under way together must count each other
+            first, count = connection.execute("SELECT min(at), count(*) FROM fn_failures WHERE address = ? AND at > ? AND"
+                                              " at <= ?", (address, now - FAILURE_SECONDS, now)).fetchone()
+            right = same_secret(token, app.settings.SECRET_TOKEN) and count < FAILURES
+            if right and count:
+                connection.execute("DELETE FROM fn_failures WHERE address = ?", (address,))
+            elif not right and count < FAILURES:
+                connection.execute("INSERT INTO fn_failures VALUES (?, ?)", (address, now))
     except sqlite3.Error:
         raise HTTPException(503, "The database can't be written to", [("Retry-After", "5")]) from None
-
-
-def _count_and_compare(app: Any, call: Call, token: str) -> bool:
-    address = client_network(call.request.remote_addr or "")
-    with app.store.write() as connection:
-        now = app.clock()  # not when the request began: those under way together must count each other
-        since = connection.execute("SELECT min(at), count(*) FROM fn_failures WHERE address = ? AND at > ? AND at <= ?",
-                                   (address, now - FAILURE_SECONDS, now)).fetchone()
-        right = same_secret(token, app.settings.SECRET_TOKEN) and since[1] < FAILURES
-        if right and since[1]:
-            connection.execute("DELETE FROM fn_failures WHERE address = ?", (address,))
-        elif not right and since[1] < FAILURES:
-            connection.execute("INSERT INTO fn_failures VALUES (?, ?)", (address, now))
-    if since[1] >= FAILURES:
-        wait = max(1, int(since[0] + FAILURE_SECONDS - now) + 1)
+    if count >= FAILURES:
+        wait = max(1, int(first + FAILURE_SECONDS - now) + 1)
         raise HTTPException(429, "Too many failed logins", [("Retry-After", str(wait))])
     return right
 
@@ -3348,10 +3330,8 @@ def answer_error(app: Any, call: Call, error: HTTPException) -> Response:
     if error.response is not None:
         return error.response
     wants_page = call.request.accept_mimetypes.best_match(("application/json", "text/html")) == "text/html"
-    if wants_page and app.error_page is not None and call.route != "(unknown)" or wants_page and error.code == 401:
-        response: Response = app.error_page(call, error)
-    else:
-        response = json_error(call, error)
+    ours = call.route != "(unknown)" or error.code == 401
+    response: Response = app.error_page(call, error) if wants_page and ours else json_error(call, error)
     response.status = error.code
     for name, value in error.headers:
         response.headers[name] = value
@@ -3368,8 +3348,7 @@ def answer_failure(app: Any, call: Call, error: BaseException) -> Response:
     """Log a failure, the traceback for the admin only, and answer 500."""
     call.failed = error
     call.error = error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error)
-    log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(),
-              extra={"call": call.id})
+    log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(), extra={"call": call.id})
     return json_error(call, HTTPException(500, "Function execution failed"))
 
 
@@ -3389,12 +3368,61 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
         record(app, call, response.code, 0 if bare else len(body))
         start_response(response.status, headers)
         return [b"" if bare or call.request.method == "HEAD" else body]
-    headers = headers + [("X-Request-Id", call.id)]
-    stream = Stream(app, call, response, call.request.method == "HEAD" or bare)
-    if stream.failed is not None:
-        return respond(app, call, answer_failure(app, call, stream.failed), start_response)
-    start_response(response.status, headers)
-    return stream
+    try:
+        chunks = iter(() if bare or call.request.method == "HEAD" else response.response)
+        chunk = next_chunk(call, chunks)  # before the headers go out, so that what fails at once is a proper 500
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            response.close()
+        return respond(app, call, answer_failure(app, call, error), start_response)
+    start_response(response.status, headers + [("X-Request-Id", call.id)])
+    body = stream(app, call, response, chunks, chunk)
+    next(body)  # from here on its close() records the call, however it ends
+    return body
+
+
+def next_chunk(call: Call, chunks: Iterator[Any]) -> bytes:
+    """Return the next chunk that isn't empty, made inside its call; b"" at the end."""
+    token = current_call.set(call)
+    try:
+        for chunk in chunks:
+            data = chunk.encode() if isinstance(chunk, str) else bytes(chunk)
+            if data:
+                return data
+        return b""
+    finally:
+        current_call.reset(token)
+
+
+def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chunk: bytes) -> Iterator[bytes]:
+    """Yield b"" once, then a body as it is made; close it and record the call at its end, or where the client goes."""
+    sent, length, recorded = 0, response.headers.get("Content-Length", type=int), False
+    try:
+        yield b""
+        while chunk:
+            sent += len(chunk)
+            if length is not None and sent >= length:
+                recorded = True
+                record(app, call, response.code, sent)
+            yield chunk
+            chunk = b"" if recorded else next_chunk(call, chunks)
+    except GeneratorExit:
+        pass  # the client has gone, or the server has had enough
+    except BaseException as error:  # the status is out: all that is left is to cut the connection
+        call.error = user_traceback(error)
+        log.error("%s: the stream broke: %s", quote(call.request.path)[:500], call.error.rstrip(), extra={"call": call.id})
+        raise ConnectionAbortedError("the function failed in the middle of its answer") from None
+    finally:
+        token = current_call.set(call)
+        for part in (chunks, response, call.request):
+            try:
+                if hasattr(part, "close"):
+                    part.close()
+            except BaseException as error:  # the function's own code; the other parts must be closed all the same
+                call.error = user_traceback(error)
+        current_call.reset(token)
+        if not recorded:
+            record(app, call, 500 if call.error else response.code, sent)
 
 
 def record(app: Any, call: Call, status: int, size: int) -> None:
@@ -3421,84 +3449,6 @@ def record_details(call: Call) -> str:
     fields = {"via": call.trigger if call.trigger != "http" else None, "try": call.attempt if call.attempt > 1 else None,
               "out": output or None, "err": call.error[-OUTPUT_BYTES:] or None}
     return "".join(f",{quote_json(key)}:{json.dumps(value)}" for key, value in fields.items() if value is not None)
-
-
-class Stream:
-    """A body that is sent as it is made, inside its call. The record is written when it ends, however it ends.
-
-    The first chunk is made before the headers go out, so that a generator that fails at once is a proper 500.
-    """
-
-    def __init__(self, app: Any, call: Call, response: Response, silent: bool) -> None:
-        self._app, self._call, self._response = app, call, response
-        self._body: Any = ()
-        self._sent, self._done = 0, False
-        self._left = response.headers.get("Content-Length", type=int)
-        self.failed: Optional[BaseException] = None  #: what the first chunk raised
-        self._first: Optional[bytes] = None
-        if silent:
-            self.close()
-            return
-        try:
-            self._body = iter(response.response)
-            self._first = self._advance()
-        except BaseException as error:
-            self.failed, self._done = error, True
-            with contextlib.suppress(Exception):
-                response.close()
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._done:
-            raise StopIteration
-        chunk, self._first = self._first, None
-        if chunk is None:
-            token = current_call.set(self._call)
-            try:
-                chunk = self._advance()
-            except BaseException as error:  # the status is out: all that is left is to cut the connection
-                self._call.error = user_traceback(error)
-                log.error("%s: the stream broke: %s", quote(self._call.request.path)[:500], self._call.error.rstrip(),
-                          extra={"call": self._call.id})
-                self.close()
-                raise ConnectionAbortedError("the function failed in the middle of its answer") from None
-            finally:
-                current_call.reset(token)
-        if chunk == b"":
-            self.close()
-            raise StopIteration
-        self._sent += len(chunk)
-        if self._left is not None and self._sent >= self._left:
-            self._record()
-        return chunk
-
-    def _advance(self) -> bytes:
-        """Return the next chunk that isn't empty; b"" at the end."""
-        for chunk in self._body:
-            data = chunk.encode() if isinstance(chunk, str) else bytes(chunk)
-            if data:
-                return data
-        return b""
-
-    def _record(self) -> None:
-        if not self._done:
-            self._done = True
-            status = 500 if self._call.error else self._response.code
-            record(self._app, self._call, status, self._sent)
-
-    def close(self) -> None:
-        """End the stream, as the server does where the client has gone."""
-        token = current_call.set(self._call)
-        for part in (self._body, self._response, self._call.request):
-            try:
-                if hasattr(part, "close"):
-                    part.close()
-            except BaseException as error:  # the function's own code; the other parts must be closed all the same
-                self._call.error = user_traceback(error)
-        current_call.reset(token)
-        self._record()
 
 
 class Capture:
@@ -3544,10 +3494,13 @@ class ErrorLog(logging.Handler):
 
     def __init__(self, path: str, max_bytes: int, backups: int) -> None:
         super().__init__(logging.WARNING)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s"))
         self._path, self._max_bytes, self._backups = path, max_bytes, backups
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append one record; a log that can't be written never fails a call."""
+        call = current_call.get(None)
+        record.request_id = getattr(record, "call", None) or (call.id if call is not None else "-")
         line = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -3572,15 +3525,6 @@ class ErrorLog(logging.Handler):
         if not self._backups:
             os.unlink(self._path)
 
-
-class LogFormat(logging.Formatter):
-    """Adds the request id of the call that is being served to every entry."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format one record."""
-        call = current_call.get(None)
-        record.request_id = getattr(record, "call", None) or (call.id if call is not None else "-")
-        return super().format(record)
 
 # == 15 ASSETS ============================================================
 # What the browser gets that isn't made per request, served from URLs of its own so that the pages' policy can forbid
@@ -4252,7 +4196,7 @@ class App:
             except BaseException as error:  # an answer that can't be sent: a session or a body that is none
                 call._session = None
                 body = respond(self, call, answer_failure(self, call, error), start_response)
-            if not isinstance(body, Stream):
+            if isinstance(body, list):
                 call.request.close()
             return body
         finally:
@@ -4301,9 +4245,7 @@ def capture_output(settings: Settings) -> None:
     log.propagate = False  # what fnserve itself has to say is not the call's output
     for handler in [handler for handler in log.handlers if isinstance(handler, ErrorLog)]:
         log.removeHandler(handler)
-    file = ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS)
-    file.setFormatter(LogFormat("%(asctime)s %(levelname)s [%(request_id)s] %(message)s"))
-    log.addHandler(file)
+    log.addHandler(ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS))
 
 
 class Background:
