@@ -4362,11 +4362,10 @@ def open_socket(settings: Settings) -> Any:
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
         return socket.socket(fileno=3)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(settings.HOST, settings.PORT, type=socket.SOCK_STREAM,
-                                                         flags=socket.AI_PASSIVE)[0]
-        opened = socket.socket(family, kind)
+        found = socket.getaddrinfo(settings.HOST, settings.PORT, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.socket(*found[:2])
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
+        opened.bind(found[4])
     except OSError as error:
         raise OSError(f"HOST={settings.HOST} PORT={settings.PORT}: can't listen there: {error.strerror}") from None
     opened.listen(BACKLOG)
@@ -4469,10 +4468,6 @@ class Pin:
         self._free: set[int] = set()  #: threads that run anywhere until their next call
         os.sched_setaffinity(0, self._core)
 
-    def watch(self) -> None:
-        """Begin to watch; waitress's own threads are there by now."""
-        sys.addaudithook(self._audit)
-
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Serve one request, pinned."""
         if self._free and threading.get_ident() in self._free:
@@ -4480,7 +4475,8 @@ class Pin:
             os.sched_setaffinity(0, self._core)
         return self._app(environ, start_response)
 
-    def _audit(self, event: str, args: Any) -> None:
+    def free(self, event: str, args: Any) -> None:
+        """Let this thread run anywhere before it starts a program or a thread; an audit hook."""
         if event in self.EVENTS:
             os.sched_setaffinity(0, self._cores)
             self._free.add(threading.get_ident())
@@ -4500,14 +4496,12 @@ class Worker:
     """One waitress that serves until it is told to stop, then finishes what it has."""
 
     def __init__(self, app: App, opened: Any, core: Optional[int] = None) -> None:
-        self._settings, self._socket, self._stopping = app.settings, opened, False
-        application: Callable[..., Any] = app
-        if core is not None:
-            application = pin = Pin(app, frozenset(os.sched_getaffinity(0)), core)
+        self._grace, self._stopping = app.settings.GRACE, False
+        pin = Pin(app, frozenset(os.sched_getaffinity(0)), core) if core is not None else None
         app.start()
-        self._server = waitress_server(application, opened, app.settings)
-        if core is not None:
-            pin.watch()
+        self._server = waitress_server(pin or app, opened, app.settings)
+        if pin is not None:
+            sys.addaudithook(pin.free)  # waitress's own threads are there by now
 
     def stop(self, *_: Any) -> None:
         """Begin to drain; a signal handler."""
@@ -4517,20 +4511,20 @@ class Worker:
     def run(self, parent: Optional[int] = None) -> None:
         """Serve until `stop`, or until the parent process is gone."""
         from waitress import wasyncore
+        turn = functools.partial(wasyncore.loop, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
         while not self._stopping and (parent is None or os.getppid() == parent):
             if parent is None:
                 notify("WATCHDOG=1")
-            wasyncore.loop(timeout=1, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
+            turn(timeout=1)
         wasyncore.dispatcher.close(self._server)  # the listening socket of this process; the trigger stays
-        until = time.monotonic() + self._settings.GRACE
+        until = time.monotonic() + self._grace
         while self._busy() and time.monotonic() < until:
-            wasyncore.loop(timeout=.05, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
-        self._server.task_dispatcher.shutdown(cancel_pending=True, timeout=.1)
+            turn(timeout=.05)
+        self._server.task_dispatcher.shutdown()
 
     def _busy(self) -> bool:
         """Tell whether a request is being read or answered; connections without one are closed."""
-        channels = list(self._server.active_channels.values())
-        for channel in channels:
+        for channel in list(self._server.active_channels.values()):
             if not channel.requests and channel.request is None and not channel.total_outbufs_len:
                 channel.handle_close()
         return bool(self._server.active_channels)
@@ -4540,17 +4534,17 @@ class Supervisor:
     """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT."""
 
     def __init__(self, app: App, opened: Any) -> None:
-        self._app, self._socket, self._settings = app, opened, app.settings
+        self._app, self._socket, self._stopping = app, opened, False
         self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, monotonic time of birth)
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
         self._backoff: dict[int, float] = {}  #: number -> seconds to wait, for workers that die at birth
-        self._stopping = False
 
     def run(self) -> int:
         """Supervise until a signal; return the exit status."""
         import select
         import signal
         reading, writing = os.pipe()
+        os.set_blocking(reading, False)
         os.set_blocking(writing, False)
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell script's background job ignores SIGINT
@@ -4560,9 +4554,7 @@ class Supervisor:
         self._replace(time.monotonic())
         notify("READY=1")
         while not self._stopping:
-            select.select([reading], [], [], 1)
-            with contextlib.suppress(BlockingIOError):
-                os.set_blocking(reading, False)
+            if select.select([reading], [], [], 1)[0]:
                 os.read(reading, 4096)
             self._reap()
             self._replace(time.monotonic())
@@ -4573,12 +4565,10 @@ class Supervisor:
         self._stopping = True
 
     def _fork(self, number: int) -> None:
-        supervisor = os.getpid()
-        pid = os.fork()
+        supervisor, pid, status = os.getpid(), os.fork(), 1
         if pid:
             self._workers[pid] = (number, time.monotonic())
             return
-        status = 1
         try:
             self._work(number, supervisor)
             status = 0
@@ -4596,7 +4586,7 @@ class Supervisor:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the supervisor passes on a stop
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self._app.rates.share = self._settings.WORKERS
+        self._app.rates.share = self._app.settings.WORKERS
         worker = Worker(self._app, self._socket, cores[number % len(cores)] if cores else None)
         signal.signal(signal.SIGTERM, worker.stop)
         if self._stopping:  # the signal came between the fork and the lines above
@@ -4616,31 +4606,31 @@ class Supervisor:
                 log.error("worker %d (process %d) ended with status %d; it is replaced", number, pid, status)
 
     def _replace(self, now: float) -> None:
-        for number, due in list(self._due.items()):
-            if due <= now:
+        for number in [number for number, due in self._due.items() if due <= now]:
+            try:
+                self._fork(number)
                 del self._due[number]
-                try:
-                    self._fork(number)
-                except OSError as error:  # no memory or no process ids left just now
-                    log.error("worker %d can't be started: %s", number, error)
-                    self._due[number] = now + 1
+            except OSError as error:  # no memory or no process ids left just now
+                log.error("worker %d can't be started: %s", number, error)
+                self._due[number] = now + 1
 
     def _drain(self) -> int:
         """Tell the workers to finish; kill those that don't within GRACE and a little."""
         import signal
         notify("STOPPING=1")
         self._socket.close()
-        for pid in self._workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        until = time.monotonic() + self._settings.GRACE + 2
+        self._signal(signal.SIGTERM)
+        until = time.monotonic() + self._app.settings.GRACE + 2
         while self._workers and time.monotonic() < until:
             self._reap()
             time.sleep(.02)
+        self._signal(signal.SIGKILL)
+        return 0
+
+    def _signal(self, number: int) -> None:
         for pid in self._workers:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return 0
+                os.kill(pid, number)
 
 
 def serve_first_look(app: App, opened: Any) -> int:
@@ -4657,8 +4647,7 @@ def serve_first_look(app: App, opened: Any) -> int:
 
     server = Server(opened.getsockname()[:2], Handler, bind_and_activate=False)
     server.socket.close()
-    server.socket = opened
-    server.server_name, server.server_port = opened.getsockname()[:2]
+    server.socket, (server.server_name, server.server_port) = opened, opened.getsockname()[:2]
     server.setup_environ()
     server.set_app(app)
     with contextlib.suppress(KeyboardInterrupt):
@@ -4685,11 +4674,6 @@ def serve(app: App) -> int:
         gc.collect()
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened).run()
-    return serve_alone(app, opened)
-
-
-def serve_alone(app: App, opened: Any) -> int:
-    """Serve in this process, without a supervisor."""
     import signal
     worker = Worker(app, opened)
     for number in (signal.SIGTERM, signal.SIGINT):
