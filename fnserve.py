@@ -3145,20 +3145,21 @@ def has_api_token(app: Any, request: Request) -> bool:
 
 def share_origin(call: Call, settings: CallSettings) -> None:
     """Let a function's other origins read its answers (CORS, Fetch standard 3.2); a preflight is answered here."""
-    origin, asked = call.request.origin, call.request.environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD")
+    request, everybody = call.request, "*" in settings.cors
 
     def add(response: Response) -> Response:
-        if "*" not in settings.cors:
+        if not everybody:
             response.headers.add("Vary", "Origin")
-        if origin and (origin in settings.cors or "*" in settings.cors):
-            response.access_control_allow_origin = "*" if "*" in settings.cors else origin
+        if request.origin and (everybody or request.origin in settings.cors):
+            response.access_control_allow_origin = "*" if everybody else request.origin
         return response
     call.after.append(add)
-    if origin and asked and call.request.method == "OPTIONS":
-        headers = call.request.headers.get("Access-Control-Request-Headers", "")
-        raise HTTPException(204, response=Response(status=204, headers={
-            "Access-Control-Allow-Methods": ", ".join(settings.methods or METHODS), "Access-Control-Max-Age": "600",
-            **({"Access-Control-Allow-Headers": headers} if headers else {})}))
+    if request.origin and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in request.environ and request.method == "OPTIONS":
+        response = Response(status=204, headers={"Access-Control-Max-Age": "600",
+                                                 "Access-Control-Allow-Methods": ", ".join(settings.methods or METHODS)})
+        if "Access-Control-Request-Headers" in request.headers:
+            response.headers["Access-Control-Allow-Headers"] = request.headers["Access-Control-Request-Headers"]
+        raise HTTPException(204, response=response)
 
 
 class Rates:
@@ -3686,10 +3687,7 @@ _VOID = ("input", "meta", "link", "rect")
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """Make one HTML element; children and attribute values are escaped unless they are Markup.
-
-    ``class_`` is class, ``aria_label`` is aria-label; None and False leave an attribute out, True gives it no value.
-    """
+    """Make one HTML element, escaping what isn't Markup: ``data_x=`` is data-x, False and None leave it out, True is bare."""
     shown = "".join(f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
                     for key, value in attributes.items() if value is not None and value is not False)
     return Markup(f"<{name}{shown}>" if name in _VOID else f"<{name}{shown}>{join(*children)}</{name}>")
@@ -3752,14 +3750,14 @@ def local_time(moment: Optional[float]) -> str:
 
 def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 200) -> Response:
     """Make a page: head, menu, what has just been done (``?done=saved``), body."""
-    t, done = Texts(call), call.request.args.get("done")
+    t, last = Texts(call), call.request.args.get("done")
     links = [tag("a", t(key), href=url, aria_current="page" if url == call.request.path else None)
              for key, url in MENU.items() if menu]
     head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} · fnserve"),
                tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
                tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"),
                tag("link", rel="icon", href="data:,"))
-    news = note(t(done)) if menu and done in ("saved", "deleted", "restored", "cleared") else None
+    news = note(t(last)) if menu and last in ("saved", "deleted", "restored", "cleared") else None
     content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), news, *body),
                   tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
     return Response("<!doctype html>\n" + tag("html", head, content, lang=t.lang), status, PAGE_HEADERS, "text/html")
@@ -3879,7 +3877,7 @@ def view_list(app: Any, call: Call) -> Response:
     rows = function_rows(app)
     if wants_json(call):
         return as_json({"functions": rows})
-    t, sparks = Texts(call), hour_of_calls(app, call.started)
+    t, sparks = Texts(call), timeline(app, int(call.started) // 60 - 59, 3, 20)
     columns = {"name": None, "calls": "n", "errors": "n", "last": "n soft wide", "hour": "wide", "status": None}
     shown = table(t, columns, "none", ((
         join(link(row["name"], "/function/edit_function", module_name=row["name"]), tag("div", row["summary"], class_="soft"),
@@ -3899,13 +3897,13 @@ def function_links(t: Texts, name: str) -> Markup:
                link(t("delete"), "/function/delete_function", "bad", module_name=name), class_="row soft")
 
 
-def hour_of_calls(app: Any, now: float) -> dict[str, list[int]]:
-    """Return each function's calls of the last hour, in 20 steps of 3 minutes."""
+def timeline(app: Any, first: int, step: int, steps: int) -> dict[str, list[int]]:
+    """Return each function's calls from the minute `first` on, in so many steps of `step` minutes."""
     found: dict[str, list[int]] = {}
-    first = int(now) // 60 - 59
-    for minute, endpoint, calls in app.store.read("SELECT minute, endpoint, calls FROM fn_minutes WHERE minute >= ?", first):
-        if minute - first < 60:
-            found.setdefault(endpoint[10:], [0] * 20)[(minute - first) // 3] += calls
+    for minute, endpoint, calls in app.store.read(
+            "SELECT minute, endpoint, calls FROM fn_minutes WHERE minute >= ? AND minute < ? AND endpoint LIKE '/function/%'",
+            first, first + step * steps):
+        found.setdefault(endpoint[10:], [0] * steps)[(minute - first) // step] += calls
     return found
 
 
@@ -3915,14 +3913,6 @@ def read_current(app: Any, name: str) -> tuple[bytes, int]:
         raise HTTPException(404, f'Function "{name[:100]}" not found')
     source = read_source(app.functions.path(name))
     return source, app.functions.versions.remember(name, source, loaded=False)
-
-
-def check_new_name(app: Any, t: Texts, name: str) -> None:
-    """Refuse a name that can't be a function's, or is one's already."""
-    if not valid_name(name) or name in app.reserved:
-        raise HTTPException(400, t("bad_name"))
-    if os.path.exists(app.functions.path(name)):
-        raise HTTPException(409, t("exists"))
 
 
 def store_code(app: Any, t: Texts, name: str, code: str) -> int:
@@ -3970,9 +3960,11 @@ def view_save(app: Any, call: Call) -> Response:
     name, code, seen = text_field(sent, "module_name").strip(), text_field(sent, "code"), str(sent.get("version") or "")
     original = (text_field(sent, "original_name") or name) if call.request.path == "/function/update_function" else None
     try:
-        if name != original:
-            check_new_name(app, t, name)
-        elif str(read_current(app, name)[1]) != seen and seen:
+        if name != original and (not valid_name(name) or name in app.reserved):
+            raise HTTPException(400, t("bad_name"))
+        if name != original and os.path.exists(app.functions.path(name)):
+            raise HTTPException(409, t("exists"))
+        if name == original and str(read_current(app, name)[1]) != seen and seen:
             raise HTTPException(409, t("stale"))
         version = store_code(app, t, name, code)
     except HTTPException as error:
@@ -4029,11 +4021,8 @@ def view_stats(app: Any, call: Call) -> Response:
     rows = stats_rows(app, call.started)
     if wants_json(call):
         return as_json({"stats": {row["name"]: row["calls"] for row in rows}})
-    t, first, hours = Texts(call), int(call.started) // 3600 - 23, [0] * 24
-    for minute, calls in app.store.read("SELECT minute, sum(calls) FROM fn_minutes WHERE minute >= ? AND endpoint LIKE"
-                                        " '/function/%' GROUP BY minute", first * 60):
-        if minute // 60 - first < 24:
-            hours[minute // 60 - first] += calls
+    t, days = Texts(call), timeline(app, (int(call.started) // 3600 - 23) * 60, 60, 24).values()
+    hours = [sum(calls) for calls in zip([0] * 24, *days)]
     shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n"}, "no_calls", (
         (row["name"], row["calls"], row["errors"], *(f"{row[key] * 1000:.0f} ms" for key in ("p50", "p95"))) for row in rows))
     chart = tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card")
@@ -4243,8 +4232,7 @@ def capture_output(settings: Settings) -> None:
         root.addHandler(shown)
         root.setLevel(min(root.level or logging.INFO, logging.INFO))
     log.propagate = False  # what fnserve itself has to say is not the call's output
-    for handler in [handler for handler in log.handlers if isinstance(handler, ErrorLog)]:
-        log.removeHandler(handler)
+    log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, ErrorLog)]
     log.addHandler(ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS))
 
 
@@ -4312,8 +4300,7 @@ def prepare(directory: str = ".", **options: Any) -> App:
     made = make_secrets(settings)
     app = App(settings)
     app.store.check()
-    if made.get("SECRET_TOKEN"):
-        # to a terminal only: stderr that is a file or systemd's journal is a log
+    if made.get("SECRET_TOKEN"):  # to a terminal only: stderr that is a file or systemd's journal is a log
         shown = made["SECRET_TOKEN"] if sys.stderr.isatty() else "in .env.local, as SECRET_TOKEN"
         sys.stderr.write(f"The password of the admin pages is {shown}\n")
     for path in exposed_files(settings):
@@ -4565,7 +4552,8 @@ class Supervisor:
         self._stopping = True
 
     def _fork(self, number: int) -> None:
-        supervisor, pid, status = os.getpid(), os.fork(), 1
+        supervisor = os.getpid()
+        pid, status = os.fork(), 1
         if pid:
             self._workers[pid] = (number, time.monotonic())
             return
