@@ -3753,10 +3753,9 @@ def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 20
     t, last = Texts(call), call.request.args.get("done")
     links = [tag("a", t(key), href=url, aria_current="page" if url == call.request.path else None)
              for key, url in MENU.items() if menu]
-    head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} · fnserve"),
-               tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
-               tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"),
-               tag("link", rel="icon", href="data:,"))
+    head = tag("head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
+               tag("title", f"{title} · fnserve"), tag("link", rel="icon", href="data:,"),
+               tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"))
     news = note(t(last)) if menu and last in ("saved", "deleted", "restored", "cleared") else None
     content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), news, *body),
                   tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
@@ -4282,15 +4281,16 @@ class Background:
 
     def _lead(self) -> bool:
         """Tell whether this process does the work that is done once; the kernel passes the lock on at its death."""
-        if self._handle < 0:
-            os.makedirs(self._app.journal.directory, exist_ok=True)
-            handle = os.open(os.path.join(self._app.journal.directory, "leader.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                flock(handle, LOCK_EX | LOCK_NB)
-            except OSError:
-                os.close(handle)
-                return False
-            self._handle = handle
+        if self._handle >= 0:
+            return True
+        os.makedirs(self._app.journal.directory, exist_ok=True)
+        handle = os.open(os.path.join(self._app.journal.directory, "leader.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            flock(handle, LOCK_EX | LOCK_NB)
+        except OSError:
+            os.close(handle)
+            return False
+        self._handle = handle
         return True
 
 
@@ -4524,7 +4524,7 @@ class Supervisor:
         self._app, self._socket, self._stopping = app, opened, False
         self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, monotonic time of birth)
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
-        self._backoff: dict[int, float] = {}  #: number -> seconds to wait, for workers that die at birth
+        self._backoff = dict.fromkeys(self._due, 0.0)  #: number -> seconds to wait, for workers that die at birth
 
     def run(self) -> int:
         """Supervise until a signal; return the exit status."""
@@ -4589,7 +4589,7 @@ class Supervisor:
             number, born = self._workers.pop(pid, (-1, 0.0))
             if number >= 0 and not self._stopping:
                 young = time.monotonic() - born < BIRTH_SECONDS
-                self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff.get(number, 0) * 2)) if young else 0.0
+                self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff[number] * 2)) if young else 0.0
                 self._due[number] = time.monotonic() + self._backoff[number]
                 log.error("worker %d (process %d) ended with status %d; it is replaced", number, pid, status)
 
@@ -4773,9 +4773,8 @@ def cmd_logs(arguments: Any, options: dict[str, Any]) -> int:
         rows = read_calls(app, arguments.name or "", limit=arguments.n if not after else 1000, after=after)
         for row in reversed(rows):
             print(f"{local_time(row['time'])} {row['id']} {row['status']} {row['ms']:8.1f} ms {row['method']} {row['path']}")
-            for text in (row["output"], row["error"]):
-                if text:
-                    print("    " + text.rstrip().replace("\n", "\n    "))
+            for text in filter(None, (row["output"], row["error"])):
+                print("    " + text.rstrip().replace("\n", "\n    "))
         after = max([after] + [row["number"] for row in rows])
         if not arguments.follow:
             return 0
