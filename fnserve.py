@@ -430,6 +430,11 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
         """Yield (key, first value), or every pair with `multi`."""
         return ((key, value) for key, values in super().items() for value in (values if multi else values[:1]))
 
+    def update(self, pairs: Any = (), **more: Any) -> None:  # type: ignore[override]
+        """Add the values of a mapping or of pairs, as Werkzeug's does."""
+        for key, value in [*MultiDict(pairs).items(multi=True), *more.items()]:
+            self.add(key, value)
+
     def lists(self) -> Iterator[tuple[str, list[Any]]]:
         """Yield (key, all values)."""
         return ((key, list(values)) for key, values in super().items())
@@ -894,9 +899,9 @@ class lazy:
         return value
 
 
-def _sent(key: str, cast: Callable[[str], Any], doc: str, empty: Any = None) -> property:
-    """Make a property of Request that reads one key of the environ; `empty` where it is missing or blank."""
-    return property(lambda self: cast(self.environ[key]) if self.environ.get(key) else empty, doc=doc)
+def _sent(key: str, cast: Callable[[str], Any], doc: str, always: bool = False) -> property:
+    """Make a property of Request that reads one key of the environ; None where it is missing or blank, unless `always`."""
+    return property(lambda self: cast(self.environ.get(key, "")) if always or self.environ.get(key) else None, doc=doc)
 
 
 class _Input(io.RawIOBase):
@@ -947,17 +952,17 @@ class Request:
     remote_addr = _sent("REMOTE_ADDR", str, "The client's address; the proxy's word is taken only from TRUSTED_PROXY.")
     remote_user = _sent("REMOTE_USER", str, "Who the server in front says this is, or None.")
     authorization = _sent("HTTP_AUTHORIZATION", parse_authorization, "The Authorization header, or None.")
-    user_agent = _sent("HTTP_USER_AGENT", UserAgent, "The User-Agent header.", UserAgent())
+    user_agent = _sent("HTTP_USER_AGENT", UserAgent, "The User-Agent header.", True)
     date = _sent("HTTP_DATE", parse_date, "The Date header as a datetime, or None.")
     if_modified_since = _sent("HTTP_IF_MODIFIED_SINCE", parse_date, "That header as a datetime, or None.")
     if_unmodified_since = _sent("HTTP_IF_UNMODIFIED_SINCE", parse_date, "That header as a datetime, or None.")
-    if_match = _sent("HTTP_IF_MATCH", ETags, "The If-Match header.", ETags(""))
-    if_none_match = _sent("HTTP_IF_NONE_MATCH", ETags, "The If-None-Match header.", ETags(""))
-    cache_control = _sent("HTTP_CACHE_CONTROL", CacheControl, "The Cache-Control header.", CacheControl(""))
-    accept_mimetypes = _sent("HTTP_ACCEPT", Accept, "The Accept header.", Accept(""))
-    accept_languages = _sent("HTTP_ACCEPT_LANGUAGE", Accept, "The Accept-Language header.", Accept(""))
-    accept_encodings = _sent("HTTP_ACCEPT_ENCODING", Accept, "The Accept-Encoding header.", Accept(""))
-    accept_charsets = _sent("HTTP_ACCEPT_CHARSET", Accept, "The Accept-Charset header.", Accept(""))
+    if_match = _sent("HTTP_IF_MATCH", ETags, "The If-Match header.", True)
+    if_none_match = _sent("HTTP_IF_NONE_MATCH", ETags, "The If-None-Match header.", True)
+    cache_control = _sent("HTTP_CACHE_CONTROL", CacheControl, "The Cache-Control header.", True)
+    accept_mimetypes = _sent("HTTP_ACCEPT", Accept, "The Accept header.", True)
+    accept_languages = _sent("HTTP_ACCEPT_LANGUAGE", Accept, "The Accept-Language header.", True)
+    accept_encodings = _sent("HTTP_ACCEPT_ENCODING", Accept, "The Accept-Encoding header.", True)
+    accept_charsets = _sent("HTTP_ACCEPT_CHARSET", Accept, "The Accept-Charset header.", True)
     scheme = property(lambda self: self.environ.get("wsgi.url_scheme", "http"), doc="http or https.")
     is_secure = property(lambda self: self.scheme == "https", doc="Whether the client came by https.")
     _query = property(lambda self: self.environ.get("QUERY_STRING", ""))
@@ -3099,6 +3104,7 @@ CRON_FIELDS: dict[str, tuple[int, int, str]] = {  # name: (least, most, names of
 CRON_DEFAULTS = dict(zip(CRON_FIELDS, ("*", "1", "1", "*", "*", "0", "0", "0")))
 INTERVAL_FIELDS = {"weeks": 604_800, "days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
 COMMON_FIELDS = ("start_date", "end_date", "jitter", "timezone")
+TRIGGER_FIELDS = {*CRON_FIELDS, *INTERVAL_FIELDS, *COMMON_FIELDS, "run_date"}
 NICKNAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
              "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
 ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "last")
@@ -3234,9 +3240,9 @@ class Trigger:
             self._cron = Cron(fields, either)
         elif kind == "interval":
             self._every = sum(self._positive(name, 0) * unit for name, unit in INTERVAL_FIELDS.items()) or 1
-            self._start = self._start if self._start > 0 else now + self._every
         else:
             self._start = self._moment("run_date", now)
+        self._anchor = self._start if self._start > float("-inf") else now  # without a start the clock may be put back
 
     def next(self, after: float) -> Optional[float]:
         """Return the first time after `after`."""
@@ -3253,7 +3259,7 @@ class Trigger:
             return self._next_cron(max(after, self._start - .001))
         if self.kind == "date" or after < self._start:
             return self._start if after < self._start else None
-        return self._start + ((after - self._start) // self._every + 1) * self._every
+        return self._anchor + ((after - self._anchor) // self._every + 1) * self._every
 
     def _next_cron(self, after: float) -> Optional[float]:
         import datetime
@@ -3491,9 +3497,9 @@ class Queue:
         rows = self._store.rows("SELECT * FROM fn_queue WHERE id = ?", number)
         return rows[0] if rows else None
 
-    def finish(self, row: Any, retries: int, status: int, headers: str, answer: bytes, error: str) -> None:
+    def finish(self, row: Any, retries: int, failed: bool, status: int, headers: str, answer: bytes, error: str) -> None:
         """Store how a run ended: done, or for a failure due again after 1, 2, 4, ... seconds each half off at most, or dead."""
-        now, failed = self.clock(), status >= 500
+        now = self.clock()
         again = failed and row["attempts"] <= (retries if row["retries"] is None else row["retries"])
         wait = min(2.0 ** (row["attempts"] - 1), MAX_BACKOFF_SECONDS) * (.5 + int.from_bytes(os.urandom(2), "big") / 65536)
         state = "waiting" if again else "dead" if failed else "done"
@@ -3837,13 +3843,6 @@ class Route(NamedTuple):
     basic: bool = False  #: HTTP Basic with SECRET_TOKEN as the password will do
 
 
-class Target(NamedTuple):
-    """What a path leads to: a route, or a function and the rest of the path."""
-    route: Optional[Route]
-    function: Optional[Function] = None
-    subpath: str = ""
-
-
 def handle(app: Any, call: Call) -> Response:
     """Make the answer to a call. Whatever goes wrong becomes a response here and nowhere else."""
     try:
@@ -3855,33 +3854,40 @@ def handle(app: Any, call: Call) -> Response:
     return finish(app, call, response) if call.after or call.hooks else response
 
 
-def resolve(app: Any, call: Call) -> Target:
-    """Find what serves the path; 404 where nothing does."""
+def resolve(app: Any, call: Call) -> Union[Route, Function]:
+    """Find what serves the path, a route or a function; 404 where nothing does."""
     path = call.request.path
-    if path.startswith("/function/"):
-        name = path[10:]
-        function, subpath = app.functions.resolve(name)
+    of_function = path.startswith("/function/")
+    if of_function:
+        function, subpath = app.functions.resolve(path[10:])
         if function is not None:
             call.function = call.request.endpoint = function.name
             call.request.view_args = {"func_name": function.name, "subpath": subpath}
-            return Target(None, function, subpath)
+            return function
     route = app.routes.get(path) or app.routes.get(path[:path.find("/", 1) + 1] + "*")
-    if route is not None and not (route.admin and not app.settings.ADMIN):
+    if route is not None and (app.settings.ADMIN or not route.admin):
         call.route = call.request.endpoint = path
-        return Target(route)
-    if path.startswith("/function/"):
-        first = path[10:].partition("/")[0]
-        if first in app.protected and app.settings.ADMIN:  # like the others, so that names can't be probed
-            require_admin(app, call)
-        raise HTTPException(404, f'Function "{first[:100]}" not found')
-    raise HTTPException(404, "Not found")
+        return route
+    if not of_function:
+        raise HTTPException(404, "Not found")
+    first = path[10:].partition("/")[0]
+    if first in app.protected and app.settings.ADMIN:  # like the others, so that names can't be probed
+        require_admin(app, call)
+    raise HTTPException(404, f'Function "{first[:100]}" not found')
 
 
-def gate(app: Any, call: Call, target: Target) -> None:
+def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     """Refuse what may not be served: method, login, origin, rate, size."""
     request = call.request
-    if target.function is not None:
-        code = call.code = target.function.code
+    if isinstance(target, Route):
+        if request.method not in target.methods:
+            raise HTTPException(405, headers=[("Allow", ", ".join(target.methods))])
+        if target.admin:
+            require_admin(app, call, target.basic)
+        else:
+            request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
+    else:
+        code = call.code = target.code
         if code is not None and code.settings is not PLAIN:
             gate_function(app, call, code.settings)
             call.deadline = call.started + (code.settings.timeout or app.settings.TIMEOUT)
@@ -3889,13 +3895,6 @@ def gate(app: Any, call: Call, target: Target) -> None:
             if not app.settings.ADMIN:
                 raise HTTPException(404, f'Function "{call.function}" not found')
             require_admin(app, call)
-    elif target.route is not None:
-        if request.method not in target.route.methods:
-            raise HTTPException(405, headers=[("Allow", ", ".join(target.route.methods))])
-        if target.route.admin:
-            require_admin(app, call, target.route.basic)
-        else:
-            request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
     length = request.content_length
     if length is not None and length > request.max_content_length:
         raise HTTPException(413)
@@ -3913,9 +3912,7 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
         return
     if allowed and request.method not in allowed:
         raise HTTPException(405, headers=[("Allow", ", ".join(dict.fromkeys(allowed)))])
-    if settings.auth == "login":
-        require_admin(app, call)
-    elif settings.auth == "token" and not has_api_token(app, request):
+    if settings.auth == "login" or settings.auth == "token" and not has_api_token(app, request):
         require_admin(app, call)
     if settings.rate[0]:
         app.rates.take(call, settings.rate)
@@ -3975,9 +3972,11 @@ def run_queued(app: Any, row: Any) -> None:
     environ["CONTENT_LENGTH"] = str(len(body))
     response = Client(app).run(environ)
     settings = run.call.code.settings if run.call and run.call.code else PLAIN
-    failed = run.call.error if run.call and run.call.error else response.status if response.code >= 500 else ""
+    gone = run.call is None or run.call.function is None
+    error = run.call.error if run.call and run.call.error else response.status if gone or response.code >= 500 else ""
     try:
-        app.queue.finish(row, settings.retries, response.code, dump_json(list(response.headers)), response.get_data(), failed)
+        app.queue.finish(row, settings.retries, gone or response.code >= 500, response.code, dump_json(list(response.headers)),
+                         response.get_data(), error)
     except sqlite3.Error as error:  # it is given back when this process ends, and runs once more
         log.error("%s: the end of its queued call could not be stored: %s", row["function"], error)
 
@@ -3991,20 +3990,21 @@ def has_api_token(app: Any, request: Request) -> bool:
 
 def share_origin(call: Call, settings: CallSettings) -> None:
     """Let a function's other origins read its answers (CORS, Fetch standard 3.2); a preflight is answered here."""
-    origin, asked = call.request.origin, call.request.environ.get("HTTP_ACCESS_CONTROL_REQUEST_METHOD")
+    request, everybody = call.request, "*" in settings.cors
 
     def add(response: Response) -> Response:
-        if "*" not in settings.cors:
+        if not everybody:
             response.headers.add("Vary", "Origin")
-        if origin and (origin in settings.cors or "*" in settings.cors):
-            response.access_control_allow_origin = "*" if "*" in settings.cors else origin
+        if request.origin and (everybody or request.origin in settings.cors):
+            response.access_control_allow_origin = "*" if everybody else request.origin
         return response
     call.after.append(add)
-    if origin and asked and call.request.method == "OPTIONS":
-        headers = call.request.headers.get("Access-Control-Request-Headers", "")
-        raise HTTPException(204, response=Response(status=204, headers={
-            "Access-Control-Allow-Methods": ", ".join(settings.methods or METHODS), "Access-Control-Max-Age": "600",
-            **({"Access-Control-Allow-Headers": headers} if headers else {})}))
+    if request.origin and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in request.environ and request.method == "OPTIONS":
+        response = Response(status=204, headers={"Access-Control-Max-Age": "600",
+                                                 "Access-Control-Allow-Methods": ", ".join(settings.methods or METHODS)})
+        if "Access-Control-Request-Headers" in request.headers:
+            response.headers["Access-Control-Allow-Headers"] = request.headers["Access-Control-Request-Headers"]
+        raise HTTPException(204, response=response)
 
 
 class Rates:
@@ -4029,21 +4029,21 @@ class Rates:
             recent.append(call.started)
 
 
-def run(app: Any, call: Call, target: Target) -> Any:
+def run(app: Any, call: Call, target: Union[Route, Function]) -> Any:
     """Call the view or the function, and return what it returns."""
-    function, code = target.function, call.code
-    if function is None:
-        return target.route.view(app, call)  # type: ignore[union-attr]
+    if isinstance(target, Route):
+        return target.view(app, call)
+    code = call.code
     if code is None:
-        raise function.error or LoadError("it could not be loaded")
-    call.hooks = app.functions.hooks(function.name)
+        raise target.error or LoadError("it could not be loaded")
+    call.hooks = app.functions.hooks(target.name)
     for hook in call.hooks:
         value = hook.before_request(call.request) if hasattr(hook, "before_request") else None
         if value is not None:
             return value
     if call.run.entry:
         return call_job(call)
-    return call_entry(app, call, code.entries[""] if "" in code.entries else choose_entry(call, function, code))
+    return call_entry(app, call, code.entries[""] if "" in code.entries else choose_entry(call, target, code))
 
 
 def choose_entry(call: Call, function: Function, code: Code) -> Entry:
@@ -4099,9 +4099,7 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
         except BaseException as again:
             error = again
             break
-    if isinstance(error, HTTPException):
-        return answer_error(app, call, error)
-    return answer_failure(app, call, error)
+    return answer_error(app, call, error) if isinstance(error, HTTPException) else answer_failure(app, call, error)
 
 
 def find_handlers_of(call: Call, error: BaseException) -> Iterator[Callable[[Any], Any]]:
@@ -4161,31 +4159,24 @@ def is_cross_site(request: Request) -> bool:
 
 
 def check_token(app: Any, call: Call, token: str) -> bool:
-    """Compare with SECRET_TOKEN; five failures in five minutes from one address are a 429 in every worker.
-
-    An attempt is counted before it is compared, so that a hundred at once get no more tries than five.
-    """
+    """Compare with SECRET_TOKEN; five failures in five minutes from one address are a 429 in every worker."""
     if not app.settings.SECRET_TOKEN or not token:
         return False
+    address = client_network(call.request.remote_addr or "")
     try:
-        return _count_and_compare(app, call, token)
+        with app.store.write() as connection:  # counts and compares in one, so that a hundred at once get no more tries
+            now = app.clock()  # not when the request began: those under way together must count each other
+            first, count = connection.execute("SELECT min(at), count(*) FROM fn_failures WHERE address = ? AND at > ? AND"
+                                              " at <= ?", (address, now - FAILURE_SECONDS, now)).fetchone()
+            right = same_secret(token, app.settings.SECRET_TOKEN) and count < FAILURES
+            if right and count:
+                connection.execute("DELETE FROM fn_failures WHERE address = ?", (address,))
+            elif not right and count < FAILURES:
+                connection.execute("INSERT INTO fn_failures VALUES (?, ?)", (address, now))
     except sqlite3.Error:
         raise HTTPException(503, "The database can't be written to", [("Retry-After", "5")]) from None
-
-
-def _count_and_compare(app: Any, call: Call, token: str) -> bool:
-    address = client_network(call.request.remote_addr or "")
-    with app.store.write() as connection:
-        now = app.clock()  # not when the request began: those under way together must count each other
-        since = connection.execute("SELECT min(at), count(*) FROM fn_failures WHERE address = ? AND at > ? AND at <= ?",
-                                   (address, now - FAILURE_SECONDS, now)).fetchone()
-        right = same_secret(token, app.settings.SECRET_TOKEN) and since[1] < FAILURES
-        if right and since[1]:
-            connection.execute("DELETE FROM fn_failures WHERE address = ?", (address,))
-        elif not right and since[1] < FAILURES:
-            connection.execute("INSERT INTO fn_failures VALUES (?, ?)", (address, now))
-    if since[1] >= FAILURES:
-        wait = max(1, int(since[0] + FAILURE_SECONDS - now) + 1)
+    if count >= FAILURES:
+        wait = max(1, int(first + FAILURE_SECONDS - now) + 1)
         raise HTTPException(429, "Too many failed logins", [("Retry-After", str(wait))])
     return right
 
@@ -4206,10 +4197,8 @@ def answer_error(app: Any, call: Call, error: HTTPException) -> Response:
     if error.response is not None:
         return error.response
     wants_page = call.request.accept_mimetypes.best_match(("application/json", "text/html")) == "text/html"
-    if wants_page and app.error_page is not None and call.route != "(unknown)" or wants_page and error.code == 401:
-        response: Response = app.error_page(app, call, error)
-    else:
-        response = json_error(call, error)
+    ours = call.route != "(unknown)" or error.code == 401
+    response: Response = app.error_page(call, error) if wants_page and ours else json_error(call, error)
     response.status = error.code
     for name, value in error.headers:
         response.headers[name] = value
@@ -4226,8 +4215,7 @@ def answer_failure(app: Any, call: Call, error: BaseException) -> Response:
     """Log a failure, the traceback for the admin only, and answer 500."""
     call.failed = error
     call.error = error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error)
-    log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(),
-              extra={"call": call.id})
+    log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(), extra={"call": call.id})
     return json_error(call, HTTPException(500, "Function execution failed"))
 
 
@@ -4247,12 +4235,61 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
         record(app, call, response.code, 0 if bare else len(body))
         start_response(response.status, headers)
         return [b"" if bare or call.request.method == "HEAD" else body]
-    headers = headers + [("X-Request-Id", call.id)]
-    stream = Stream(app, call, response, call.request.method == "HEAD" or bare)
-    if stream.failed is not None:
-        return respond(app, call, answer_failure(app, call, stream.failed), start_response)
-    start_response(response.status, headers)
-    return stream
+    try:
+        chunks = iter(() if bare or call.request.method == "HEAD" else response.response)
+        chunk = next_chunk(call, chunks)  # before the headers go out, so that what fails at once is a proper 500
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            response.close()
+        return respond(app, call, answer_failure(app, call, error), start_response)
+    start_response(response.status, headers + [("X-Request-Id", call.id)])
+    body = stream(app, call, response, chunks, chunk)
+    next(body)  # from here on its close() records the call, however it ends
+    return body
+
+
+def next_chunk(call: Call, chunks: Iterator[Any]) -> bytes:
+    """Return the next chunk that isn't empty, made inside its call; b"" at the end."""
+    token = current_call.set(call)
+    try:
+        for chunk in chunks:
+            data = chunk.encode() if isinstance(chunk, str) else bytes(chunk)
+            if data:
+                return data
+        return b""
+    finally:
+        current_call.reset(token)
+
+
+def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chunk: bytes) -> Iterator[bytes]:
+    """Yield b"" once, then a body as it is made; close it and record the call at its end, or where the client goes."""
+    sent, length, recorded = 0, response.headers.get("Content-Length", type=int), False
+    try:
+        yield b""
+        while chunk:
+            sent += len(chunk)
+            if length is not None and sent >= length:
+                recorded = True
+                record(app, call, response.code, sent)
+            yield chunk
+            chunk = b"" if recorded else next_chunk(call, chunks)
+    except GeneratorExit:
+        pass  # the client has gone, or the server has had enough
+    except BaseException as error:  # the status is out: all that is left is to cut the connection
+        call.error = user_traceback(error)
+        log.error("%s: the stream broke: %s", quote(call.request.path)[:500], call.error.rstrip(), extra={"call": call.id})
+        raise ConnectionAbortedError("the function failed in the middle of its answer") from None
+    finally:
+        token = current_call.set(call)
+        for part in (chunks, response, call.request):
+            try:
+                if hasattr(part, "close"):
+                    part.close()
+            except BaseException as error:  # the function's own code; the other parts must be closed all the same
+                call.error = user_traceback(error)
+        current_call.reset(token)
+        if not recorded:
+            record(app, call, 500 if call.error else response.code, sent)
 
 
 def record(app: Any, call: Call, status: int, size: int) -> None:
@@ -4279,84 +4316,6 @@ def record_details(call: Call) -> str:
     fields = {"via": call.trigger if call.trigger != "http" else None, "try": call.attempt if call.attempt > 1 else None,
               "out": output or None, "err": call.error[-OUTPUT_BYTES:] or None}
     return "".join(f",{quote_json(key)}:{json.dumps(value)}" for key, value in fields.items() if value is not None)
-
-
-class Stream:
-    """A body that is sent as it is made, inside its call. The record is written when it ends, however it ends.
-
-    The first chunk is made before the headers go out, so that a generator that fails at once is a proper 500.
-    """
-
-    def __init__(self, app: Any, call: Call, response: Response, silent: bool) -> None:
-        self._app, self._call, self._response = app, call, response
-        self._body: Any = ()
-        self._sent, self._done = 0, False
-        self._left = response.headers.get("Content-Length", type=int)
-        self.failed: Optional[BaseException] = None  #: what the first chunk raised
-        self._first: Optional[bytes] = None
-        if silent:
-            self.close()
-            return
-        try:
-            self._body = iter(response.response)
-            self._first = self._advance()
-        except BaseException as error:
-            self.failed, self._done = error, True
-            with contextlib.suppress(Exception):
-                response.close()
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._done:
-            raise StopIteration
-        chunk, self._first = self._first, None
-        if chunk is None:
-            token = current_call.set(self._call)
-            try:
-                chunk = self._advance()
-            except BaseException as error:  # the status is out: all that is left is to cut the connection
-                self._call.error = user_traceback(error)
-                log.error("%s: the stream broke: %s", quote(self._call.request.path)[:500], self._call.error.rstrip(),
-                          extra={"call": self._call.id})
-                self.close()
-                raise ConnectionAbortedError("the function failed in the middle of its answer") from None
-            finally:
-                current_call.reset(token)
-        if chunk == b"":
-            self.close()
-            raise StopIteration
-        self._sent += len(chunk)
-        if self._left is not None and self._sent >= self._left:
-            self._record()
-        return chunk
-
-    def _advance(self) -> bytes:
-        """Return the next chunk that isn't empty; b"" at the end."""
-        for chunk in self._body:
-            data = chunk.encode() if isinstance(chunk, str) else bytes(chunk)
-            if data:
-                return data
-        return b""
-
-    def _record(self) -> None:
-        if not self._done:
-            self._done = True
-            status = 500 if self._call.error else self._response.code
-            record(self._app, self._call, status, self._sent)
-
-    def close(self) -> None:
-        """End the stream, as the server does where the client has gone."""
-        token = current_call.set(self._call)
-        for part in (self._body, self._response, self._call.request):
-            try:
-                if hasattr(part, "close"):
-                    part.close()
-            except BaseException as error:  # the function's own code; the other parts must be closed all the same
-                self._call.error = user_traceback(error)
-        current_call.reset(token)
-        self._record()
 
 
 class Capture:
@@ -4402,10 +4361,13 @@ class ErrorLog(logging.Handler):
 
     def __init__(self, path: str, max_bytes: int, backups: int) -> None:
         super().__init__(logging.WARNING)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s"))
         self._path, self._max_bytes, self._backups = path, max_bytes, backups
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append one record; a log that can't be written never fails a call."""
+        call = current_call.get(None)
+        record.request_id = getattr(record, "call", None) or (call.id if call is not None else "-")
         line = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -4431,93 +4393,69 @@ class ErrorLog(logging.Handler):
             os.unlink(self._path)
 
 
-class LogFormat(logging.Formatter):
-    """Adds the request id of the call that is being served to every entry."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format one record."""
-        call = current_call.get(None)
-        record.request_id = getattr(record, "call", None) or (call.id if call is not None else "-")
-        return super().format(record)
-
 # == 15 ASSETS ============================================================
 # What the browser gets that isn't made per request, served from URLs of its own so that the pages' policy can forbid
 # everything inline. Plain strings, nothing else.
 
-CSS = """
+CSS = """\
 :root{color-scheme:light dark;--ink:#1b2733;--soft:#5b6b7a;--line:#d9e0e6;--paper:#fff;--back:#f4f6f8;--main:#0b6b57;
 --warn:#b3261e;--good:#1d7a3e;--mark:#fdecea}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9fb0bf;--line:#33414d;--paper:#18212a;--back:#10171e;
 --main:#57c7ae;--warn:#ff8a80;--good:#7bd88f;--mark:#4a2422}}
-*{box-sizing:border-box}
+*{box-sizing:border-box} a{color:var(--main)} h1{font-size:1.35rem;margin:.4rem 0 1rem}
 body{margin:0;background:var(--back);color:var(--ink);font:16px/1.5 system-ui,"Noto Sans TC","PingFang TC",sans-serif}
-header{background:var(--paper);border-bottom:1px solid var(--line);padding:0 1rem;display:flex;flex-wrap:wrap;
-align-items:center;gap:.25rem 1.1rem}
-header b{font-size:1.1rem;color:var(--main);padding:.7rem 0}
-header a{color:var(--ink);text-decoration:none;padding:.7rem 0}
-header a[aria-current]{box-shadow:inset 0 -3px var(--main)}
-main{max-width:70rem;margin:0 auto;padding:1rem}
-h1{font-size:1.35rem;margin:.4rem 0 1rem}
-a{color:var(--main)}
+header{background:var(--paper);border-bottom:1px solid var(--line);padding:0 1rem;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem}
+header b{font-size:1.1rem;color:var(--main)} header *{padding:.7rem 0} header a{color:var(--ink);text-decoration:none}
+header{align-items:center} header a[aria-current]{box-shadow:inset 0 -3px var(--main)}
+main{max-width:70rem;margin:0 auto;padding:1rem} .narrow{max-width:24rem;margin:10vh auto} .scroll{overflow-x:auto}
 .card{background:var(--paper);border:1px solid var(--line);border-radius:.6rem;padding:1rem;margin-bottom:1rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%}
+.note{border-left:4px solid var(--main)} .note.bad{border-left-color:var(--warn);background:var(--mark);color:var(--ink)}
+.bad{color:var(--warn)} .good{color:var(--good)} .soft{color:var(--soft);font-size:.9rem}
+.row{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center} label{display:block;font-weight:600;margin:.7rem 0 .25rem}
+table{border-collapse:collapse;width:100%} tr:last-child td{border-bottom:0}
 th,td{text-align:left;padding:.5rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600;font-size:.85rem;white-space:nowrap}
-tr:last-child td{border-bottom:0}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.soft{color:var(--soft);font-size:.9rem}
-.bad{color:var(--warn)}.good{color:var(--good)}
-.note{border-left:4px solid var(--main)}.note.bad{border-left-color:var(--warn);background:var(--mark);color:var(--ink)}
-.row{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center}
-.row form{margin:0}
-label{display:block;font-weight:600;margin:.7rem 0 .25rem}
 input,textarea,button,.button{font:inherit;color:inherit;border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
 input,textarea{background:var(--paper);width:100%;max-width:100%}
 input:focus,textarea:focus,button:focus-visible,a:focus-visible{outline:2px solid var(--main);outline-offset:1px}
-button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none;
-display:inline-block}
+button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none}
 button.plain,.button.plain{background:none;color:var(--ink);border-color:var(--line)}
-button.danger{background:var(--warn);border-color:var(--warn)}
-pre,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace}
-pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0;white-space:pre-wrap;
-overflow-wrap:anywhere}
+.button{display:inline-block} button.danger{background:var(--warn);border-color:var(--warn)}
+pre,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace} pre{white-space:pre-wrap;overflow-wrap:anywhere}
+pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0}
 .editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(52vh,40rem)}
-.gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);background:var(--back);overflow:hidden;
-user-select:none;min-width:3rem;white-space:pre;border-radius:0}
+.gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);overflow:hidden;user-select:none;min-width:3rem;
+white-space:pre;border-radius:0}
 .gutter i{font-style:normal;background:var(--warn);color:var(--paper);display:block;margin:0 -.4rem;padding:0 .4rem}
 textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:.5rem .6rem}
-textarea.code:focus{outline:0}.editor:focus-within{outline:2px solid var(--main)}
-svg{display:block;max-width:100%}svg rect{fill:var(--main)}
-.narrow{max-width:24rem;margin:10vh auto}
-@media(max-width:40rem){main{padding:.6rem}th,td{padding:.4rem}.wide{display:none}}
+textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
+svg{display:block;max-width:100%} svg rect{fill:var(--main)}
+@media(max-width:40rem){main{padding:.6rem} th,td{padding:.4rem} .wide{display:none}}
 """
 
-JS = """
-"use strict";
-(() => {
-  const code = document.querySelector("textarea.code");
-  if (!code) return;
-  const gutter = document.querySelector(".gutter"), form = code.form, wrong = Number(code.dataset.line);
-  let lines = 0, saved = code.value;
+JS = r"""
+const code = document.querySelector("textarea.code"), gutter = document.querySelector(".gutter");
+if (code) {
+  const form = code.form, wrong = Number(code.dataset.line);
+  let saved = code.value;
   const number = () => {
-    const count = code.value.split("\\n").length;
-    if (count === lines) return;
-    lines = count;
+    const count = code.value.split("\n").length;
+    if (count === gutter.children.length) return;
     gutter.textContent = "";
     for (let i = 1; i <= count; i++) {
       const line = document.createElement(i === wrong ? "i" : "span");
-      line.textContent = i === wrong ? i : i + "\\n";
+      line.textContent = i === wrong ? i : i + "\n";
       gutter.append(line);
     }
   };
-  const put = text => document.execCommand("insertText", false, text) || code.setRangeText(text,
-    code.selectionStart, code.selectionEnd, "end");
-  const lineStart = () => code.value.lastIndexOf("\\n", code.selectionStart - 1) + 1;
+  const put = text => document.execCommand("insertText", false, text)
+    || code.setRangeText(text, code.selectionStart, code.selectionEnd, "end");
+  const lineStart = () => code.value.lastIndexOf("\n", code.selectionStart - 1) + 1;
   const indent = back => {
-    const start = lineStart(), end = code.selectionEnd, old = code.value.slice(start, end);
-    const fresh = old.split("\\n").map(l => back ? l.replace(/^ {1,4}/, "") : "    " + l).join("\\n");
-    code.setSelectionRange(start, end);
+    const start = lineStart(), lines = code.value.slice(start, code.selectionEnd).split("\n");
+    const fresh = lines.map(line => back ? line.replace(/^ {1,4}/, "") : "    " + line).join("\n");
+    code.setSelectionRange(start, code.selectionEnd);
     put(fresh);
     code.setSelectionRange(start, start + fresh.length);
   };
@@ -4529,17 +4467,14 @@ JS = """
     } else if (event.key === "Enter" && !event.isComposing) {
       event.preventDefault();
       const before = code.value.slice(lineStart(), code.selectionStart);
-      put("\\n" + before.match(/^\\s*/)[0] + (/:\\s*$/.test(before) ? "    " : ""));
-    } else if (event.key === "Escape") {
-      form.querySelector("button").focus();
-    }
+      put("\n" + before.match(/^\s*/)[0] + (/:\s*$/.test(before) ? "    " : ""));
+    } else if (event.key === "Escape") form.querySelector("button").focus();
     number();
   });
   document.addEventListener("keydown", event => {
-    if ((event.ctrlKey || event.metaKey) && event.key === "s") {
-      event.preventDefault();
-      form.requestSubmit();
-    }
+    if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
+    event.preventDefault();
+    form.requestSubmit();
   });
   code.addEventListener("input", number);
   code.addEventListener("scroll", () => { gutter.scrollTop = code.scrollTop; });
@@ -4548,26 +4483,25 @@ JS = """
   number();
   if (wrong) {
     saved = "";
-    const at = code.value.split("\\n").slice(0, wrong - 1).join("\\n").length + (wrong > 1 ? 1 : 0);
+    const at = code.value.split("\n").slice(0, wrong - 1).join("\n").length + (wrong > 1 ? 1 : 0);
     code.focus();
     code.setSelectionRange(at, at);
     code.scrollTop = gutter.scrollTop = Math.max(0, (wrong - 5) * 21);
   }
-})();
+}
 """
 
 TEXTS = {  # key: (Traditional Chinese, English)
     "functions": ("函式", "Functions"), "add": ("新增函式", "Add function"), "stats": ("統計", "Statistics"),
     "logs": ("紀錄", "Logs"), "login": ("登入", "Log in"), "logout": ("登出", "Log out"),
-    "running": ("fnserve 執行中。", "fnserve is running."), "token": ("管理密碼 (SECRET_TOKEN)", "Password (SECRET_TOKEN)"),
+    "alive": ("fnserve 執行中。", "fnserve is running."), "token": ("管理密碼 (SECRET_TOKEN)", "Password (SECRET_TOKEN)"),
     "wrong": ("登入失敗", "That password is wrong"), "name": ("名稱", "Name"), "calls": ("呼叫", "Calls"),
     "errors": ("錯誤", "Errors"), "last": ("最近呼叫", "Last call"), "hour": ("最近一小時", "Last hour"),
     "status": ("狀態", "Status"), "fine": ("正常", "fine"), "broken": ("損壞", "broken"), "run": ("執行", "Run"),
     "edit": ("編輯", "Edit"), "delete": ("刪除", "Delete"), "versions": ("版本", "Versions"), "save": ("儲存", "Save"),
     "code": ("程式碼", "Code"), "cancel": ("取消", "Cancel"), "saved": ("已儲存。", "Saved."),
     "none": ("還沒有函式。", "There are no functions yet."), "no_calls": ("還沒有呼叫。", "There are no calls yet."),
-    "ask_delete": ("要刪除「{}」嗎?它的版本會保留,可以還原。",
-                   "Delete “{}”? Its versions are kept and can be restored."),
+    "ask_delete": ("要刪除「{}」嗎?它的版本會保留,可以還原。", "Delete “{}”? Its versions are kept and can be restored."),
     "deleted": ("已刪除。", "Deleted."), "clear": ("清除統計", "Clear statistics"),
     "ask_clear": ("要清除所有統計嗎?無法復原。", "Clear all statistics? This can't be undone."),
     "cleared": ("已清除。", "Cleared."), "day": ("最近 24 小時,每小時的呼叫", "Calls per hour, last 24 hours"),
@@ -4578,11 +4512,18 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "exists": ("這個名稱已經存在。", "A function of this name exists already."),
     "bad_name": ("名稱必須是 Python 識別字,不以底線開頭,也不是平台保留的名稱。",
                  "The name must be a Python identifier that does not start with _ and is not one of the platform's own."),
-    "no_code": ("程式碼是空的。", "The code is empty."), "stale": (
-        "別人已經存了新版本。您的文字保留在下面;請先看看新的版本。",
-        "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
+    "no_code": ("程式碼是空的。", "The code is empty."),
+    "stale": ("別人已經存了新版本。您的文字保留在下面;請先看看新的版本。",
+              "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
     "failed": ("請求無法完成。", "The request could not be completed."),
-    "diff": ("與前一版的差異", "Difference to the one before"),
+    "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
+    "jobs": ("排程", "Jobs"), "queue": ("佇列", "Queue"), "no_jobs": ("還沒有排程。", "There are no jobs yet."),
+    "schedule": ("時間規則", "Schedule"), "next": ("下次執行", "Next run"), "last_run": ("最近執行", "Last run"),
+    "planned": ("已排定", "Planned"), "late": ("延遲", "Late"), "skipped": ("略過", "Skipped"), "missed": ("錯過", "Missed"),
+    "paused": ("已暫停", "paused"), "never": ("不再執行", "never"), "pause": ("暫停", "Pause"), "resume": ("恢復", "Resume"),
+    "state": ("狀態", "State"), "tries": ("次數", "Runs"), "due": ("到期", "Due"), "error": ("錯誤", "Error"),
+    "waiting": ("等待中", "waiting"), "running": ("執行中", "running"), "done": ("完成", "done"), "dead": ("失敗", "dead"),
+    "retry": ("重試", "Retry"), "replay": ("重新執行", "Replay"), "discard": ("捨棄", "Discard"),
 }
 
 NEW_FUNCTION = '''"""What this function does, in one line."""
@@ -4604,127 +4545,67 @@ def main(request):
 '''
 
 # == 16 ADMIN =============================================================
-# The pages, one small view each: it gathers data, and answers it as JSON or hands it to a page. Uses 01 to 15; owns no
+# The pages, one small view each: it gathers data, and answers it as JSON or as a page of it. Uses 01 to 15; owns no
 # state. `tag` escapes whatever isn't Markup, and no HTML is put together in any other way.
 
-POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-_VOID = ("input", "meta", "link", "rect", "br")
+PAGE_HEADERS = {  # of every page: no foreign or injected script runs, no foreign frame shows it
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src "
+                               "'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Frame-Options": "DENY", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin"}
+LIST = "/function/list_functions"
+MENU = {"functions": LIST, "add": "/function/add_function", "stats": "/function/show_stats", "logs": "/admin/logs",
+        "jobs": "/admin/jobs", "queue": "/admin/queue", "logout": "/logout"}
+_VOID = ("input", "meta", "link", "rect")
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """Make one HTML element; children and attribute values are escaped unless they are Markup.
-
-    ``class_`` is class, ``aria_label`` is aria-label; None and False leave an attribute out, True gives it no value.
-    """
+    """Make one HTML element, escaping what isn't Markup: ``data_x=`` is data-x, False and None leave it out, True is bare."""
     shown = "".join(f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
                     for key, value in attributes.items() if value is not None and value is not False)
-    inside = "".join(escape(child) for child in children if child is not None)
-    return Markup(f"<{name}{shown}>" if name in _VOID else f"<{name}{shown}>{inside}</{name}>")
+    return Markup(f"<{name}{shown}>" if name in _VOID else f"<{name}{shown}>{join(*children)}</{name}>")
 
 
-def join(parts: Iterable[Any]) -> Markup:
+def join(*parts: Any) -> Markup:
     """Put pieces of a page one after another."""
-    return Markup("".join(escape(part) for part in parts))
+    return Markup("".join(escape(part) for part in parts if part is not None))
+
+
+def link(text: Any, path: str, kind: Optional[str] = None, **query: Any) -> Markup:
+    """Make a link; `kind` is its class."""
+    return tag("a", text, href=quote(path) + ("?" + urlencode(query) if query else ""), class_=kind)
+
+
+def form(action: str, /, *parts: Any, **hidden: Any) -> Markup:
+    """Make a form that posts its parts and the hidden values."""
+    kept = (tag("input", type="hidden", name=name, value=value) for name, value in hidden.items())
+    return tag("form", *kept, *parts, method="post", action=action)
+
+
+def note(text: str, kind: str = "") -> Markup:
+    """Make the box that says what has happened."""
+    return tag("div", text, class_=f"card note {kind}", role="status")
 
 
 class Texts:
     """The words of one language: ``t("save")``."""
 
-    def __init__(self, app: Any, call: Call) -> None:
-        chosen = app.settings.UI_LANG
-        if chosen == "auto":
+    def __init__(self, call: Call) -> None:
+        self.lang = call.app.settings.UI_LANG
+        if self.lang == "auto":
             wanted = call.request.accept_languages.best_match(("en", "en-us", "en-gb", "zh-tw", "zh-hant-tw", "zh"), "zh-TW")
-            chosen = "en" if str(wanted).startswith("en") else "zh-TW"
-        self.lang = chosen
+            self.lang = "en" if str(wanted).startswith("en") else "zh-TW"
 
     def __call__(self, key: str, *values: Any) -> str:
         return TEXTS[key][self.lang == "en"].format(*values)
 
 
-def wants_json(call: Call) -> bool:
-    """Tell whether a page is asked for as JSON: a JSON body, or JSON preferred in Accept."""
-    accept = call.request.accept_mimetypes
-    return call.request.is_json or accept.quality("application/json") > accept.quality("text/html")
-
-
-def page(app: Any, call: Call, title: str, *body: Any, menu: bool = True, status: int = 200) -> Response:
-    """Make a page: head, menu, body, and the headers that keep foreign scripts and frames out."""
-    t = Texts(app, call)
-    items = (("functions", "/function/list_functions"), ("add", "/function/add_function"),
-             ("stats", "/function/show_stats"), ("logs", "/admin/logs"), ("logout", "/logout"))
-    links = [tag("a", t(key), href=url, aria_current="page" if url == call.request.path else None)
-             for key, url in items] if menu else []
-    head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} · fnserve"),
-               tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
-               tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"),
-               tag("link", rel="icon", href="data:,"))
-    content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), *body),
-                  tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
-    return secure(Response("<!doctype html>\n" + tag("html", head, content, lang=t.lang), status))
-
-
-def secure(response: Response) -> Response:
-    """Add the headers that every page of ours has."""
-    for name, value in (("Content-Security-Policy", POLICY), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"),
-                        ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "same-origin")):
-        response.headers[name] = value
-    return response
-
-
-def answer(call: Call, data: Any, show: Callable[[], Response], status: int = 200) -> Response:
-    """Answer with the data as JSON, or with the page that `show` makes of it."""
-    if not wants_json(call):
-        response = show()
-        response.status = status
-        return response
-    return secure(Response(dump_json(data, sort_keys=False, ensure_ascii=False) + "\n", status, mimetype="application/json"))
-
-
-def done(call: Call, message: str, url: str, status: int = 200, **data: Any) -> Response:
-    """Answer that something was done: JSON with `status`, or a page by way of a redirect."""
-    return answer(call, {"message": message, **data}, lambda: redirect(url, 303), status if wants_json(call) else 303)
-
-
-def note(text: str, kind: str = "") -> Markup:
-    """Make the box that says what has happened."""
-    return tag("div", text, class_=f"card note {kind}".strip(), role="status")
-
-
-def fields(call: Call) -> dict[str, Any]:
-    """Return what was sent to a page: the JSON body, else form and query."""
-    if call.request.is_json:
-        sent = call.request.get_json()
-        if not isinstance(sent, dict):
-            raise HTTPException(400, "The JSON body must be an object")
-        return {**call.request.args.to_dict(), **sent}
-    return call.request.values.to_dict()
-
-
-def text_field(sent: Mapping[str, Any], name: str) -> str:
-    """Return one field that must be text; a missing one is blank."""
-    value = sent.get(name, "")
-    if not isinstance(value, str):
-        raise HTTPException(400, f"{name} must be text")
-    return value
-
-
-def local_path(text: str) -> str:
-    """Return where to go after the login: a path on this server, nothing that a browser reads as another host."""
-    return text if re.fullmatch(r"/(?![/\\])[^\x00-\x20\x7f\\]*", text) else "/function/list_functions"
-
-
-def local_time(moment: Optional[float]) -> str:
-    """Show a Unix time in the machine's zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment else ""
-
-
-def table(heads: Iterable[Any], rows: Iterable[Any], empty: str) -> Markup:
-    """Make a table of rows, or a note where there are none."""
-    body = list(rows)
-    if not body:
-        return note(empty)
-    return tag("div", tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body)), class_="card scroll")
+def table(t: Texts, columns: dict[str, Optional[str]], empty: str, rows: Iterable[Iterable[Any]]) -> Markup:
+    """Make a table of cells, or a note where there are none; `columns` are headings and the class of their cells."""
+    body = [tag("tr", *(tag("td", cell, class_=kind) for cell, kind in zip(row, columns.values()))) for row in rows]
+    heads = (tag("th", t(key) if key in TEXTS else key, class_=kind) for key, kind in columns.items())
+    shown = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body))
+    return tag("div", shown, class_="card scroll") if body else note(t(empty))
 
 
 def bars(values: list[int], width: int, height: int, label: str) -> Markup:
@@ -4735,25 +4616,82 @@ def bars(values: list[int], width: int, height: int, label: str) -> Markup:
     return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
 
 
+def local_time(moment: Optional[float]) -> str:
+    """Show a Unix time in the machine's zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment else ""
+
+
+def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 200) -> Response:
+    """Make a page: head, menu, what has just been done (``?done=saved``), body."""
+    t, last = Texts(call), call.request.args.get("done")
+    links = [tag("a", t(key), href=url, aria_current="page" if url == call.request.path else None)
+             for key, url in MENU.items() if menu]
+    head = tag("head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
+               tag("title", f"{title} · fnserve"), tag("link", rel="icon", href="data:,"),
+               tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"))
+    news = note(t(last)) if menu and last in ("saved", "deleted", "restored", "cleared") else None
+    content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), news, *body),
+                  tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
+    return Response("<!doctype html>\n" + tag("html", head, content, lang=t.lang), status, PAGE_HEADERS, "text/html")
+
+
+def wants_json(call: Call) -> bool:
+    """Tell whether a page is asked for as JSON: a JSON body, or JSON preferred in Accept."""
+    accept = call.request.accept_mimetypes
+    return call.request.is_json or accept.quality("application/json") > accept.quality("text/html")
+
+
+def as_json(data: Any, status: int = 200) -> Response:
+    """Answer the data of a page as JSON."""
+    return Response(dump_json(data, sort_keys=False, ensure_ascii=False) + "\n", status, PAGE_HEADERS, "application/json")
+
+
+def done(call: Call, message: str, url: str, status: int = 200, **data: Any) -> Response:
+    """Answer that something was done: JSON with `status`, or a page by way of a redirect."""
+    return as_json({"message": message, **data}, status) if wants_json(call) else redirect(url, 303)
+
+
+def fields(call: Call) -> dict[str, Any]:
+    """Return what was sent to a page: the JSON body, else form and query."""
+    if not call.request.is_json:
+        return call.request.values.to_dict()
+    sent = call.request.get_json()
+    if not isinstance(sent, dict):
+        raise HTTPException(400, "The JSON body must be an object")
+    return {**call.request.args.to_dict(), **sent}
+
+
+def text_field(sent: Mapping[str, Any], name: str) -> str:
+    """Return one field that must be text; a missing one is blank."""
+    value = sent.get(name, "")
+    if not isinstance(value, str):
+        raise HTTPException(400, f"{name} must be text")
+    return value
+
+
 def view_index(app: Any, call: Call) -> Response:
     """/ : to the list for who is logged in; else that the server runs."""
     if app.settings.ADMIN and app.signer.is_login(call.session.get("_login"), call.started):
-        return redirect("/function/list_functions")
-    t = Texts(app, call)
-    link = tag("a", t("login"), href="/login", class_="button") if app.settings.ADMIN else None
-    return answer(call, {"status": "running"}, lambda: page(app, call, "fnserve", tag("p", t("running")), link, menu=False))
+        return redirect(LIST)
+    if wants_json(call):
+        return as_json({"status": "running"})
+    t = Texts(call)
+    return page(call, "fnserve", tag("p", t("alive")), link(t("login"), "/login", "button") if app.settings.ADMIN else None,
+                menu=False)
 
 
-def login_page(app: Any, call: Call, going_to: str, failed: bool, status: int) -> Response:
+def login_page(call: Call, going_to: str, status: int, news: Optional[Markup] = None) -> Response:
     """Show the form that asks for the token."""
-    t = Texts(app, call)
-    form = tag("form", tag("label", t("token"), for_="token"),
-               tag("input", id="token", name="token", type="password", autocomplete="current-password", autofocus=True,
-                   required=True),
-               tag("input", type="hidden", name="next", value=going_to), tag("p", tag("button", t("login"))),
-               method="post", action="/login")
-    return page(app, call, t("login"), note(t("wrong"), "bad") if failed else None,
-                tag("div", form, class_="card narrow"), menu=False, status=status)
+    t = Texts(call)
+    asked = tag("input", id="token", name="token", type="password", autocomplete="current-password", autofocus=True,
+                required=True)
+    shown = form("/login", tag("label", t("token"), for_="token"), asked, tag("p", tag("button", t("login"))), next=going_to)
+    return page(call, t("login"), news, tag("div", shown, class_="card narrow"), menu=False, status=status)
+
+
+def local_path(text: str) -> str:
+    """Return where to go after the login: a path on this server, nothing that a browser reads as another host."""
+    return text if re.fullmatch(r"/(?![/\\])[^\x00-\x20\x7f\\]*", text) else LIST
 
 
 def view_login(app: Any, call: Call) -> Response:
@@ -4761,12 +4699,14 @@ def view_login(app: Any, call: Call) -> Response:
     sent = fields(call)
     going_to = local_path(text_field(sent, "next"))
     if call.request.method != "POST":
-        return login_page(app, call, going_to, False, 200)
-    if not check_token(app, call, text_field(sent, "token")):
-        return answer(call, {"message": "登入失敗"}, lambda: login_page(app, call, going_to, True, 401), 401)
-    call.session.clear()
-    call.session["_login"] = app.signer.login_mark(int(call.started + app.settings.SESSION_HOURS * 3600))
-    return done(call, "登入成功", going_to)
+        return login_page(call, going_to, 200)
+    if check_token(app, call, text_field(sent, "token")):
+        call.session.clear()
+        call.session["_login"] = app.signer.login_mark(int(call.started + app.settings.SESSION_HOURS * 3600))
+        return done(call, "登入成功", going_to)
+    if wants_json(call):
+        return as_json({"message": "登入失敗"}, 401)
+    return login_page(call, going_to, 401, note(Texts(call)("wrong"), "bad"))
 
 
 def view_logout(app: Any, call: Call) -> Response:
@@ -4775,16 +4715,17 @@ def view_logout(app: Any, call: Call) -> Response:
     return done(call, "已登出", "/")
 
 
-def error_page(app: Any, call: Call, error: HTTPException) -> Response:
+def error_page(call: Call, error: HTTPException) -> Response:
     """Answer an error to a browser on one of our own pages; the login page where a login is what is missing."""
-    t, request = Texts(app, call), call.request
+    t, request = Texts(call), call.request
     if error.code == 401:
         query = request.environ.get("QUERY_STRING", "")
         going_to = request.path + ("?" + query if query else "") if request.method == "GET" else ""
-        return login_page(app, call, local_path(going_to), False, 401)
-    text = t("cross") if error.code == 403 else f"{error.code} {error.description}"
-    again = tag("a", t("go_on"), href=request.path, class_="button") if error.code == 403 else None
-    return page(app, call, t("failed"), note(text, "bad"), again, tag("p", call.id, class_="soft"), menu=False)
+        return login_page(call, local_path(going_to), 401)
+    text, again = f"{error.code} {error.description}", None
+    if error.code == 403:
+        text, again = t("cross"), link(t("go_on"), request.path, "button")
+    return page(call, t("failed"), note(text, "bad"), again, tag("p", call.id, class_="soft"), menu=False)
 
 
 def function_rows(app: Any) -> list[dict[str, Any]]:
@@ -4806,190 +4747,132 @@ def function_rows(app: Any) -> list[dict[str, Any]]:
 def view_list(app: Any, call: Call) -> Response:
     """/function/list_functions"""
     rows = function_rows(app)
-    return answer(call, {"functions": rows}, lambda: list_page(app, call, rows))
+    if wants_json(call):
+        return as_json({"functions": rows})
+    t, sparks = Texts(call), timeline(app, int(call.started) // 60 - 59, 3, 20)
+    columns = {"name": None, "calls": "n", "errors": "n", "last": "n soft wide", "hour": "wide", "status": None}
+    shown = table(t, columns, "none", ((
+        join(link(row["name"], "/function/edit_function", module_name=row["name"]), tag("div", row["summary"], class_="soft"),
+             function_links(t, row["name"])),
+        row["calls"], tag("span", row["errors"], class_="bad" if row["errors"] else None), local_time(row["last_call"]),
+        bars(sparks.get(row["name"], [0]), 120, 24, t("hour")),
+        tag("div", t(row["status"]), tag("div", row["reason"], class_="soft"), class_="bad" if row["reason"] else "good")
+    ) for row in rows))
+    return page(call, t("functions"), tag("p", link(t("add"), "/function/add_function", "button")), shown)
 
 
-def list_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
-    """Show the functions in a table."""
-    t, sparks = Texts(app, call), hour_of_calls(app, call.started)
-    heads = (tag("th", t(key), class_=kind) for key, kind in (
-        ("name", None), ("calls", "n"), ("errors", "n"), ("last", "wide"), ("hour", "wide"), ("status", None)))
-    body = [tag("tr",
-                tag("td", tag("a", row["name"], href=f"/function/edit_function?module_name={quote(row['name'])}"),
-                    tag("div", row["summary"], class_="soft"),
-                    tag("div", *function_links(t, row["name"]), class_="row soft")),
-                tag("td", row["calls"], class_="n"), tag("td", row["errors"], class_="n bad" if row["errors"] else "n"),
-                tag("td", local_time(row["last_call"]), class_="n soft wide"),
-                tag("td", bars(sparks.get(row["name"], [0]), 120, 24, t("hour")), class_="wide"),
-                tag("td", t(row["status"]), tag("div", row["reason"], class_="soft") if row["reason"] else None,
-                    class_="bad" if row["reason"] else "good")) for row in rows]
-    news = call.request.args.get("done", "")
-    return page(app, call, t("functions"), note(t(news)) if news in ("saved", "deleted", "restored") else None,
-                tag("p", tag("a", t("add"), href="/function/add_function", class_="button")), table(heads, body, t("none")))
-
-
-def function_links(t: Texts, name: str) -> list[Markup]:
+def function_links(t: Texts, name: str) -> Markup:
     """Link to what can be done with one function."""
-    query = quote(name, safe="")
-    return [tag("a", t("run"), href=f"/function/{quote(name)}", target="_blank", rel="noopener"),
-            tag("a", t("edit"), href=f"/function/edit_function?module_name={query}"),
-            tag("a", t("logs"), href=f"/admin/logs?function={query}"),
-            tag("a", t("versions"), href=f"/admin/versions?module_name={query}"),
-            tag("a", t("delete"), href=f"/function/delete_function?module_name={query}", class_="bad")]
+    return tag("div", tag("a", t("run"), href=f"/function/{quote(name)}", target="_blank", rel="noopener"),
+               link(t("edit"), "/function/edit_function", module_name=name), link(t("logs"), "/admin/logs", function=name),
+               link(t("versions"), "/admin/versions", module_name=name),
+               link(t("delete"), "/function/delete_function", "bad", module_name=name), class_="row soft")
 
 
-def hour_of_calls(app: Any, now: float) -> dict[str, list[int]]:
-    """Return each function's calls of the last hour, in 20 steps of 3 minutes."""
+def timeline(app: Any, first: int, step: int, steps: int) -> dict[str, list[int]]:
+    """Return each function's calls from the minute `first` on, in so many steps of `step` minutes."""
     found: dict[str, list[int]] = {}
-    first = int(now) // 60 - 59
-    for minute, endpoint, calls in app.store.read("SELECT minute, endpoint, calls FROM fn_minutes WHERE minute >= ?", first):
-        if minute - first < 60:
-            found.setdefault(endpoint[10:], [0] * 20)[(minute - first) // 3] += calls
+    for minute, endpoint, calls in app.store.read(
+            "SELECT minute, endpoint, calls FROM fn_minutes WHERE minute >= ? AND minute < ? AND endpoint LIKE '/function/%'",
+            first, first + step * steps):
+        found.setdefault(endpoint[10:], [0] * steps)[(minute - first) // step] += calls
     return found
 
 
-class Refused(Exception):
-    """A save that can't be done: status, a key of TEXTS or a text, and the line and column in the code."""
-
-    def __init__(self, status: int, text: str, line: int = 0, column: int = 0) -> None:
-        super().__init__(text)
-        self.status, self.text, self.line, self.column = status, text, line, column
-
-
-def existing_name(app: Any, name: str) -> str:
-    """Return the name of a function that there is a file for; 404 otherwise."""
+def read_current(app: Any, name: str) -> tuple[bytes, int]:
+    """Return the source that a function's file holds now, and the number it is kept under; 404 where there is no file."""
     if not valid_name(name) or not os.path.isfile(app.functions.path(name)):
         raise HTTPException(404, f'Function "{name[:100]}" not found')
-    return name
+    source = read_source(app.functions.path(name))
+    return source, app.functions.versions.remember(name, source, loaded=False)
 
 
-def check_new_name(app: Any, name: str) -> None:
-    """Refuse a name that can't be a function's, or is one's already."""
-    if not valid_name(name) or name in app.reserved:
-        raise Refused(400, "bad_name")
-    if os.path.exists(app.functions.path(name)):
-        raise Refused(409, "exists")
-
-
-def store_code(app: Any, name: str, code: str) -> int:
+def store_code(app: Any, t: Texts, name: str, code: str) -> int:
     """Write a function's file, if the code compiles; return the number of the version."""
-    source = code.replace("\r\n", "\n").encode("utf-8", "surrogatepass")
+    path, source = app.functions.path(name), code.replace("\r\n", "\n").encode("utf-8", "surrogatepass")
     if not source.strip():
-        raise Refused(400, "no_code")
+        raise HTTPException(400, t("no_code"))
     try:
-        compile_source(source, app.functions.path(name))
-    except LoadError as error:
-        raise Refused(400, error.message, error.line, error.column) from None
-    try:
+        compile_source(source, path)
         app.functions.save(name, source)
+    except LoadError as error:
+        raise HTTPException(400, error.message, line=error.line, column=error.column) from None
     except OSError as error:
-        raise Refused(500, f"{app.functions.path(name)}: {error.strerror}") from None
+        raise HTTPException(500, f"{path}: {error.strerror}") from None
     return app.functions.versions.remember(name, source, loaded=False)
 
 
-def refuse(app: Any, call: Call, error: Refused, name: str, code: str, action: str, version: Any,
-           original: str = "") -> Response:
-    """Answer a save that was refused, with the text kept in the form."""
-    t = Texts(app, call)
-    text = TEXTS[error.text][t.lang == "en"] if error.text in TEXTS else error.text
-    data = {"error": text, "line": error.line, "column": error.column, "request_id": call.id}
-    return answer(call, data, lambda: editor_page(app, call, name, code, action, version, error, text, original),
-                  error.status)
-
-
-def editor_page(app: Any, call: Call, name: str, code: str, action: str, version: Any, error: Optional[Refused] = None,
-                text: str = "", original: str = "") -> Response:
-    """Show the editor."""
-    t, box = Texts(app, call), None
-    if error is not None:
-        box = note((t("line", error.line) + ": " if error.line else "") + text, "bad")
-    elif call.request.args.get("done") == "saved":
-        box = note(t("saved"))
+def editor_page(call: Call, name: str, code: str, original: Optional[str] = None, version: Any = "",
+                error: Optional[HTTPException] = None) -> Response:
+    """Show the editor: of a new function where there is no `original`, with an error and the text that caused it."""
+    t = Texts(call)
+    line = error.body.get("line") if error else None
     editor = tag("div", tag("pre", class_="gutter", aria_hidden="true"),
                  tag("textarea", "\n" + code, class_="code", id="code", name="code", spellcheck="false", wrap="off",
-                     autocapitalize="off", data_line=error.line if error and error.line else None), class_="editor")
-    links = tag("span", *function_links(t, name), class_="row") if version and name else None
-    form = tag("form", tag("label", t("name"), for_="module_name"),
-               tag("input", id="module_name", name="module_name", value=name, required=True, autocapitalize="off",
-                   autofocus=not name, placeholder="hello"),
-               tag("input", type="hidden", name="original_name", value=original or name),
-               tag("input", type="hidden", name="version", value=version or ""),
-               tag("label", t("code"), for_="code"), editor,
-               tag("p", tag("button", t("save")),
-                   tag("a", t("cancel"), href="/function/list_functions", class_="button plain"), links, class_="row"),
-               method="post", action=action)
-    return page(app, call, t("edit" if version else "add"), box, tag("div", form, class_="card"))
+                     autocapitalize="off", data_line=line or None), class_="editor")
+    asked = tag("input", id="module_name", name="module_name", value=name, required=True, autocapitalize="off",
+                autofocus=not name, placeholder="hello")
+    shown = form("/function/save_function" if original is None else "/function/update_function",
+                 tag("label", t("name"), for_="module_name"), asked, tag("label", t("code"), for_="code"), editor,
+                 tag("p", tag("button", t("save")), link(t("cancel"), LIST, "button plain"), class_="row"),
+                 function_links(t, original) if original else None, original_name=original or "", version=version)
+    return page(call, t("add" if original is None else "edit"),
+                note((t("line", line) + ": " if line else "") + error.description, "bad") if error else None,
+                tag("div", shown, class_="card"), status=error.code if error else 200)
 
 
 def view_add(app: Any, call: Call) -> Response:
     """/function/add_function : the empty form; POST is save_function."""
-    if call.request.method == "POST":
-        return view_save(app, call)
-    return editor_page(app, call, "", NEW_FUNCTION, "/function/save_function", 0)
+    return view_save(app, call) if call.request.method == "POST" else editor_page(call, "", NEW_FUNCTION)
 
 
 def view_save(app: Any, call: Call) -> Response:
-    """/function/save_function : makes a new function of module_name and code."""
-    sent = fields(call)
-    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
+    """/function/save_function, update_function : makes or changes module_name; a new one where original_name differs."""
+    t, sent = Texts(call), fields(call)
+    name, code, seen = text_field(sent, "module_name").strip(), text_field(sent, "code"), str(sent.get("version") or "")
+    original = (text_field(sent, "original_name") or name) if call.request.path == "/function/update_function" else None
     try:
-        check_new_name(app, name)
-        version = store_code(app, name, code)
-    except Refused as error:
-        return refuse(app, call, error, name, code, "/function/save_function", 0)
-    return done(call, "saved", "/function/list_functions?done=saved", 201, module_name=name, version=version)
+        if name != original and (not valid_name(name) or name in app.reserved):
+            raise HTTPException(400, t("bad_name"))
+        if name != original and os.path.exists(app.functions.path(name)):
+            raise HTTPException(409, t("exists"))
+        if name == original and str(read_current(app, name)[1]) != seen and seen:
+            raise HTTPException(409, t("stale"))
+        version = store_code(app, t, name, code)
+    except HTTPException as error:
+        if wants_json(call):
+            return as_json({"line": 0, "column": 0, **error.body, "request_id": call.id}, error.code)
+        return editor_page(call, name, code, original, seen, error)
+    url = LIST + "?" if original is None else f"/function/edit_function?module_name={quote(name)}&"
+    return done(call, "saved", url + "done=saved", 201 if name != original else 200, module_name=name, version=version)
 
 
 def view_edit(app: Any, call: Call) -> Response:
     """/function/edit_function?module_name= : the code and its version."""
-    name = existing_name(app, call.request.args.get("module_name", ""))
-    source = read_source(app.functions.path(name))
-    version = app.functions.versions.remember(name, source, loaded=False)
-    data = {"module_name": name, "code": source.decode("utf-8", "replace"), "version": version}
-    return answer(call, data, lambda: editor_page(app, call, name, data["code"], "/function/update_function", version))
+    name = call.request.args.get("module_name", "")
+    source, version = read_current(app, name)
+    code = source.decode("utf-8", "replace")
+    if wants_json(call):
+        return as_json({"module_name": name, "code": code, "version": version})
+    return editor_page(call, name, code, name, version)
 
 
-def view_update(app: Any, call: Call) -> Response:
-    """/function/update_function : stores code under module_name; under a new one where original_name differs."""
-    sent = fields(call)
-    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
-    original, seen = text_field(sent, "original_name") or name, str(sent.get("version") or "")
-    try:
-        if name != original:
-            check_new_name(app, name)
-        else:
-            existing_name(app, name)
-            source = read_source(app.functions.path(name))
-            if seen and seen != str(app.functions.versions.remember(name, source, loaded=False)):
-                raise Refused(409, "stale")
-        version = store_code(app, name, code)
-    except Refused as error:
-        return refuse(app, call, error, name, code, "/function/update_function", seen, original)
-    return done(call, "saved", f"/function/edit_function?module_name={quote(name)}&done=saved",
-                201 if name != original else 200, module_name=name, version=version)
-
-
-def ask(app: Any, call: Call, title: str, text: str, button: str, **hidden: str) -> Response:
+def ask(call: Call, title: str, text: str, **hidden: str) -> Response:
     """Show a page that asks before something is done."""
-    t = Texts(app, call)
-    form = tag("form", *(tag("input", type="hidden", name=key, value=value) for key, value in hidden.items()),
-               tag("p", text), tag("p", tag("button", button, class_="danger"),
-                                   tag("a", t("cancel"), href="/function/list_functions", class_="button plain"),
-                                   class_="row"), method="post", action=call.request.path)
-    return page(app, call, title, tag("div", form, class_="card"))
+    buttons = tag("p", tag("button", title, class_="danger"), link(Texts(call)("cancel"), LIST, "button plain"), class_="row")
+    return page(call, title, tag("div", form(call.request.path, tag("p", text), buttons, **hidden), class_="card"))
 
 
 def view_delete(app: Any, call: Call) -> Response:
     """/function/delete_function?module_name= : GET asks, POST deletes; the versions stay."""
-    t, name = Texts(app, call), existing_name(app, text_field(fields(call), "module_name"))
+    t, name = Texts(call), text_field(fields(call), "module_name")
+    read_current(app, name)
     if call.request.method == "GET":
-        return ask(app, call, t("delete"), t("ask_delete", name), t("delete"), module_name=name)
-    path = app.functions.path(name)
-    app.functions.versions.remember(name, read_source(path), loaded=False)
-    os.unlink(path)
+        return ask(call, t("delete"), t("ask_delete", name), module_name=name)
+    os.unlink(app.functions.path(name))
     app.functions.versions.mark_broken(name, None)
     app.functions.versions.forget_good(name)
-    return done(call, "deleted", "/function/list_functions?done=deleted", module_name=name)
+    return done(call, "deleted", LIST + "?done=deleted", module_name=name)
 
 
 def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
@@ -5006,100 +4889,59 @@ def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
 
 
 def view_stats(app: Any, call: Call) -> Response:
-    """/function/show_stats : how often each function was called, exactly."""
+    """/function/show_stats : how often each function was called, exactly, and a chart of the last day."""
     rows = stats_rows(app, call.started)
-    return answer(call, {"stats": {row["name"]: row["calls"] for row in rows}}, lambda: stats_page(app, call, rows))
-
-
-def stats_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
-    """Show the statistics and a chart of the last day."""
-    t = Texts(app, call)
-    first, hours = int(call.started) // 3600 - 23, [0] * 24
-    for minute, calls in app.store.read("SELECT minute, sum(calls) FROM fn_minutes WHERE minute >= ? AND endpoint LIKE"
-                                        " '/function/%' GROUP BY minute", first * 60):
-        if minute // 60 - first < 24:
-            hours[minute // 60 - first] += calls
-    heads = (tag("th", word, class_=kind) for word, kind in (
-        (t("function"), None), (t("calls"), "n"), (t("errors"), "n"), ("p50", "n"), ("p95", "n")))
-    body = [tag("tr", tag("td", row["name"]), tag("td", row["calls"], class_="n"), tag("td", row["errors"], class_="n"),
-                *(tag("td", f"{row[key] * 1000:.0f} ms", class_="n") for key in ("p50", "p95"))) for row in rows]
-    return page(app, call, t("stats"), note(t("cleared")) if call.request.args.get("done") == "cleared" else None,
-                tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card"),
-                table(heads, body, t("no_calls")),
-                tag("p", tag("a", t("clear"), href="/function/clear_stats", class_="button plain")))
+    if wants_json(call):
+        return as_json({"stats": {row["name"]: row["calls"] for row in rows}})
+    t, days = Texts(call), timeline(app, (int(call.started) // 3600 - 23) * 60, 60, 24).values()
+    hours = [sum(calls) for calls in zip([0] * 24, *days)]
+    shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n"}, "no_calls", (
+        (row["name"], row["calls"], row["errors"], *(f"{row[key] * 1000:.0f} ms" for key in ("p50", "p95"))) for row in rows))
+    chart = tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card")
+    return page(call, t("stats"), chart, shown, tag("p", link(t("clear"), "/function/clear_stats", "button plain")))
 
 
 def view_clear(app: Any, call: Call) -> Response:
     """/function/clear_stats : GET asks, POST clears what was counted until now."""
-    t = Texts(app, call)
-    if call.request.method == "GET":
-        return ask(app, call, t("clear"), t("ask_clear"), t("clear"))
-
     def clear(connection: sqlite3.Connection) -> None:
-        for table in ("call_stats", "fn_functions", "fn_minutes"):
-            connection.execute(f"DELETE FROM {table}")
+        for name in ("call_stats", "fn_functions", "fn_minutes"):
+            connection.execute(f"DELETE FROM {name}")
+    if call.request.method == "GET":
+        t = Texts(call)
+        return ask(call, t("clear"), t("ask_clear"))
     app.folder.fold(within=clear)
     return done(call, "cleared", "/function/show_stats?done=cleared")
 
 
-LOG_COLUMNS = "id time function method path status ms trigger attempt output error".split()
+LOG_COLUMNS = "id time function method path status ms trigger attempt output error number".split()
 
 
 def read_calls(app: Any, function: str = "", status: str = "", text: str = "", limit: int = 100,
                after: int = 0) -> list[dict[str, Any]]:
     """Return the last calls, newest first; `status` is 404 or 4xx, `text` occurs in path, output or traceback."""
     app.folder.fold()
-    where, values = ["number > ?"], [after]  # type: list[str], list[Any]
-    if function:
-        where, values = where + ["function = ?"], values + [function]
-    if status:
-        where, values = where + ["status LIKE ?"], values + [status.lower().replace("x", "_")]
-    if text:
-        where.append("instr(path || char(10) || ifnull(output, '') || char(10) || ifnull(error, '') || id, ?)")
-        values.append(text)
+    wanted = {"number > ?": after, **{condition: value for condition, value in (
+        ("function = ?", function), ("status LIKE ?", status.lower().replace("x", "_")),
+        ("instr(path || char(10) || ifnull(output, '') || char(10) || ifnull(error, '') || id, ?)", text)) if value}}
     rows = app.store.read(
         "SELECT id, time, function, method, path, status, us / 1000.0, trigger, attempt, output, error, number"
-        f" FROM fn_calls WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?", *values, limit)
-    return [dict(zip([*LOG_COLUMNS, "number"], row)) for row in rows]
+        f" FROM fn_calls WHERE {' AND '.join(wanted)} ORDER BY number DESC LIMIT ?", *wanted.values(), limit)
+    return [dict(zip(LOG_COLUMNS, row)) for row in rows]
 
 
 def view_logs(app: Any, call: Call) -> Response:
-    """/admin/logs?function=&status=&q=&limit=&after= : the last calls with output and traceback."""
+    """/admin/logs?function=&status=&q=&limit=&after= : the last calls, with what they printed and why they failed."""
     args = call.request.args
-    limit = max(1, min(1000, args.get("limit", 100, type=int)))
-    rows = read_calls(app, args.get("function", ""), args.get("status", ""), args.get("q", ""), limit,
-                      args.get("after", 0, type=whole(0, 1 << 53)))
-    return answer(call, {"invocations": rows}, lambda: logs_page(app, call, rows))
-
-
-def logs_page(app: Any, call: Call, rows: list[dict[str, Any]]) -> Response:
-    """Show the calls in a table, with what they printed and why they failed."""
-    t = Texts(app, call)
-    heads = (tag("th", t(key)) for key in ("time", "function", "request", "status", "took"))
-    body = [tag("tr", tag("td", local_time(row["time"]), class_="soft"), tag("td", row["function"]),
-                tag("td", f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
-                    tag("div", row["id"], class_="soft")),
-                tag("td", row["status"], class_="bad" if row["status"] >= 500 else None),
-                tag("td", f"{row['ms']:.1f} ms", class_="n")) for row in rows]
-    return page(app, call, t("logs"), table(heads, body, t("no_calls")))
-
-
-def view_versions(app: Any, call: Call) -> Response:
-    """/admin/versions?module_name=[&version=] : what was saved, and how one differs from the one before."""
-    name = call.request.args["module_name"]
-    rows = app.store.read("SELECT version, saved_at, length(source) FROM fn_versions WHERE func_name = ?"
-                          " ORDER BY version DESC", name)
-    path = app.functions.path(name) if valid_name(name) else ""
-    now = read_source(path) if os.path.isfile(path) else None
-    data = [{"version": row[0], "saved_at": row[1], "size": row[2], "current": False} for row in rows]
-    if rows and now is not None:
-        data[0]["current"] = now == read_version(app, name, rows[0][0])
-    if "version" in call.request.args:
-        number = call.request.args.get("version", 0, type=whole(0, 1 << 53))
-        code = read_version(app, name, number)
-        return answer(call, {"module_name": name, "version": number, "code": code.decode("utf-8", "replace")},
-                      lambda: version_page(app, call, name, number, code))
-    return answer(call, {"versions": data}, lambda: versions_page(app, call, name, data))
+    rows = read_calls(app, args.get("function", ""), args.get("status", ""), args.get("q", ""),
+                      max(1, min(1000, args.get("limit", 100, type=int))), args.get("after", 0, type=whole(0, 1 << 53)))
+    if wants_json(call):
+        return as_json({"invocations": rows})
+    t, columns = Texts(call), {"time": "soft", "function": None, "request": None, "status": None, "took": "n"}
+    return page(call, t("logs"), table(t, columns, "no_calls", ((
+        local_time(row["time"]), row["function"],
+        join(f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
+             tag("div", row["id"], class_="soft")),
+        tag("span", row["status"], class_="bad" if row["status"] >= 500 else None), f"{row['ms']:.1f} ms") for row in rows)))
 
 
 def read_version(app: Any, name: str, version: int) -> bytes:
@@ -5110,33 +4952,42 @@ def read_version(app: Any, name: str, version: int) -> bytes:
     return bytes(rows[0][0])
 
 
-def versions_page(app: Any, call: Call, name: str, rows: list[dict[str, Any]]) -> Response:
-    """Show the versions of a function."""
-    t = Texts(app, call)
-    body = [tag("tr", tag("td", tag("a", f"#{row['version']}", href=f"/admin/versions?module_name={quote(name, safe='')}"
-                                                                   f"&version={row['version']}")),
-                tag("td", local_time(row["saved_at"])), tag("td", row["size"], class_="n"),
-                tag("td", t("current") if row["current"] else restore_form(t, name, row["version"]))) for row in rows]
-    return page(app, call, f"{t('versions')}: {name}", tag("div", tag("table", *body), class_="card scroll"))
-
-
 def restore_form(t: Texts, name: str, version: int) -> Markup:
     """Make the button that restores a version."""
-    return tag("form", tag("input", type="hidden", name="module_name", value=name),
-               tag("input", type="hidden", name="version", value=version), tag("button", t("restore"), class_="plain"),
-               method="post", action="/admin/restore")
+    return form("/admin/restore", tag("button", t("restore"), class_="plain"), module_name=name, version=version)
 
 
-def version_page(app: Any, call: Call, name: str, version: int, code: bytes) -> Response:
+def view_versions(app: Any, call: Call) -> Response:
+    """/admin/versions?module_name=[&version=] : what was saved, the newest first."""
+    if "version" in call.request.args:
+        return view_version(app, call)
+    t, name = Texts(call), call.request.args["module_name"]
+    rows = [dict(zip(("version", "saved_at", "size", "current"), row)) for row in app.store.read(
+        "SELECT version, saved_at, length(source), 0 FROM fn_versions WHERE func_name = ? ORDER BY version DESC", name)]
+    now = read_source(app.functions.path(name)) if valid_name(name) and os.path.isfile(app.functions.path(name)) else None
+    for row in rows:
+        row["current"] = now is not None and row is rows[0] and now == read_version(app, name, row["version"])
+    if wants_json(call):
+        return as_json({"versions": rows})
+    columns = {"version": None, "time": None, "size": "n", "status": None}
+    return page(call, f"{t('versions')}: {name}", table(t, columns, "no_versions", ((
+        link(f"#{row['version']}", "/admin/versions", module_name=name, version=row["version"]), local_time(row["saved_at"]),
+        row["size"], t("current") if row["current"] else restore_form(t, name, row["version"])) for row in rows)))
+
+
+def view_version(app: Any, call: Call) -> Response:
     """Show one version, and its difference to the one before."""
     import difflib  # only on this page
-    t = Texts(app, call)
+    t, name, number = Texts(call), call.request.args["module_name"], call.request.args.get("version", 0, type=whole(0, 1 << 53))
+    code = read_version(app, name, number).decode("utf-8", "replace")
+    if wants_json(call):
+        return as_json({"module_name": name, "version": number, "code": code})
     rows = app.store.read("SELECT source FROM fn_versions WHERE func_name = ? AND version < ? ORDER BY version DESC LIMIT 1",
-                          name, version)
-    old, new = bytes(rows[0][0]).decode("utf-8", "replace") if rows else "", code.decode("utf-8", "replace")
-    diff = "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=3))
-    return page(app, call, f"{name} #{version}", restore_form(t, name, version),
-                tag("div", tag("div", t("diff"), class_="soft"), tag("pre", diff), tag("pre", new), class_="card"))
+                          name, number)
+    old = bytes(rows[0][0]).decode("utf-8", "replace") if rows else ""
+    diff = "\n".join(difflib.unified_diff(old.splitlines(), code.splitlines(), lineterm="", n=3))
+    return page(call, f"{name} #{number}", restore_form(t, name, number),
+                tag("div", tag("div", t("diff"), class_="soft"), tag("pre", diff), tag("pre", code), class_="card"))
 
 
 def view_restore(app: Any, call: Call) -> Response:
@@ -5148,27 +4999,168 @@ def view_restore(app: Any, call: Call) -> Response:
     source = read_version(app, name, int(number))
     app.functions.save(name, source)
     version = app.functions.versions.remember(name, source, loaded=False)
-    return done(call, "restored", "/function/list_functions?done=restored", module_name=name, version=version)
+    return done(call, "restored", LIST + "?done=restored", module_name=name, version=version)
+
+
+def view_invocation(app: Any, call: Call) -> Response:
+    """/invocations/<id> : state and result of a queued call, for whoever holds its id."""
+    row = app.queue.get(call.request.path.rpartition("/")[2])
+    if row is None:
+        raise HTTPException(404, "There is no such call; results are kept for a day")
+    failed = row["status"] is not None and row["status"] >= 500  # why is for the admin
+    return as_json({"id": row["id"], "function": row["function"], "state": row["state"], "attempts": row["attempts"],
+                    "status": row["status"], "headers": json.loads(row["headers"] or "null"),
+                    **shown_body("body", row["answer"]), "error": "Function execution failed" if failed else None})
+
+
+def shown_body(name: str, data: Optional[bytes]) -> dict[str, Any]:
+    """Return bytes as JSON can hold them: ``body``, or ``body_base64`` where they are no text."""
+    try:
+        return {name: None if data is None else bytes(data).decode()}
+    except UnicodeDecodeError:
+        return {name + "_base64": b2a_base64(data or b"", newline=False).decode()}
+
+
+def view_scheduler(app: Any, call: Call) -> Response:
+    """/scheduler : whether this machine runs the schedule."""
+    import socket
+    return as_json({"current_host": socket.gethostname(), "allowed_hosts": list(app.settings.SCHEDULER_ALLOWED_HOSTS),
+                    "running": app.runs_schedule})
+
+
+def view_jobs(app: Any, call: Call) -> Response:
+    """/scheduler/jobs, /scheduler/jobs/<id>[/pause, /resume, /run] : Flask-APScheduler's REST API."""
+    schedule, method, number = app.schedule, call.request.method, call.request.path[len("/scheduler/jobs/"):]
+    try:
+        if not number:
+            if method == "POST":
+                return as_json(schedule.show(schedule.add(job_fields(call))))
+            return as_json([schedule.show(row) for row in schedule.jobs()])
+        if method == "DELETE":
+            schedule.remove(number)
+            return Response(status=204)
+        if method == "PATCH":
+            return as_json(schedule.show(schedule.change(number, job_fields(call))))
+        return act_on_job(app, call, number) if method == "POST" else as_json(schedule.show(schedule.get(number)))
+    except (JobError, TriggerError) as error:
+        raise HTTPException(getattr(error, "status", 400), str(error), field=error.field) from None
+
+
+def job_fields(call: Call) -> dict[str, Any]:
+    """Return the JSON object that describes a job."""
+    sent = call.request.get_json()
+    if not isinstance(sent, dict):
+        raise HTTPException(400, "The JSON body must be an object")
+    return sent
+
+
+def act_on_job(app: Any, call: Call, path: str) -> Response:
+    """Pause, resume or run a job; a browser's form goes back to the page."""
+    number, _, action = path.rpartition("/")
+    if action not in ("pause", "resume", "run"):
+        raise HTTPException(405, headers=[("Allow", "GET, HEAD, PATCH, DELETE")])
+    row = app.schedule.run(number) if action == "run" else app.schedule.pause(number, action == "pause")
+    app.runner.poke()
+    return redirect("/admin/jobs", 303) if "html" in call.request.headers.get("Accept", "") else as_json(app.schedule.show(row))
+
+
+def view_admin_jobs(app: Any, call: Call) -> Response:
+    """/admin/jobs : the jobs, when they fire next, and what became of their runs."""
+    t, jobs = Texts(call), [app.schedule.show(row) for row in app.schedule.jobs()]
+    if wants_json(call):
+        return as_json(jobs)
+    last = {row["job"]: row for row in app.store.rows("SELECT job, state, status, max(created) FROM fn_queue"
+                                                      " WHERE job IS NOT NULL GROUP BY job")}
+    columns = {"name": None, "schedule": "soft", "next": None, "last_run": None, "planned": "n", "late": "n", "skipped": "n",
+               "missed": "n", "": None}
+    shown = table(t, columns, "no_jobs", ((
+        join(job["id"], tag("div", job["func"], class_="soft")),
+        join(job["trigger"], *(tag("div", f"{name} = {job[name]}") for name in job if name in TRIGGER_FIELDS)),
+        t("paused") if job["paused"] else job["next_run_time"] or t("never"),
+        link(f"{t(last[job['id']]['state'])} {last[job['id']]['status'] or ''}", "/admin/queue", job=job["id"])
+        if job["id"] in last else None, job["planned"], job["late"], job["skipped"], job["missed"],
+        tag("div", *(form(f"/scheduler/jobs/{quote(job['id'])}/{action}", tag("button", t(action), class_="plain"))
+                     for action in ("resume" if job["paused"] else "pause", "run")), class_="row")
+    ) for job in jobs))
+    return page(call, t("jobs"), shown)
+
+
+def view_queue(app: Any, call: Call) -> Response:
+    """/admin/queue?state=&function=&job=&id=&limit= : the queued calls, newest first; POST {id, action} acts on one."""
+    if call.request.method == "POST":
+        return act_on_call(app, call)
+    args, where, values = call.request.args, ["1"], []  # type: MultiDict, list[str], list[Any]
+    for name in ("state", "function", "job", "id"):
+        if args.get(name):
+            where, values = where + [f"{name} = ?"], values + [args[name]]
+    limit = max(1, min(1000, args.get("limit", 100, type=int)))
+    rows = app.store.rows(f"SELECT * FROM fn_queue WHERE {' AND '.join(where)} ORDER BY created DESC LIMIT ?", *values, limit)
+    one = rows[0] if rows and args.get("id") else None
+    data = [{name: row[name] for name in QUEUE_COLUMNS} for row in rows]
+    if wants_json(call):
+        return as_json({"calls": data, **({"call": whole_call(one)} if one else {})})
+    t = Texts(call)
+    columns = {"function": None, "state": None, "tries": "n", "due": "soft", "status": "n", "error": None, "": None}
+    shown = table(t, columns, "no_calls", ((
+        join(link(row["function"], "/admin/queue", id=row["id"]), tag("div", row["id"], class_="soft")),
+        tag("span", t(row["state"]), class_="bad" if row["state"] == "dead" else None), row["attempts"], local_time(row["due"]),
+        row["status"], tag("pre", row["error"]) if row["error"] else None, queue_buttons(t, row)) for row in data))
+    states = tag("p", *(link(t(state), "/admin/queue", "button plain", state=state) for state in STATES), class_="row")
+    details = tag("pre", json.dumps(whole_call(one), indent=2, ensure_ascii=False)) if one else None
+    return page(call, t("queue"), states, shown, details)
+
+
+QUEUE_COLUMNS = "id function state attempts due status error trigger job planned created started finished".split()
+
+
+def queue_buttons(t: Texts, row: Mapping[str, Any]) -> Optional[Markup]:
+    """Offer what can be done with a queued call."""
+    actions = {"dead": ("retry", "replay", "discard"), "done": ("replay", "discard"), "waiting": ("discard",)}
+    return tag("div", *(form("/admin/queue", tag("button", t(action), class_="plain"), id=row["id"], action=action)
+                        for action in actions.get(row["state"], ())), class_="row")
+
+
+def whole_call(row: Any) -> dict[str, Any]:
+    """Return the request and the result of a queued call, secrets in its headers and query blanked."""
+    request = json.loads(row["request"])
+    request["headers"] = [[name, "***" if _SECRET.search(name) else value] for name, value in request["headers"]]
+    request["query"] = scrub(request["query"])
+    return {"request": {**request, **shown_body("body", row["body"])}, "status": row["status"],
+            "headers": json.loads(row["headers"] or "null"), **shown_body("answer", row["answer"])}
+
+
+def act_on_call(app: Any, call: Call) -> Response:
+    """Retry, replay or discard a queued call."""
+    sent = fields(call)
+    number, action = text_field(sent, "id"), text_field(sent, "action")
+    if action not in ("retry", "replay", "discard"):
+        raise HTTPException(400, "action must be retry, replay or discard")
+    number = app.queue.act(number, action)
+    if number is None:
+        raise HTTPException(404, "There is no such call, or it can't be done with it now")
+    app.runner.poke()
+    return done(call, action, "/admin/queue", id=number)
 
 
 def view_asset(app: Any, call: Call) -> Response:
     """/admin/assets/... : the style sheet and the script; the login page needs them too."""
     body, kind = (CSS, "text/css") if call.request.path.endswith(".css") else (JS, "text/javascript")
-    response = secure(Response(body.strip() + "\n", mimetype=kind))
-    response.headers["Cache-Control"] = "public, max-age=86400"
-    return response
+    return Response(body, 200, {**PAGE_HEADERS, "Cache-Control": "public, max-age=86400"}, kind)
 
 
-_GET_POST = ("GET", "POST")
+GET_POST, POST = ("GET", "POST"), ("POST",)
 ROUTES = {
-    "/": Route(view_index, admin=False), "/login": Route(view_login, False, _GET_POST),
-    "/logout": Route(view_logout, False, _GET_POST), "/function/list_functions": Route(view_list),
-    "/function/add_function": Route(view_add, True, _GET_POST), "/function/save_function": Route(view_save, True, ("POST",)),
-    "/function/edit_function": Route(view_edit), "/function/update_function": Route(view_update, True, ("POST",)),
-    "/function/delete_function": Route(view_delete, True, (*_GET_POST, "DELETE")), "/function/show_stats": Route(view_stats),
-    "/function/clear_stats": Route(view_clear, True, _GET_POST), "/admin/logs": Route(view_logs),
-    "/admin/versions": Route(view_versions), "/admin/restore": Route(view_restore, True, ("POST",)),
+    "/": Route(view_index, False), LIST: Route(view_list), "/function/show_stats": Route(view_stats),
+    "/invocations/*": Route(view_invocation, admin=False), "/scheduler": Route(view_scheduler, basic=True),
+    "/scheduler/*": Route(view_jobs, True, ("GET", "HEAD", "POST", "PATCH", "DELETE"), basic=True),
+    "/admin/jobs": Route(view_admin_jobs), "/admin/queue": Route(view_queue, True, GET_POST),
     "/admin/assets/fnserve.css": Route(view_asset, False), "/admin/assets/fnserve.js": Route(view_asset, False),
+    "/login": Route(view_login, False, GET_POST), "/logout": Route(view_logout, False, GET_POST),
+    "/function/add_function": Route(view_add, True, GET_POST), "/function/save_function": Route(view_save, True, POST),
+    "/function/edit_function": Route(view_edit), "/function/update_function": Route(view_save, True, POST),
+    "/function/delete_function": Route(view_delete, True, (*GET_POST, "DELETE")), "/admin/logs": Route(view_logs),
+    "/function/clear_stats": Route(view_clear, True, GET_POST), "/admin/versions": Route(view_versions),
+    "/admin/restore": Route(view_restore, True, POST),
 }
 
 # == 17 APP ===============================================================
@@ -5213,7 +5205,7 @@ class App:
             except BaseException as error:  # an answer that can't be sent: a session or a body that is none
                 call._session = None
                 body = respond(self, call, answer_failure(self, call, error), start_response)
-            if not isinstance(body, Stream):
+            if isinstance(body, list):
                 call.request.close()
             return body
         finally:
@@ -5292,11 +5284,8 @@ def capture_output(settings: Settings) -> None:
         root.addHandler(shown)
         root.setLevel(min(root.level or logging.INFO, logging.INFO))
     log.propagate = False  # what fnserve itself has to say is not the call's output
-    for handler in [handler for handler in log.handlers if isinstance(handler, ErrorLog)]:
-        log.removeHandler(handler)
-    file = ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS)
-    file.setFormatter(LogFormat("%(asctime)s %(levelname)s [%(request_id)s] %(message)s"))
-    log.addHandler(file)
+    log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, ErrorLog)]
+    log.addHandler(ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS))
 
 
 class Background:
@@ -5369,15 +5358,16 @@ class Background:
 
     def _lead(self) -> bool:
         """Tell whether this process does the work that is done once; the kernel passes the lock on at its death."""
-        if self._handle < 0:
-            os.makedirs(self._app.journal.directory, exist_ok=True)
-            handle = os.open(os.path.join(self._app.journal.directory, "leader.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                flock(handle, LOCK_EX | LOCK_NB)
-            except OSError:
-                os.close(handle)
-                return False
-            self._handle = handle
+        if self._handle >= 0:
+            return True
+        os.makedirs(self._app.journal.directory, exist_ok=True)
+        handle = os.open(os.path.join(self._app.journal.directory, "leader.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            flock(handle, LOCK_EX | LOCK_NB)
+        except OSError:
+            os.close(handle)
+            return False
+        self._handle = handle
         return True
 
 
@@ -5387,8 +5377,7 @@ def prepare(directory: str = ".", **options: Any) -> App:
     made = make_secrets(settings)
     app = App(settings)
     app.store.check()
-    if made.get("SECRET_TOKEN"):
-        # to a terminal only: stderr that is a file or systemd's journal is a log
+    if made.get("SECRET_TOKEN"):  # to a terminal only: stderr that is a file or systemd's journal is a log
         shown = made["SECRET_TOKEN"] if sys.stderr.isatty() else "in .env.local, as SECRET_TOKEN"
         sys.stderr.write(f"The password of the admin pages is {shown}\n")
     for path in exposed_files(settings):
@@ -5437,11 +5426,10 @@ def open_socket(settings: Settings) -> Any:
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
         return socket.socket(fileno=3)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(settings.HOST, settings.PORT, type=socket.SOCK_STREAM,
-                                                         flags=socket.AI_PASSIVE)[0]
-        opened = socket.socket(family, kind)
+        found = socket.getaddrinfo(settings.HOST, settings.PORT, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.socket(*found[:2])
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
+        opened.bind(found[4])
     except OSError as error:
         raise OSError(f"HOST={settings.HOST} PORT={settings.PORT}: can't listen there: {error.strerror}") from None
     opened.listen(BACKLOG)
@@ -5512,8 +5500,10 @@ class Dispatcher:
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> None:
         """Cancel the tasks that no thread has taken; those under way end with the process."""
-        while not self._waiting.empty():
-            self._waiting.get().cancel()
+        import queue
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._waiting.get_nowait().cancel()
 
 
 def believe_proxy(app: Callable[..., Any], trusted: str) -> Callable[..., Any]:
@@ -5544,10 +5534,6 @@ class Pin:
         self._free: set[int] = set()  #: threads that run anywhere until their next call
         os.sched_setaffinity(0, self._core)
 
-    def watch(self) -> None:
-        """Begin to watch; waitress's own threads are there by now."""
-        sys.addaudithook(self._audit)
-
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Serve one request, pinned."""
         if self._free and threading.get_ident() in self._free:
@@ -5555,7 +5541,8 @@ class Pin:
             os.sched_setaffinity(0, self._core)
         return self._app(environ, start_response)
 
-    def _audit(self, event: str, args: Any) -> None:
+    def free(self, event: str, args: Any) -> None:
+        """Let this thread run anywhere before it starts a program or a thread; an audit hook."""
         if event in self.EVENTS:
             os.sched_setaffinity(0, self._cores)
             self._free.add(threading.get_ident())
@@ -5575,14 +5562,12 @@ class Worker:
     """One waitress that serves until it is told to stop, then finishes what it has."""
 
     def __init__(self, app: App, opened: Any, core: Optional[int] = None) -> None:
-        self._settings, self._socket, self._stopping = app.settings, opened, False
-        application: Callable[..., Any] = app
-        if core is not None:
-            application = pin = Pin(app, frozenset(os.sched_getaffinity(0)), core)
+        self._grace, self._stopping = app.settings.GRACE, False
+        pin = Pin(app, frozenset(os.sched_getaffinity(0)), core) if core is not None else None
         app.start()
-        self._server = waitress_server(application, opened, app.settings)
-        if core is not None:
-            pin.watch()
+        self._server = waitress_server(pin or app, opened, app.settings)
+        if pin is not None:
+            sys.addaudithook(pin.free)  # waitress's own threads are there by now
 
     def stop(self, *_: Any) -> None:
         """Begin to drain; a signal handler."""
@@ -5592,20 +5577,20 @@ class Worker:
     def run(self, parent: Optional[int] = None) -> None:
         """Serve until `stop`, or until the parent process is gone."""
         from waitress import wasyncore
+        turn = functools.partial(wasyncore.loop, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
         while not self._stopping and (parent is None or os.getppid() == parent):
             if parent is None:
                 notify("WATCHDOG=1")
-            wasyncore.loop(timeout=1, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
+            turn(timeout=1)
         wasyncore.dispatcher.close(self._server)  # the listening socket of this process; the trigger stays
-        until = time.monotonic() + self._settings.GRACE
+        until = time.monotonic() + self._grace
         while self._busy() and time.monotonic() < until:
-            wasyncore.loop(timeout=.05, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
-        self._server.task_dispatcher.shutdown(cancel_pending=True, timeout=.1)
+            turn(timeout=.05)
+        self._server.task_dispatcher.shutdown()
 
     def _busy(self) -> bool:
         """Tell whether a request is being read or answered; connections without one are closed."""
-        channels = list(self._server.active_channels.values())
-        for channel in channels:
+        for channel in list(self._server.active_channels.values()):
             if not channel.requests and channel.request is None and not channel.total_outbufs_len:
                 channel.handle_close()
         return bool(self._server.active_channels)
@@ -5615,17 +5600,17 @@ class Supervisor:
     """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT."""
 
     def __init__(self, app: App, opened: Any) -> None:
-        self._app, self._socket, self._settings = app, opened, app.settings
+        self._app, self._socket, self._stopping = app, opened, False
         self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, monotonic time of birth)
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
-        self._backoff: dict[int, float] = {}  #: number -> seconds to wait, for workers that die at birth
-        self._stopping = False
+        self._backoff = dict.fromkeys(self._due, 0.0)  #: number -> seconds to wait, for workers that die at birth
 
     def run(self) -> int:
         """Supervise until a signal; return the exit status."""
         import select
         import signal
         reading, writing = os.pipe()
+        os.set_blocking(reading, False)
         os.set_blocking(writing, False)
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell script's background job ignores SIGINT
@@ -5635,9 +5620,7 @@ class Supervisor:
         self._replace(time.monotonic())
         notify("READY=1")
         while not self._stopping:
-            select.select([reading], [], [], 1)
-            with contextlib.suppress(BlockingIOError):
-                os.set_blocking(reading, False)
+            if select.select([reading], [], [], 1)[0]:
                 os.read(reading, 4096)
             self._reap()
             self._replace(time.monotonic())
@@ -5649,11 +5632,10 @@ class Supervisor:
 
     def _fork(self, number: int) -> None:
         supervisor = os.getpid()
-        pid = os.fork()
+        pid, status = os.fork(), 1
         if pid:
             self._workers[pid] = (number, time.monotonic())
             return
-        status = 1
         try:
             self._work(number, supervisor)
             status = 0
@@ -5671,7 +5653,7 @@ class Supervisor:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the supervisor passes on a stop
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self._app.rates.share = self._settings.WORKERS
+        self._app.rates.share = self._app.settings.WORKERS
         worker = Worker(self._app, self._socket, cores[number % len(cores)] if cores else None)
         signal.signal(signal.SIGTERM, worker.stop)
         if self._stopping:  # the signal came between the fork and the lines above
@@ -5686,36 +5668,36 @@ class Supervisor:
             number, born = self._workers.pop(pid, (-1, 0.0))
             if number >= 0 and not self._stopping:
                 young = time.monotonic() - born < BIRTH_SECONDS
-                self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff.get(number, 0) * 2)) if young else 0.0
+                self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff[number] * 2)) if young else 0.0
                 self._due[number] = time.monotonic() + self._backoff[number]
                 log.error("worker %d (process %d) ended with status %d; it is replaced", number, pid, status)
 
     def _replace(self, now: float) -> None:
-        for number, due in list(self._due.items()):
-            if due <= now:
+        for number in [number for number, due in self._due.items() if due <= now]:
+            try:
+                self._fork(number)
                 del self._due[number]
-                try:
-                    self._fork(number)
-                except OSError as error:  # no memory or no process ids left just now
-                    log.error("worker %d can't be started: %s", number, error)
-                    self._due[number] = now + 1
+            except OSError as error:  # no memory or no process ids left just now
+                log.error("worker %d can't be started: %s", number, error)
+                self._due[number] = now + 1
 
     def _drain(self) -> int:
         """Tell the workers to finish; kill those that don't within GRACE and a little."""
         import signal
         notify("STOPPING=1")
         self._socket.close()
-        for pid in self._workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        until = time.monotonic() + self._settings.GRACE + 2
+        self._signal(signal.SIGTERM)
+        until = time.monotonic() + self._app.settings.GRACE + 2
         while self._workers and time.monotonic() < until:
             self._reap()
             time.sleep(.02)
+        self._signal(signal.SIGKILL)
+        return 0
+
+    def _signal(self, number: int) -> None:
         for pid in self._workers:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return 0
+                os.kill(pid, number)
 
 
 def serve_first_look(app: App, opened: Any) -> int:
@@ -5732,8 +5714,7 @@ def serve_first_look(app: App, opened: Any) -> int:
 
     server = Server(opened.getsockname()[:2], Handler, bind_and_activate=False)
     server.socket.close()
-    server.socket = opened
-    server.server_name, server.server_port = opened.getsockname()[:2]
+    server.socket, (server.server_name, server.server_port) = opened, opened.getsockname()[:2]
     server.setup_environ()
     server.set_app(app)
     with contextlib.suppress(KeyboardInterrupt):
@@ -5760,11 +5741,6 @@ def serve(app: App) -> int:
         gc.collect()
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened).run()
-    return serve_alone(app, opened)
-
-
-def serve_alone(app: App, opened: Any) -> int:
-    """Serve in this process, without a supervisor."""
     import signal
     worker = Worker(app, opened)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -5805,9 +5781,9 @@ def cmd_init(arguments: Any, options: dict[str, Any]) -> int:
     os.makedirs(arguments.directory, exist_ok=True)
     settings = Settings(options, arguments.directory)
     write_new(os.path.join(settings.FUNCTIONS_DIR, "hello.py"), HELLO)
+    where = os.path.join(settings.directory, ".env.local")
     for name, value in make_secrets(settings).items():
-        print(f"{name}={value}  (in {os.path.join(settings.directory, '.env.local')})" if name == "SECRET_TOKEN" else
-              f"made {name}")
+        print(f"{name}={value}  (in {where})" if name == "SECRET_TOKEN" else f"made {name}")
     return 0
 
 
@@ -5817,10 +5793,10 @@ def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
     if not valid_name(arguments.name) or arguments.name in app.reserved:
         raise SettingError(f"{arguments.name!r}: {TEXTS['bad_name'][1]}")
     path = app.functions.path(arguments.name)
-    if not write_new(path, NEW_FUNCTION):
-        print(f"{path} exists already", file=sys.stderr)
-        return 1
-    return 0
+    if write_new(path, NEW_FUNCTION):
+        return 0
+    print(f"{path} exists already", file=sys.stderr)
+    return 1
 
 
 def cmd_list(arguments: Any, options: dict[str, Any]) -> int:
@@ -5836,22 +5812,19 @@ def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
     if data is not None and data.startswith("@"):
         with open(data[1:], "rb") as file:
             data = file.read()
-    headers = dict(line.partition(":")[::2] for line in arguments.header)
-    headers = {key.strip(): value.strip() for key, value in headers.items()}
-    if data is not None and not any(key.lower() == "content-type" for key in headers):
-        json_like = str(data).lstrip()[:1] in ("{", "[")
-        headers["Content-Type"] = "application/json" if json_like else "application/x-www-form-urlencoded"
+    headers = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in arguments.header)}
+    if data is not None and not any(name.lower() == "content-type" for name in headers):
+        headers["Content-Type"] = "application/" + ("json" if str(data).lstrip()[:1] in ("{", "[") else "x-www-form-urlencoded")
     app = prepare(**options)
     app.start()
     headers.setdefault("Authorization", "Bearer " + app.settings.SECRET_TOKEN)  # whoever runs this owns the files
     client = Client(lambda environ, start: app({**environ, "fnserve.run": Run("cli")}, start))
-    response = client.open("/function/" + quote(arguments.name), arguments.method or ("POST" if data else "GET"),
-                                query=dict(pair.partition("=")[::2] for pair in arguments.query), data=data,
-                                headers=headers)
+    query = dict(pair.partition("=")[::2] for pair in arguments.query)
+    method = arguments.method or ("POST" if data else "GET")
+    response = client.open("/function/" + quote(arguments.name), method, query=query, data=data, headers=headers)
+    body = response.get_data()
     sys.stdout.flush()
-    getattr(sys.stdout, "buffer").write(response.get_data())
-    if not response.get_data().endswith(b"\n"):
-        print()
+    getattr(sys.stdout, "buffer").write(body if body.endswith(b"\n") else body + b"\n")
     if response.code >= 400:
         print(response.status, file=sys.stderr)
     return int(response.code >= 400)
@@ -5865,9 +5838,8 @@ def cmd_check(arguments: Any, options: dict[str, Any]) -> int:
     log.handlers[:] = [logging.NullHandler()]  # the errors are printed below, a line each
     for name in app.functions.names():
         function = app.functions.get(name)
-        error = function.error if function else None
-        helper = isinstance(error, NoEntry) and function is not None and function.code is not None \
-            and not function.code.entries
+        error, code = (function.error, function.code) if function else (None, None)
+        helper = isinstance(error, NoEntry) and code is not None and not code.entries
         failed += error is not None and not helper
         print(f"{name}: {'fine, a helper module' if helper else error or 'fine'}")
     return int(failed > 0)
@@ -5880,9 +5852,8 @@ def cmd_logs(arguments: Any, options: dict[str, Any]) -> int:
         rows = read_calls(app, arguments.name or "", limit=arguments.n if not after else 1000, after=after)
         for row in reversed(rows):
             print(f"{local_time(row['time'])} {row['id']} {row['status']} {row['ms']:8.1f} ms {row['method']} {row['path']}")
-            for text in (row["output"], row["error"]):
-                if text:
-                    print("    " + text.rstrip().replace("\n", "\n    "))
+            for text in filter(None, (row["output"], row["error"])):
+                print("    " + text.rstrip().replace("\n", "\n    "))
         after = max([after] + [row["number"] for row in rows])
         if not arguments.follow:
             return 0
@@ -5895,6 +5866,42 @@ def cmd_stats(arguments: Any, options: dict[str, Any]) -> int:
     for row in stats_rows(prepare(**options), time.time()):
         print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  p50 {row['p50'] * 1000:.0f} ms"
               f"  p95 {row['p95'] * 1000:.0f} ms")
+    return 0
+
+
+def cmd_jobs(arguments: Any, options: dict[str, Any]) -> int:
+    """list the jobs and when they fire next"""
+    app = prepare(**options)
+    for row in app.schedule.jobs():
+        job = app.schedule.show(row)
+        print(f"{job['id']:24} {job['func']:24} {'paused' if job['paused'] else job['next_run_time'] or 'never'}"
+              f"  planned {job['planned']} late {job['late']} skipped {job['skipped']} missed {job['missed']}")
+    return 0
+
+
+def cmd_queue(arguments: Any, options: dict[str, Any]) -> int:
+    """list queued calls, the newest last"""
+    app = prepare(**options)
+    for row in reversed(app.store.rows("SELECT * FROM fn_queue ORDER BY created DESC LIMIT ?", arguments.n)):
+        print(f"{row['id']} {row['state']:8} {row['function']:24} runs {row['attempts']}  {row['status'] or ''}")
+    return 0
+
+
+def cmd_next(arguments: Any, options: dict[str, Any]) -> int:
+    """say when a schedule fires: EXPRESSION as in SETTINGS, or a JSON dict of trigger fields"""
+    zone = Settings(options).TIMEZONE
+    try:
+        now = read_moment("--from", arguments.start, read_zone(zone)) if arguments.start else time.time()
+        given = json.loads(arguments.expression) if arguments.expression.startswith("{") else arguments.expression
+        trigger = parse_schedule(given, zone, now)
+    except ValueError as error:  # TriggerError, and what json raises
+        raise SettingError(str(error)) from None
+    for _ in range(arguments.n):
+        moment = trigger.next(now)
+        if moment is None:
+            break
+        now = moment
+        print(iso_time(now, trigger.zone))
     return 0
 
 
@@ -5931,21 +5938,24 @@ def cmd_export(arguments: Any, options: dict[str, Any]) -> int:
     if os.path.isdir(target) and os.listdir(target):
         raise SettingError(f"--to {arguments.to}: the directory is not empty")
     import shutil
-    own = {row.name for row in SETTINGS_TABLE}
-    shown = ("MAX_BODY", "TIMEOUT", "TRUSTED_PROXY", "UI_LANG", "SESSION_HOURS")
-    settings = {key: row for key, row in app.config.current().items() if key in shown}
-    shutil.copytree(app.settings.FUNCTIONS_DIR, os.path.join(target, PACKAGE), ignore=shutil.ignore_patterns("_*_", ".*"))
-    shutil.copy(__file__, os.path.join(target, "fnserve.py"))
-    write_new(os.path.join(target, "main.py"), EXPORTED.format(name=name, path=quote(name), settings=settings))
+    own, config = {row.name for row in SETTINGS_TABLE}, app.config.current()
+    shown = {"MAX_BODY", "TIMEOUT", "TRUSTED_PROXY", "UI_LANG", "SESSION_HOURS"} & set(config)
     needed = ["functions-framework\n"]
     with contextlib.suppress(FileNotFoundError), open("requirements.txt", encoding="utf-8") as file:
         needed += [line for line in file if not line.startswith(("waitress", "functions-framework"))]
-    write_new(os.path.join(target, "requirements.txt"), "".join(needed))
-    write_new(os.path.join(target, "Procfile"), "web: functions-framework --target main --port $PORT\n")
-    values = {key: value for key, value in app.config.current().items() if key not in own and value is not None}
-    text = "".join("{}='{}'\n".format(key, value.replace("\\", "\\\\").replace("'", "\\'")) for key, value in values.items())
-    if write_new(os.path.join(target, ".env"), text):
-        os.chmod(os.path.join(target, ".env"), 0o600)
+    quoted = ((name, value.replace("\\", "\\\\").replace("'", "\\'")) for name, value in config.items()
+              if name not in own and value is not None)
+    shutil.copytree(app.settings.FUNCTIONS_DIR, os.path.join(target, PACKAGE), ignore=shutil.ignore_patterns("_*_", ".*"))
+    shutil.copy(__file__, os.path.join(target, "fnserve.py"))
+    files = {
+        "main.py": EXPORTED.format(name=name, path=quote(name), settings={key: config[key] for key in sorted(shown)}),
+        "requirements.txt": "".join(needed), "Procfile": "web: functions-framework --target main --port $PORT\n",
+        ".env": "".join(f"{key}='{value}'\n" for key, value in quoted)}
+    os.close(os.open(os.path.join(target, ".env"), os.O_CREAT | os.O_WRONLY, 0o600))
+    for file_name, text in files.items():
+        with open(os.path.join(target, file_name), "w", encoding="utf-8") as file:
+            file.write(text)
+        print(f"made {os.path.join(target, file_name)}")
     return 0
 
 
@@ -5957,7 +5967,6 @@ After=network.target
 
 [Service]
 Type=notify
-NotifyAccess=main
 WatchdogSec=60
 User={user}
 WorkingDirectory={directory}
@@ -5971,25 +5980,9 @@ UMask=0077
 ReadWritePaths={directory}
 ProtectSystem=strict
 ProtectHome={home}
-{bind}PrivateTmp=yes
-PrivateDevices=yes
-PrivateUsers=yes
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-AmbientCapabilities=
+{bind}{sandbox}CapabilityBoundingSet=
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
 ProtectProc=invisible
-RemoveIPC=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
@@ -6006,21 +5999,16 @@ SITE = """\
 # nginx site for fnserve: put it into /etc/nginx/sites-enabled/, mind the name and the certificate, then  nginx -s reload
 limit_req_zone $binary_remote_addr zone=fnserve_login:1m rate=10r/m;
 
-upstream fnserve {{
-    server {address};
-    keepalive 16;
-}}
+upstream fnserve {{ server {address}; keepalive 16; }}
 
 server {{
-    listen 80;
-    listen [::]:80;
+    listen 80; listen [::]:80;
     server_name {name};
     return 301 https://$host$request_uri;
 }}
 
 server {{
-    listen 443 ssl http2;
-    listen [::]:443 ssl http2;
+    listen 443 ssl http2; listen [::]:443 ssl http2;
     server_name {name};
     ssl_certificate     /etc/letsencrypt/live/{name}/fullchain.pem;
     ssl_certificate_key /etc/letsencrypt/live/{name}/privkey.pem;
@@ -6035,13 +6023,8 @@ server {{
     proxy_buffering off;                 # streams and server-sent events go out as they are made
     proxy_read_timeout {timeout}s;
 
-    location / {{
-        proxy_pass http://fnserve;
-    }}
-    location = /login {{
-        limit_req zone=fnserve_login burst=10 nodelay;
-        proxy_pass http://fnserve;
-    }}
+    location / {{ proxy_pass http://fnserve; }}
+    location = /login {{ limit_req zone=fnserve_login burst=10 nodelay; proxy_pass http://fnserve; }}
     # for this machine only: ask fnserve itself, on {address}
     location = /metrics {{ return 403; }}
     location /monitoring/ {{ return 403; }}
@@ -6049,12 +6032,18 @@ server {{
 """
 
 
+SANDBOX = """PrivateTmp PrivateDevices PrivateUsers NoNewPrivileges RestrictNamespaces RestrictRealtime RestrictSUIDSGID
+LockPersonality ProtectClock ProtectControlGroups ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables
+RemoveIPC"""
+
+
 def cmd_service(arguments: Any, options: dict[str, Any]) -> int:
     """print a systemd unit for this directory"""
     directory = os.path.abspath(arguments.dir or ".")
     at_home = directory.startswith(("/home/", "/root/"))
-    print(UNIT.format(user=arguments.user, directory=directory, python=arguments.python,
-                      home="tmpfs" if at_home else "yes", bind=f"BindPaths={directory}\n" if at_home else ""), end="")
+    print(UNIT.format(user=arguments.user, directory=directory, python=arguments.python, home="tmpfs" if at_home else "yes",
+                      bind=f"BindPaths={directory}\n" if at_home else "",
+                      sandbox="".join(f"{name}=yes\n" for name in SANDBOX.split())), end="")
     return 0
 
 
@@ -6069,6 +6058,23 @@ def cmd_nginx(arguments: Any, options: dict[str, Any]) -> int:
     return 0
 
 
+COMMANDS: dict[Callable[..., int], dict[str, dict[str, Any]]] = {  # each with what argparse is told of its arguments
+    cmd_serve: {}, cmd_init: {"directory": {"nargs": "?", "default": "."}}, cmd_new: {"name": {}}, cmd_list: {},
+    cmd_call: {"name": {"help": "name of the function, a subpath may follow: hello/Tony"},
+               "-X": {"dest": "method", "metavar": "METHOD"},
+               "-q": {"dest": "query", "action": "append", "default": [], "metavar": "KEY=VALUE"},
+               "-H": {"dest": "header", "action": "append", "default": [], "metavar": "'NAME: VALUE'"},
+               "-d": {"dest": "data", "metavar": "DATA|@FILE"}},
+    cmd_check: {}, cmd_stats: {}, cmd_export: {"name": {}, "--to": {"required": True, "metavar": "DIR"}},
+    cmd_logs: {"name": {"nargs": "?"}, "-n": {"type": int, "default": 20, "metavar": "N"},
+               "-f": {"dest": "follow", "action": "store_true"}},
+    cmd_jobs: {}, cmd_queue: {"-n": {"type": int, "default": 50, "metavar": "N"}},
+    cmd_next: {"expression": {"metavar": "EXPRESSION"}, "-n": {"type": int, "default": 5, "metavar": "N"},
+               "--from": {"dest": "start", "metavar": "ISO-TIME"}},
+    cmd_service: {"--user": {"default": "fnserve"}, "--python": {"default": "/usr/bin/python3"}},
+    cmd_nginx: {"--server-name": {"required": True}}}
+
+
 def make_parser() -> Any:
     """Make the parser of the command line; every setting that is no secret is an option too."""
     import argparse  # 500 kB that a plain start does without
@@ -6081,29 +6087,14 @@ def make_parser() -> Any:
                                metavar="VALUE", help=f"{row.help} ({row.default or 'blank'})".replace("%", "%%"))
     parser = argparse.ArgumentParser(prog="fnserve.py", parents=[settings],
                                      description="Your own Google Cloud Functions, in one file.")
+    parser.set_defaults(run=cmd_serve)
     parser.add_argument("--version", action="version", version=f"fnserve {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    made = {}
-    for function in (cmd_serve, cmd_init, cmd_new, cmd_list, cmd_call, cmd_check, cmd_logs, cmd_stats, cmd_export,
-                     cmd_service, cmd_nginx):
-        name = function.__name__[4:]
-        made[name] = commands.add_parser(name, parents=[settings], help=function.__doc__)
-        made[name].set_defaults(run=function)
-    made["init"].add_argument("directory", nargs="?", default=".")
-    made["new"].add_argument("name")
-    made["call"].add_argument("name", help="name of the function, a subpath may follow: hello/Tony")
-    made["call"].add_argument("-X", dest="method", metavar="METHOD")
-    made["call"].add_argument("-q", dest="query", action="append", default=[], metavar="KEY=VALUE")
-    made["call"].add_argument("-H", dest="header", action="append", default=[], metavar="'NAME: VALUE'")
-    made["call"].add_argument("-d", dest="data", metavar="DATA|@FILE")
-    made["logs"].add_argument("name", nargs="?")
-    made["logs"].add_argument("-n", type=int, default=20, metavar="N")
-    made["logs"].add_argument("-f", dest="follow", action="store_true")
-    made["export"].add_argument("name")
-    made["export"].add_argument("--to", required=True, metavar="DIR")
-    made["service"].add_argument("--user", default="fnserve")
-    made["service"].add_argument("--python", default="/usr/bin/python3")
-    made["nginx"].add_argument("--server-name", required=True)
+    for function, taken in COMMANDS.items():
+        command = commands.add_parser(function.__name__[4:], parents=[settings], help=function.__doc__)
+        command.set_defaults(run=function)
+        for name, how in taken.items():
+            command.add_argument(name, **how)
     return parser
 
 
@@ -6118,16 +6109,12 @@ def main(argv: Optional[list[str]] = None) -> int:
         arguments = make_parser().parse_args(argv)
         arguments.dir = getattr(arguments, "dir", None)
         options = {row.name: getattr(arguments, row.name) for row in SETTINGS_TABLE if hasattr(arguments, row.name)}
-        run_command = getattr(arguments, "run", cmd_serve)
-        if arguments.dir and run_command not in (cmd_service, cmd_nginx):
+        if arguments.dir and arguments.run not in (cmd_service, cmd_nginx):
             os.chdir(arguments.dir)
-        return run_command(arguments, options)
-    except (SettingError, StoreError) as error:
+        return arguments.run(arguments, options)
+    except (SettingError, StoreError, OSError, sqlite3.Error) as error:
         print(f"fnserve: {error}", file=sys.stderr)
-        return 2
-    except (OSError, sqlite3.Error) as error:
-        print(f"fnserve: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, (SettingError, StoreError)) else 1
     except KeyboardInterrupt:
         return 1
 

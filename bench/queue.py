@@ -62,8 +62,8 @@ def rate(port: int, clients: str) -> float:
 def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as name:
-        server = Candidate("fnserve", [sys.executable, "fnserve.py", "--port", "PORT", "--workers", "1", "--queue-max", "10000000"],
-                           Path(name), {"functions/hello.py": FUNCTION, "functions/plain.py": PLAIN})
+        command = [sys.executable, "fnserve.py", "--port", "PORT", "--workers", "1", "--queue-max", "10000000"]
+        server = Candidate("fnserve", command, Path(name), {"functions/hello.py": FUNCTION, "functions/plain.py": PLAIN})
         found = []
         try:
             for _ in range(ROUNDS):
