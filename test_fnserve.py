@@ -24,6 +24,7 @@ import threading
 import time
 import unittest
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from wsgiref.validate import validator
@@ -1860,6 +1861,230 @@ class PipelineTest(Case):
         self.assertEqual(self.call(app, "GET", "/function/file/..%2f.env").code, 404)
 
 
+# == 14 MONITORING ========================================================
+
+
+class LokiReceiver:
+    """A strict Loki: takes what is right, and answers as it is told."""
+
+    def __init__(self) -> None:
+        import gzip
+        import http.server
+        self.lines, self.streams, self.answers, receiver = [], [], [], self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = gzip.decompress(self.rfile.read(int(self.headers["Content-Length"])))
+                status = receiver.answers.pop(0) if receiver.answers else 204
+                right = self.path == "/loki/api/v1/push" and self.headers["Content-Type"] == "application/json"
+                if status == 204 and right:
+                    for stream in json.loads(body)["streams"]:
+                        assert set(stream["stream"]) == {"service", "level", "endpoint"}, stream
+                        assert all(isinstance(at, str) and at.isdigit() for at, _ in stream["values"]), stream
+                        receiver.lines += [json.loads(line) for _, line in stream["values"]]
+                        receiver.streams.append(stream["stream"])
+                self.send_response(status if right else 404)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class MonitoringTest(Case):
+    def test_health(self):
+        app = self.make_app()
+        self.write("bad", "def main(")
+        self.call(app, "GET", "/function/bad")
+        answer = self.call(app, "GET", "/health")
+        self.assertEqual((answer.status_code, answer.json["status"], set(answer.json["checks"].values()), answer.json["broken_functions"]),
+                         (200, "healthy", {"ok"}, 1))
+        shutil.rmtree(self.dir / "functions")
+        answer = self.call(app, "GET", "/health")
+        self.assertEqual((answer.status_code, answer.json["status"]), (503, "unhealthy"))
+        self.assertEqual([name for name, found in answer.json["checks"].items() if found != "ok"], ["functions"])
+        (self.dir / "functions").mkdir()
+        locker = sqlite3.connect(self.dir / "serverless.db", isolation_level=None)
+        self.addCleanup(locker.close)
+        app.store._open().execute("PRAGMA busy_timeout = 50")
+        locker.execute("BEGIN IMMEDIATE")
+        answer = self.call(app, "GET", "/health")
+        self.assertEqual((answer.status_code, answer.json["checks"]["database"]), (503, "database is locked"))
+
+    def test_monitoring_health(self):
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/monitoring/health").status_code, 401)
+        found = self.admin(app).get("/monitoring/health").json
+        self.assertEqual(found["status"], "healthy")
+        figures = found["system_metrics"]
+        self.assertLessEqual({"cpu_percent", "memory_rss_mb", "memory_percent", "threads", "uptime_seconds"}, figures.keys())
+        self.assertGreater(figures["memory_rss_mb"], 5)
+
+    COUNTING = ("from fnserve import counter, histogram\nseen = counter('logins_total', 'Logins \\\\ so\\nfar')\n"
+                "size = histogram('size_bytes', 'Sizes', buckets=(10, 100))\n"
+                "def main(request):\n    seen.inc(user=request.args['u'])\n    seen.labels(user='x').inc(2)\n    size.observe(float(request.args['n']))\n"
+                "    return 'x'")
+
+    def metrics(self, app, accept: str = "") -> str:
+        answer = self.call(app, "GET", "/metrics", headers={"Accept": accept})
+        self.assertEqual(answer.status_code, 200)
+        return answer.text
+
+    def test_metrics_are_read_by_prometheus_client(self):
+        parser = module("prometheus_client.parser")
+        newer = module("prometheus_client.openmetrics.parser")
+        self.write("count", self.COUNTING)
+        self.write("bad", "def main(request): 1/0")
+        app = self.make_app()
+        users = ['a"b', "back\\slash", "two\nlines", "🐍", "plain"]
+        for number, user in enumerate(users):
+            self.call(app, "GET", "/function/count", query={"u": user, "n": number * 30})
+        for path in ("/function/bad", "/function/nope1", "/function/nope2", "/nowhere", "/health"):
+            self.call(app, "GET", path)
+        self.call(app, "BREW", "/function/count?u=x&n=0")
+        for text, read in ((self.metrics(app), parser.text_string_to_metric_families),
+                           (self.metrics(app, "application/openmetrics-text"), newer.text_string_to_metric_families)):
+            samples = {(sample.name, *sorted(sample.labels.items())): sample.value for family in read(text) for sample in family.samples}
+            ok = ("endpoint", "/function/count"), ("method", "GET"), ("status", "200")
+            self.assertEqual(samples[("fnserve_requests_total", *ok)], 5)
+            self.assertEqual(samples[("fnserve_requests_total", ("endpoint", "(unknown)"), ("method", "GET"), ("status", "404"))], 3)
+            self.assertEqual(samples[("fnserve_requests_total", ("endpoint", "/function/count"), ("method", "OTHER"), ("status", "200"))], 1)
+            self.assertEqual(samples[("fnserve_function_errors_total", ("function", "bad"))], 1)
+            for user in users:
+                self.assertEqual(samples[("logins_total", ("user", user))], 1)
+            self.assertEqual(samples[("logins_total", ("user", "x"))], 13)
+            self.assertEqual([samples[("size_bytes_bucket", ("le", bound))] for bound in ("10.0", "100.0", "+Inf")], [2, 5, 6])
+            self.assertEqual(samples[("size_bytes_sum",)], 300)
+            self.assertEqual(samples[("fnserve_request_latency_seconds_count", *ok[:2])], 5)
+            self.assertGreater(samples[("process_resident_memory_bytes",)], 5e6)
+
+    def test_bad_metrics_fail_the_function_that_made_them(self):
+        self.write("f", "from fnserve import counter\ndef main(request):\n    counter(request.args['n']).inc(float(request.args['v']), **{request.args['l']: 1})")
+        app = self.make_app()
+        for name, value, label in (("1x", "1", "a"), ("fnserve_x", "1", "a"), ("x", "-1", "a"), ("x", "1", "le"), ("x", "1", "a-b")):
+            self.assertEqual(self.call(app, "GET", f"/function/f?n={name}&v={value}&l={label}").status_code, 500)
+        self.assertNotIn("\nx_total", self.metrics(app))
+
+    def test_series_are_bounded(self):
+        self.write("f", "from fnserve import counter\ndef main(request):\n    [counter('c').inc(n=n) for n in range(1200)]\n    return 'x'")
+        app = self.make_app()
+        self.call(app, "GET", "/function/f")
+        for number in range(50):
+            self.call(app, "GET", f"/x{number}")
+            self.call(app, "GET", f"/function/y{number}")
+        text = self.metrics(app)
+        self.assertEqual(text.count("\nc_total{"), 1000)
+        self.assertEqual(text.count("(unknown)"), 1 + len(fnserve.BUCKETS) + 3)
+
+    def test_metrics_token(self):
+        app = self.make_app(METRICS_TOKEN="m")
+        self.assertEqual(self.call(app, "GET", "/metrics").status_code, 401)
+        self.assertEqual(self.call(app, "GET", "/metrics", headers={"Authorization": "Bearer x"}).status_code, 401)
+        self.assertEqual(self.call(app, "GET", "/metrics", headers={"Authorization": "Bearer m"}).status_code, 200)
+
+    def test_promtool(self):
+        need("promtool (apt-get install prometheus)", shutil.which("promtool"))
+        self.write("count", self.COUNTING)
+        app = self.make_app()
+        self.call(app, "GET", "/function/count?u=x&n=1")
+        for accept in ("", "application/openmetrics-text"):
+            done = subprocess.run(["promtool", "check", "metrics"], input=self.metrics(app).encode(), capture_output=True)
+            self.assertEqual((done.returncode, done.stdout + done.stderr), (0, b""))
+
+    def test_loki_misses_nothing(self):
+        receiver = LokiReceiver()
+        self.addCleanup(receiver.stop)
+        self.write("f", "def main(request):\n    print('hi')\n    return 'x'")
+        self.write("bad", "def main(request): 1/0")
+        app = self.make_app(LOKI_URL=receiver.url, LOKI_USER="u", LOKI_PASSWORD="p", LOKI_TENANT="t")
+        sent = []
+
+        def calls(count: int) -> None:
+            for _ in range(count):
+                sent.append(self.call(app, "GET", "/function/f?token=hidden").headers["X-Request-Id"])
+        calls(3)
+        sent.append(self.call(app, "GET", "/function/bad").headers["X-Request-Id"])
+
+        def push() -> None:
+            app.loki._wait = .01
+            app.loki.keep_up()
+            app.loki._thread.join(20)
+        for status in (429, 500, 503):
+            receiver.answers = [status]
+            push()
+            self.assertEqual(receiver.lines, [])
+        push()
+        self.assertEqual(sorted(line["request_id"] for line in receiver.lines), sorted(sent))
+        calls(5)
+        receiver.stop()  # away for a while, and fnserve restarts meanwhile
+        push()
+        app.background.stop()
+        again = LokiReceiver()
+        self.addCleanup(again.stop)
+        app = self.make_app(LOKI_URL=again.url)
+        push()
+        lines = receiver.lines + again.lines
+        self.assertEqual(sorted(line["request_id"] for line in lines), sorted(sent))
+        self.assertEqual({stream["level"] for stream in receiver.streams}, {"info", "error"})
+        failed = [line for line in lines if line["response"]["status"] == 500][0]
+        self.assertIn("ZeroDivisionError", failed["error"])
+        self.assertGreater(failed["performance"]["duration_ms"], 0)
+        self.assertNotIn("hidden", json.dumps(lines))
+
+    def test_segments_wait_for_loki(self):
+        self.write("f", "def main(request): return 'x'")
+        app = self.make_app(KEEP_DAYS=0, LOKI_URL="http://127.0.0.1:9")
+        self.call(app, "GET", "/function/f")
+        [number] = fnserve.segments(app.settings.JOURNAL_DIR)
+        Path(fnserve.segment_path(app.settings.JOURNAL_DIR, number + 1)).touch()
+        app.journal.refresh()
+        app.folder.fold()
+        os.utime(fnserve.segment_path(app.settings.JOURNAL_DIR, number), (1, 1))
+        app.folder.prune(self.clock.now, app.loki.position())
+        self.assertIn(number, fnserve.segments(app.settings.JOURNAL_DIR))
+        app.folder.prune(self.clock.now, {number: 10 ** 9})
+        self.assertNotIn(number, fnserve.segments(app.settings.JOURNAL_DIR))
+
+    def test_a_flood_of_failures_is_summed_up(self):
+        self.write("bad", "def main(request): 1/0")
+        app = self.make_app()
+        for _ in range(100):
+            self.call(app, "GET", "/function/bad")
+        app.background._sum_up(self.clock.now)
+        text = (self.dir / "serverless_error.log").read_text()
+        self.assertEqual(text.count("Traceback"), fnserve.FLOOD_COUNT)
+        self.assertIn(f"{100 - fnserve.FLOOD_COUNT} more: ZeroDivisionError", text)
+
+    def test_dashboard_and_stream(self):
+        self.write("bad", "def main(request): raise ValueError('<b>')")
+        app = self.make_app()
+        for _ in range(3):
+            self.call(app, "GET", "/function/bad")
+        app.background._sample(self.clock.now)
+        html = fnserve.Client(app, headers={"Authorization": "Bearer " + TOKEN, "Accept": "text/html"}).get("/monitoring/dashboard").text
+        self.assertIn("ValueError: &lt;b&gt;", html)
+        self.assertIn("<svg", html)
+        self.assertEqual(self.call(app, "GET", "/monitoring/stream").status_code, 401)
+        bodies = []
+        for _ in range(fnserve.MOST_VIEWERS + 1):
+            environ = fnserve.Client(app, headers={"Authorization": "Bearer " + TOKEN})._environ("/monitoring/stream", "GET", None, b"", {
+                "Authorization": "Bearer " + TOKEN})
+            statuses = []
+            bodies.append((app(environ, lambda status, headers: statuses.append(status)), statuses))
+        self.assertEqual([statuses[0][:3] for _, statuses in bodies], ["200", "200", "503"])
+        first = next(iter(bodies[0][0]))
+        self.assertTrue(first.startswith(b"data: {"))
+        for body, _ in bodies[:2]:
+            body.close()
+        self.assertTrue(app.viewers.acquire(blocking=False))  # a viewer who goes makes room
+
+
 # == 16 ADMIN =============================================================
 
 
@@ -2262,6 +2487,49 @@ class ServerTest(Case):
         steps = [round(b - a, 3) for a, b in zip(after, after[1:])]
         self.assertLessEqual(max(steps), 5)  # another took over; what was late is made up for once
         self.assertNotEqual(self.leader(), first)
+
+    def test_prometheus_sees_what_was_sent(self):
+        """A real Prometheus, two workers, a restart: its queries give the numbers that were sent."""
+        prometheus = shutil.which("prometheus")
+        need("prometheus (apt-get install prometheus)", prometheus)
+        self.write("hello", "from fnserve import counter\ndef main(request):\n    counter('seen').inc(who=request.args['who'])\n    return 'x'")
+        ports = []
+        for _ in range(2):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                ports.append(probe.getsockname()[1])
+        (self.dir / "prometheus.yml").write_text(f"""
+global: {{scrape_interval: 1s, scrape_timeout: 1s}}
+scrape_configs:
+  - job_name: fnserve
+    static_configs: [{{targets: ["127.0.0.1:{ports[0]}"]}}]
+""")
+        server = Server(self.dir, "--port", str(ports[0]), "--workers", "2")
+        self.addCleanup(lambda: server.kill_all())
+        watcher = subprocess.Popen([prometheus, "--config.file=prometheus.yml", "--storage.tsdb.path=tsdb",
+                                    f"--web.listen-address=127.0.0.1:{ports[1]}"], cwd=self.dir, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        self.addCleanup(watcher.wait)
+        self.addCleanup(watcher.kill)
+
+        def query(text: str) -> float:
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                url = f"http://127.0.0.1:{ports[1]}/api/v1/query?query={urllib.parse.quote(text)}"
+                with urllib.request.urlopen(url, timeout=5) as answer:
+                    return float(json.load(answer)["data"]["result"][0]["value"][1])
+            return -1.0
+        total = 0
+        for turn in range(2):
+            for number in range(40):
+                server.get(f"/function/hello?who={number % 2}")
+            total += 40
+            wait_until(lambda: query('sum(fnserve_requests_total{endpoint="/function/hello",status="200"})') == total, 40)
+            self.assertEqual(query('seen_total{who="1"}'), total / 2)
+            self.assertEqual(query('fnserve_request_latency_seconds_count{endpoint="/function/hello"}'), total)
+            self.assertEqual(query("fnserve_workers"), 3)
+            if not turn:
+                server.stop()
+                server = Server(self.dir, "--port", str(ports[0]), "--workers", "2")
 
     def test_a_function_that_kills_its_worker(self):
         self.write("die", "import os\ndef main(request): os._exit(7)")
