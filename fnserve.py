@@ -4799,7 +4799,7 @@ th,td{text-align:left;padding:.5rem .6rem;border-bottom:1px solid var(--line);ve
 th{color:var(--soft);font-weight:600;font-size:.85rem;white-space:nowrap}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 input,textarea,button,.button{font:inherit;color:inherit;border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
-input,textarea{background:var(--paper);width:100%;max-width:100%}
+input[type=checkbox]{width:auto} input,textarea{background:var(--paper);width:100%;max-width:100%}
 input:focus,textarea:focus,button:focus-visible,a:focus-visible{outline:2px solid var(--main);outline-offset:1px}
 button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none}
 button.plain,.button.plain{background:none;color:var(--ink);border-color:var(--line)}
@@ -4967,7 +4967,7 @@ PAGE_HEADERS = {  # of every page: no foreign or injected script runs, no foreig
     "Referrer-Policy": "same-origin"}
 LIST = "/function/list_functions"
 MENU = {"functions": LIST, "add": "/function/add_function", "stats": "/function/show_stats", "logs": "/admin/logs",
-        "jobs": "/admin/jobs", "dashboard": "/monitoring/dashboard", "queue": "/admin/queue", "logout": "/logout"}
+        "jobs": "/admin/jobs", "queue": "/admin/queue", "dashboard": "/monitoring/dashboard", "logout": "/logout"}
 _VOID = ("input", "meta", "link", "rect")
 
 
@@ -5470,6 +5470,7 @@ def dashboard(app: Any, t: Texts) -> Markup:
     """Make what the dashboard shows and its stream sends anew: figures, charts of the hour and the day, slow and failing."""
     now, found = app.clock(), app.load.figures(app.clock())
     recent = recent_figures(app, now)
+    recent["error_rate"] = f"{recent['error_rate']:.2%}"
     units = {"cpu_percent": " %", "memory_rss_mb": " MB", "uptime_seconds": " s", "p50_ms": " ms", "p95_ms": " ms"}
     boxes = (tag("div", tag("div", t(name), class_="soft"), tag("b", f"{value}{units.get(name, '')}"), class_="card")
              for name, value in {**found, **recent}.items() if not isinstance(value, list))
@@ -5606,7 +5607,7 @@ def view_admin_jobs(app: Any, call: Call) -> Response:
     shown = table(t, columns, "no_jobs", ((
         join(job["id"], tag("div", job["func"], class_="soft")),
         join(job["trigger"], *(tag("div", f"{name} = {job[name]}") for name in job if name in TRIGGER_FIELDS)),
-        t("paused") if job["paused"] else job["next_run_time"] or t("never"),
+        t("paused") if job["paused"] else (job["next_run_time"] or t("never")).replace("T", " ").partition(".")[0],
         link(f"{t(last[job['id']]['state'])} {last[job['id']]['status'] or ''}", "/admin/queue", job=job["id"])
         if job["id"] in last else None, job["planned"], job["late"], job["skipped"], job["missed"],
         tag("div", *(form(f"/scheduler/jobs/{quote(job['id'])}/{action}", tag("button", t(action), class_="plain"))
@@ -5634,7 +5635,7 @@ def view_queue(app: Any, call: Call) -> Response:
     shown = table(t, columns, "no_calls", ((
         join(link(row["function"], "/admin/queue", id=row["id"]), tag("div", row["id"], class_="soft")),
         tag("span", t(row["state"]), class_="bad" if row["state"] == "dead" else None), row["attempts"], local_time(row["due"]),
-        row["status"], tag("pre", row["error"]) if row["error"] else None, queue_buttons(t, row)) for row in data))
+        row["status"], (row["error"] or "").strip().rpartition("\n")[2], queue_buttons(t, row)) for row in data))
     states = tag("p", *(link(t(state), "/admin/queue", "button plain", state=state) for state in STATES), class_="row")
     details = tag("pre", json.dumps(whole_call(one), indent=2, ensure_ascii=False)) if one else None
     return page(call, t("queue"), states, shown, details)

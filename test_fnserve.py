@@ -2272,6 +2272,46 @@ class BrowserTest(Case):
         self.browser.execute_script("const c = document.querySelector('textarea.code'); c.value = arguments[0];"
                                     "c.dispatchEvent(new Event('input'))", code)
 
+    def test_dashboard_jobs_and_queue(self):
+        self.write("tick", "SETTINGS = {'schedule': 'every 1s'}\ndef main(request): return 'x'")
+        self.write("bad", "SETTINGS = {'async': True, 'retries': 0}\ndef main(request): raise ValueError('broken <b>')")
+        self.write("hello", "def main(request):\n    print('hi')\n    return 'x'")
+        for _ in range(2):
+            self.server.get("/function/bad", "POST")
+        self.open("/login")
+        self.find("#token").send_keys(TOKEN)
+        self.find("button").click()
+        self.wait(lambda: "Add function" in self.text())
+        for width in (1280, 375):
+            self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+                "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+            self.open("/monitoring/dashboard")
+            before = self.find("#dashboard").text
+            for _ in range(50):
+                self.server.get("/function/hello")
+            self.wait(lambda: self.find("#dashboard").text != before)  # it moves by itself
+            self.find("#live").click()
+            self.assertEqual(self.find("#live").text, "Go live")
+            self.shot("dashboard")
+            self.open("/admin/jobs")
+            self.assertIn("tick", self.text())
+            self.shot("jobs")
+            self.find("form[action$='/pause'] button").click()
+            self.wait(lambda: "paused" in self.text())
+            self.find("form[action$='/resume'] button").click()
+            self.wait(lambda: "paused" not in self.text())
+            self.open("/admin/queue?state=dead")
+            self.assertIn("broken <b>", self.text())
+            self.shot("queue")
+            self.open("/admin/logs?status=500")
+            self.assertIn("ValueError", self.text())
+            self.shot("logs")
+        self.open("/admin/queue?state=dead")
+        self.find("input[value=replay] ~ button").click()
+        self.wait(lambda: "dead" in self.text())
+        bad = [entry for entry in self.browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+        self.assertEqual(bad, [])
+
     def test_walk(self):
         for width in (375, 1280):
             with self.subTest(width=width):
