@@ -2430,7 +2430,8 @@ class Call:
     """One call on its way through the pipeline: request, answer so far, and what it printed."""
 
     __slots__ = ("app", "request", "id", "started", "clock", "function", "route", "run", "trigger", "attempt", "deadline",
-                 "_session", "_g", "after", "hooks", "code", "output", "printed", "error", "failed", "metrics")
+                 "_session", "_g", "after", "hooks", "code", "output", "printed", "error", "failed", "metrics",
+                 "until", "interrupted", "holds", "responding", "recorded")
 
     def __init__(self, app: Any, environ: dict[str, Any]) -> None:
         self.app, self.run = app, environ.get("fnserve.run", _HTTP)
@@ -2440,7 +2441,8 @@ class Call:
         self.request = Request(environ, app.settings.MAX_BODY)
         self.id = app.new_id()
         self.started, self.clock = app.clock(), time.perf_counter()
-        self.deadline = self.started + app.settings.TIMEOUT
+        self.deadline = self.until = 0.0  #: Unix time; the same on the clock of `clock`
+        self.interrupted, self.holds, self.responding, self.recorded = 0, "", False, False
         self.function: Optional[str] = None  #: name of the function, once it is known
         self.route = "(unknown)"  #: label of what answered, where no function did
         self._session: Optional[Session] = None
@@ -3920,6 +3922,8 @@ def handle(app: Any, call: Call) -> Response:
         target = resolve(app, call)
         gate(app, call, target)
         response = accept(app, call) if wants_queue(call) else make_response(run(app, call, target))
+    except Parked:
+        raise
     except BaseException as error:  # SystemExit and the like too: a function must not be able to end its worker
         response = recover(app, call, error)
     return finish(app, call, response) if call.after or call.hooks else response
@@ -3935,9 +3939,10 @@ def resolve(app: Any, call: Call) -> Union[Route, Function]:
             call.function = call.request.endpoint = function.name
             call.request.view_args = {"func_name": function.name, "subpath": subpath}
             return function
-    route = app.routes.get(path) or app.routes.get(path[:path.find("/", 1) + 1] + "*")
+    label = path if path in app.routes else path[:path.find("/", 1) + 1] + "*"
+    route = app.routes.get(label)
     if route is not None and (app.settings.ADMIN or not route.admin):
-        call.route = call.request.endpoint = path
+        call.route = call.request.endpoint = label
         return route
     if not of_function:
         raise HTTPException(404, "Not found")
@@ -3959,9 +3964,12 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
             request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
     else:
         code = call.code = target.code
-        if code is not None and code.settings is not PLAIN:
-            gate_function(app, call, code.settings)
-            call.deadline = call.started + (code.settings.timeout or app.settings.TIMEOUT)
+        settings = code.settings if code is not None else PLAIN
+        limit = settings.timeout or app.settings.TIMEOUT
+        call.deadline, call.until = call.started + limit, call.clock + limit
+        app.watch.enter(call, settings.concurrency)
+        if settings is not PLAIN:
+            gate_function(app, call, settings)
         if call.function in app.protected:
             if not app.settings.ADMIN:
                 raise HTTPException(404, f'Function "{call.function}" not found')
@@ -4100,6 +4108,132 @@ class Rates:
             recent.append(call.started)
 
 
+class DeadlineExceeded(BaseException):
+    """Raised in a function's thread once the deadline of its call has passed."""
+
+
+class Parked(BaseException):
+    """A call waits for room in its function's share, and its thread is free for others. No response has begun."""
+
+
+class Watch:
+    """Bulkhead and deadlines: how many calls of each function run here, which thread is in which function, since when.
+
+    A function holds at most all threads but one. A call that finds its function's share taken is parked: waitress's connection
+    waits in line without a thread, and is handed back through `resume`. `step` interrupts calls that are late.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app, self._most = app, max(1, app.settings.THREADS - 1)
+        self._lock = threading.Lock()
+        self._late: dict[int, Call] = {}  #: thread -> the call whose function it runs
+        self._count: dict[str, int] = {}
+        self._lines: dict[str, list[tuple[float, Any]]] = {}  #: function -> (until when, connection or Event) in line
+        self.resume: Callable[[Any], Any] = lambda connection: None
+        self.retire: Optional[Callable[[], Any]] = None  #: ends this process once it has finished what else it has
+
+    def enter(self, call: Call, concurrency: int) -> None:
+        """Take a place in the function's share; Parked, or 503 where the line is absurdly long or took too long."""
+        name, connection = call.function or "", call.request.environ.get("fnserve.connection")  # type: str, Any
+        limit = min(concurrency or self._most, self._most)
+        waited = getattr(connection, "waits_until", None)
+        while True:
+            with self._lock:
+                if waited is not None and waited < time.perf_counter():
+                    connection.waits_until = None
+                    break
+                if self._count.get(name, 0) < limit:
+                    self._count[name] = self._count.get(name, 0) + 1
+                    call.holds = name
+                    return
+                line, until = self._lines.setdefault(name, []), waited or call.until
+                if len(line) >= MOST_WAITING:
+                    break
+                place: Any = connection if connection is not None else threading.Event()
+                line.insert(len(line) if waited is None else 0, (until, place))
+            if connection is not None:
+                connection.waits_until = until
+                raise Parked
+            if not place.wait(until - time.perf_counter()):
+                break
+        raise HTTPException(503, "The function has too much to do", [("Retry-After", "5")])
+
+    def leave(self, call: Call) -> None:
+        """Give a place back, and let the next in line try."""
+        with self._lock:
+            name, call.holds = call.holds, ""
+            self._count[name] -= 1
+            line = self._lines.get(name)
+            following = line.pop(0)[1] if line else None
+        self._wake(following)
+
+    def _wake(self, waiting: Any) -> None:
+        if isinstance(waiting, threading.Event):
+            waiting.set()
+        elif waiting is not None:
+            self.resume(waiting)
+
+    def run(self, call: Call, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function's code under its call's deadline."""
+        self._late[threading.get_ident()] = call
+        try:
+            return function(*args)
+        finally:
+            with self._lock:
+                self._late.pop(threading.get_ident(), None)
+            if call.interrupted:  # what was thrown may be still on its way: let it arrive here, not in fnserve's own code
+                with contextlib.suppress(DeadlineExceeded):
+                    for _ in range(1000):
+                        pass
+
+    def step(self) -> None:
+        """Interrupt what is late, answer for what can't be interrupted, retire the process where that lasts."""
+        now = time.perf_counter()
+        with self._lock:
+            late = [(ident, call) for ident, call in self._late.items() if call.until < now]
+            for ident, call in late:
+                call.interrupted += 1
+                interrupt(ident)
+        for _, call in late:
+            if call.interrupted > 4 and not call.recorded:  # a second: it is blocked in C
+                give_up(self._app, call)
+            if call.until + self._app.settings.GRACE < now and self.retire is not None:
+                log.error("%s: can't be interrupted; this worker is replaced", call.function, extra={"call": call.id})
+                self.retire()
+        self._end_waiting(now)
+
+    def _end_waiting(self, now: float) -> None:
+        with self._lock:
+            ended = [place for line in self._lines.values() for until, place in line if until < now]
+            for line in self._lines.values():
+                line[:] = [row for row in line if row[0] >= now]
+        for place in ended:
+            self._wake(place)
+
+
+MOST_WAITING = 1000
+WATCH_SECONDS = .25
+
+
+def interrupt(ident: int) -> None:
+    """Raise DeadlineExceeded in a thread; it arrives with the next bytecode."""
+    import ctypes  # 1.5 MB, only where a call is late
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(DeadlineExceeded))
+
+
+def give_up(app: Any, call: Call) -> None:
+    """Answer 504 in place of a thread that is blocked in C; what it makes of it in the end is thrown away."""
+    call.error = call.error or f"{call.function}: blocked beyond its deadline, in code that can't be interrupted"
+    log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error, extra={"call": call.id})
+    record(app, call, 504, 0)
+    connection = call.request.environ.get("fnserve.connection")
+    if connection is not None:
+        body = json_error(call, HTTPException(504, "The function took too long")).get_data()
+        connection.give_up(b"" if call.responding else (
+            b"HTTP/1.1 504 Gateway Timeout\r\nConnection: close\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (call.id.encode(), len(body), body)))
+
+
 def run(app: Any, call: Call, target: Union[Route, Function]) -> Any:
     """Call the view or the function, and return what it returns."""
     if isinstance(target, Route):
@@ -4108,6 +4242,11 @@ def run(app: Any, call: Call, target: Union[Route, Function]) -> Any:
     if code is None:
         raise target.error or LoadError("it could not be loaded")
     call.hooks = app.functions.hooks(target.name)
+    return app.watch.run(call, run_function, app, call, target, code)
+
+
+def run_function(app: Any, call: Call, target: Function, code: Code) -> Any:
+    """Run the hooks that come before, then the function."""
     for hook in call.hooks:
         value = hook.before_request(call.request) if hasattr(hook, "before_request") else None
         if value is not None:
@@ -4162,6 +4301,10 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
     if type(error).__module__.startswith("werkzeug.") and hasattr(error, "get_response"):  # the real Werkzeug's
         known: Any = error
         error = HTTPException(known.code or 500, known.description, response=known.response and make_response(known.response))
+    if isinstance(error, DeadlineExceeded):
+        call.error = user_traceback(error)
+        log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error, extra={"call": call.id})
+        error = HTTPException(504, "The function took too long")
     for handler in find_handlers_of(call, error):
         try:
             value = handler(error)
@@ -4303,33 +4446,40 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
         if not bare:
             headers.append(("Content-Length", str(len(body))))
         headers.append(("X-Request-Id", call.id))
+        call.responding = True
         record(app, call, response.code, 0 if bare else len(body))
         start_response(response.status, headers)
         return [b"" if bare or call.request.method == "HEAD" else body]
     try:
         chunks = iter(() if bare or call.request.method == "HEAD" else response.response)
-        chunk = next_chunk(call, chunks)  # before the headers go out, so that what fails at once is a proper 500
+        chunk = next_chunk(app, call, chunks)  # before the headers go out, so that what fails at once is a proper 500
     except BaseException as error:
         with contextlib.suppress(Exception):
             response.close()
         return respond(app, call, answer_failure(app, call, error), start_response)
+    call.responding = True
     start_response(response.status, headers + [("X-Request-Id", call.id)])
     body = stream(app, call, response, chunks, chunk)
     next(body)  # from here on its close() records the call, however it ends
     return body
 
 
-def next_chunk(call: Call, chunks: Iterator[Any]) -> bytes:
-    """Return the next chunk that isn't empty, made inside its call; b"" at the end."""
+def next_chunk(app: Any, call: Call, chunks: Iterator[Any]) -> bytes:
+    """Return the next chunk that isn't empty, made inside its call and with a deadline of its own; b"" at the end."""
     token = current_call.set(call)
+    call.until = time.perf_counter() + (call.code is not None and call.code.settings.timeout or app.settings.TIMEOUT)
     try:
-        for chunk in chunks:
-            data = chunk.encode() if isinstance(chunk, str) else bytes(chunk)
-            if data:
-                return data
-        return b""
+        return app.watch.run(call, _first_chunk, chunks)
     finally:
         current_call.reset(token)
+
+
+def _first_chunk(chunks: Iterator[Any]) -> bytes:
+    for chunk in chunks:
+        data = chunk.encode() if isinstance(chunk, str) else bytes(chunk)
+        if data:
+            return data
+    return b""
 
 
 def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chunk: bytes) -> Iterator[bytes]:
@@ -4343,7 +4493,7 @@ def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chun
                 recorded = True
                 record(app, call, response.code, sent)
             yield chunk
-            chunk = b"" if recorded else next_chunk(call, chunks)
+            chunk = b"" if recorded else next_chunk(app, call, chunks)
     except GeneratorExit:
         pass  # the client has gone, or the server has had enough
     except BaseException as error:  # the status is out: all that is left is to cut the connection
@@ -4359,12 +4509,17 @@ def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chun
             except BaseException as error:  # the function's own code; the other parts must be closed all the same
                 call.error = user_traceback(error)
         current_call.reset(token)
+        if call.holds:
+            app.watch.leave(call)
         if not recorded:
             record(app, call, 500 if call.error else response.code, sent)
 
 
 def record(app: Any, call: Call, status: int, size: int) -> None:
-    """Append the call's line to the journal."""
+    """Append the call's line to the journal, once."""
+    if call.recorded:  # the watch has answered for it
+        return
+    call.recorded = True
     environ = call.request.environ
     where, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
     if query:
@@ -5684,7 +5839,7 @@ ROUTES = {
     "/": Route(view_index, False), LIST: Route(view_list), "/function/show_stats": Route(view_stats),
     "/health": Route(view_health, admin=False), "/metrics": Route(view_metrics, admin=False),
     "/monitoring/health": Route(view_monitoring), "/monitoring/dashboard": Route(view_dashboard),
-    "/monitoring/stream": Route(view_stream), "/invocations/*": Route(view_invocation, admin=False),
+    "/monitoring/stream": Route(view_stream, True, ("GET",)), "/invocations/*": Route(view_invocation, admin=False),
     "/scheduler": Route(view_scheduler, basic=True),
     "/scheduler/*": Route(view_jobs, True, ("GET", "HEAD", "POST", "PATCH", "DELETE"), basic=True),
     "/admin/jobs": Route(view_admin_jobs), "/admin/queue": Route(view_queue, True, GET_POST),
@@ -5723,7 +5878,7 @@ class App:
         self.schedule = Schedule(self.store, self.queue, settings.TIMEZONE, clock)
         self.runner = Runner(self.queue, functools.partial(run_queued, self), max(1, settings.THREADS // 2))
         self.folder = Folder(self.journal, self.store, settings, self.protected)
-        self.background, self.rates = Background(self), Rates()
+        self.background, self.rates, self.watch = Background(self), Rates(), Watch(self)
         self.templates: Any = None  #: Jinja2's environment, once it is used
         self._starting, self._started = threading.Lock(), 0
         self._ids: list[str] = []
@@ -5737,11 +5892,15 @@ class App:
         try:
             try:
                 body = respond(self, call, handle(self, call), start_response)
+            except Parked:
+                raise
             except BaseException as error:  # an answer that can't be sent: a session or a body that is none
                 call._session = None
                 body = respond(self, call, answer_failure(self, call, error), start_response)
             if isinstance(body, list):
                 call.request.close()
+                if call.holds:
+                    self.watch.leave(call)
             return body
         finally:
             current_call.reset(token)
@@ -5843,7 +6002,8 @@ class Background:
     def start(self) -> None:
         """Run the loop in a thread of its own."""
         self._handle, self._stopping = -1, threading.Event()
-        threading.Thread(target=self._run, args=(self._stopping,), name="fnserve background", daemon=True).start()
+        for loop in (self._run, self._watch):
+            threading.Thread(target=loop, args=(self._stopping,), name="fnserve background", daemon=True).start()
 
     def stop(self) -> None:
         """End the loop after its round, and start no more queued calls."""
@@ -5858,6 +6018,13 @@ class Background:
             except Exception as error:  # the loop must outlive a locked database or a full disk; it tries again
                 log.error("background: %s: %s", type(error).__name__, error)
                 pause = 5.0
+
+    def _watch(self, stopping: threading.Event) -> None:
+        while not stopping.wait(WATCH_SECONDS):
+            try:
+                self._app.watch.step()
+            except Exception as error:  # the loop must outlive what it meets
+                log.error("watch: %s: %s", type(error).__name__, error)
 
     def step(self, now: float) -> float:
         """Do one round; return the seconds until the next, one at most.
@@ -6043,12 +6210,28 @@ def json_error_channel(settings: Any) -> Any:
             self.write(body)
 
     class Task(WSGITask):
+        def get_environment(self) -> Any:
+            environ = super().get_environment()
+            environ["fnserve.connection"] = self.channel
+            return environ
+
         def write(self, data: bytes) -> None:
             if data and (self.content_length is None or len(data) < self.content_length):
                 self.channel.adj = settings
             super().write(data)
 
-    return type("Channel", (HTTPChannel,), {"error_task_class": JsonErrorTask, "task_class": Task})
+    class Channel(HTTPChannel):
+        error_task_class, task_class = JsonErrorTask, Task
+        waits_until: Optional[float] = None  #: set while this connection's call is parked
+
+        def give_up(self, data: bytes) -> None:
+            """Send what there is to say in place of a thread that is stuck, and close; its own answer will fail."""
+            with contextlib.suppress(OSError):
+                self.socket.send(data)
+            self.connected, self.will_close = False, True
+            self.server.pull_trigger()
+
+    return Channel
 
 
 class Dispatcher:
@@ -6066,6 +6249,8 @@ class Dispatcher:
             task = self._waiting.get()
             try:
                 task.service()
+            except Parked:  # it comes back through add_task
+                pass
             except BaseException as error:  # a thread must outlive whatever a connection does
                 log.error("connection: %s", user_traceback(error))
 
@@ -6133,10 +6318,11 @@ class Worker:
     """One waitress that serves until it is told to stop, then finishes what it has."""
 
     def __init__(self, app: App, opened: Any, core: Optional[int] = None) -> None:
-        self._grace, self._stopping = app.settings.GRACE, False
+        self._app, self._grace, self._stopping = app, app.settings.GRACE, False
         pin = Pin(app, frozenset(os.sched_getaffinity(0)), core) if core is not None else None
         app.start()
         self._server = waitress_server(pin or app, opened, app.settings)
+        app.watch.resume = self._server.add_task
         if pin is not None:
             sys.addaudithook(pin.free)  # waitress's own threads are there by now
 
@@ -6148,6 +6334,8 @@ class Worker:
     def run(self, parent: Optional[int] = None) -> None:
         """Serve until `stop`, or until the parent process is gone."""
         from waitress import wasyncore
+        if parent is not None:
+            self._app.watch.retire = self.stop  # somebody replaces this process
         turn = functools.partial(wasyncore.loop, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
         while not self._stopping and (parent is None or os.getppid() == parent):
             if parent is None:

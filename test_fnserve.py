@@ -1586,7 +1586,7 @@ class QueueTest(QueueCase):
 
     def test_calls_that_come_together_share_a_commit(self):
         self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
-        app = self.make_app()
+        app = self.make_app(THREADS=32)
         real, count, codes = app.store.write, [], []
 
         def write(durable: bool = False):
@@ -2570,6 +2570,58 @@ scrape_configs:
             if not turn:
                 server.stop()
                 server = Server(self.dir, "--port", str(ports[0]), "--workers", "2")
+
+    def test_deadlines_and_bulkheads(self):
+        self.write("spin", "import threading\nSETTINGS = {'timeout': 0.5}\ndef main(request):\n    while True: pass")
+        self.write("stubborn", "SETTINGS = {'timeout': 0.5}\ndef main(request):\n    for _ in range(3):\n        try:\n"
+                               "            while True: pass\n        except BaseException: pass\n    return 'late'")
+        self.write("blocked", "import time\nSETTINGS = {'timeout': 0.5}\ndef main(request):\n    time.sleep(4)\n    return 'late'")
+        self.write("slow", "import time\nSETTINGS = {'concurrency': 1, 'timeout': 20}\nmost = now = 0\ndef main(request):\n    global most, now\n"
+                           "    now += 1; most = max(most, now); time.sleep(.1); now -= 1\n    return str(most)")
+        self.write("busy", "import time\nSETTINGS = {'timeout': 1}\ndef main(request):\n    time.sleep(.8)\n    return 'x'")
+        self.write("drip", "import time\nSETTINGS = {'timeout': 1}\ndef main(request):\n    for n in range(5):\n        time.sleep(.5)\n        yield str(n)\n"
+                           "    if request.args: time.sleep(9)")
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "1", "--threads", "4")
+        for name in ("spin", "stubborn", "blocked"):
+            with self.subTest(name=name):
+                began = time.monotonic()
+                status, headers, body = server.get(f"/function/{name}")
+                self.assertEqual((status, json.loads(body)["error"]), (504, "The function took too long"))
+                self.assertEqual(json.loads(body)["request_id"], headers["X-Request-Id"])
+                self.assertLess(time.monotonic() - began, 3.5)
+        self.assertEqual(server.get("/function/drip")[2], b"01234")  # between chunks, not for the whole
+        answers = []
+        senders = [threading.Thread(target=lambda: answers.append(server.get("/function/slow")[2])) for _ in range(20)]
+        for sender in senders:
+            sender.start()
+        began = time.monotonic()
+        self.assertEqual((server.get("/function/hello")[0], server.get("/health")[0]), (200, 200))  # others are not held up
+        self.assertLess(time.monotonic() - began, 1)
+        for sender in senders:
+            sender.join()
+        self.assertEqual(answers, [b"1"] * 20)  # one at a time, none refused
+        statuses = []
+        senders = [threading.Thread(target=lambda: statuses.append(server.get("/function/busy")[0])) for _ in range(8)]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join()
+        self.assertEqual(sorted(set(statuses)), [200, 503])  # three threads, one second: who can't be served is told
+        self.assertEqual(server.get("/function/busy")[0], 200)
+        logs = json.loads(server.get("/admin/logs?status=504", Authorization="Bearer " + TOKEN, Accept="application/json")[2])
+        self.assertEqual([row["function"] for row in logs["invocations"]], ["blocked", "stubborn", "spin"])
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_stuck_worker_is_replaced(self):
+        self.write("stuck", "import time\nSETTINGS = {'timeout': 0.2}\ndef main(request): time.sleep(60)")
+        self.write("hello", "import os\ndef main(request): return str(os.getpid())")
+        server = self.start("--workers", "1", "--grace", "1")
+        first = server.get("/function/hello")[2]
+        self.assertEqual(server.get("/function/stuck")[0], 504)
+        wait_until(lambda: server.workers() and server.workers() != [int(first)])
+        wait_until(lambda: server.get("/function/hello")[0] == 200)
+        self.assertNotEqual(server.get("/function/hello")[2], first)
 
     def test_a_function_that_kills_its_worker(self):
         self.write("die", "import os\ndef main(request): os._exit(7)")
