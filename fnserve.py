@@ -1521,6 +1521,8 @@ class Store:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():
+            with contextlib.suppress(OSError):  # what is made is for its owner's eyes; an existing file stays as it is
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
@@ -1631,7 +1633,7 @@ class Journal:
             log.error("%s: %s; %d records lost so far", self.directory, error, self.lost)
 
 
-_SECRET = re.compile("token|key|secret|signature|password|passwd|authorization|cookie", re.I)
+_SECRET = re.compile("token|key|secret|signature|password|passwd|auth(?!or)|cookie|hmac|credential", re.I)
 
 
 def scrub(query: str) -> str:
@@ -1669,8 +1671,10 @@ class Tally:
     def _add(self, record: dict[str, Any]) -> None:
         name, moment, taken = record.get("f"), float(record["t"]), min(int(record["us"]), 1 << 53)
         name = sql_value(name) if name else None
+        queued = record.get("via") == "queued"  # the function has not run yet; it counts once, when it does
         method = record["m"] if record["m"] in METHODS else "OTHER"  # nobody may grow the series by inventing methods
-        key = (name, "/function/" + name if name else sql_value(str(record["r"])), method, int(record["s"]), int(moment) // 60)
+        endpoint = "/function/" + name if name else sql_value(str(record["r"]))
+        key = (None if queued else name, endpoint, method, int(record["s"]), int(moment) // 60)
         group = self.groups.get(key) or self.groups.setdefault(key, [0, 0, 0.0, [0] * (len(BUCKETS) + 1)])
         group[0] += 1
         group[1] += taken
@@ -1869,17 +1873,23 @@ def summarize(source: bytes, path: str) -> str:
     return ""
 
 
+UNREADABLE = object()
+
+
 def read_schedule(path: str) -> Any:
-    """Return the literal SETTINGS["schedule"] of a file, None where there is none."""
-    with contextlib.suppress(LoadError, ValueError, IndexError):
+    """Return the literal SETTINGS["schedule"] of a file, None where there is none, UNREADABLE where that can't be told."""
+    try:
         source = read_source(path)
-        if b"schedule" in source:
-            import ast  # only for files that may have a schedule
-            for node in ast.walk(compile_source(source, path, ast.PyCF_ONLY_AST)):
-                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) \
-                        and getattr(node.targets[0], "id", "") == "SETTINGS":
-                    keys = [getattr(key, "value", None) for key in node.value.keys]
-                    return ast.literal_eval(node.value.values[keys.index("schedule")])
+        if b"schedule" not in source and source.strip():
+            return None
+        import ast  # only for files that may have a schedule
+        for node in ast.walk(compile_source(source, path, ast.PyCF_ONLY_AST)):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) \
+                    and getattr(node.targets[0], "id", "") == "SETTINGS":
+                keys = [getattr(key, "value", None) for key in node.value.keys]
+                return ast.literal_eval(node.value.values[keys.index("schedule")]) if "schedule" in keys else None
+    except (LoadError, ValueError, RecursionError):
+        return UNREADABLE
     return None
 
 
@@ -2423,7 +2433,7 @@ class Run:
         self.call: Optional[Call] = None
 
 
-_HTTP = Run("http")
+_HTTP, _QUEUED = Run("http"), Run("queued")
 
 
 class Call:
@@ -2431,7 +2441,7 @@ class Call:
 
     __slots__ = ("app", "request", "id", "started", "clock", "function", "route", "run", "trigger", "attempt", "deadline",
                  "_session", "_g", "after", "hooks", "code", "output", "printed", "error", "failed", "metrics",
-                 "until", "interrupted", "holds", "responding", "recorded")
+                 "until", "interrupted", "holds", "responding", "recorded", "runs")
 
     def __init__(self, app: Any, environ: dict[str, Any]) -> None:
         self.app, self.run = app, environ.get("fnserve.run", _HTTP)
@@ -2443,6 +2453,7 @@ class Call:
         self.started, self.clock = app.clock(), time.perf_counter()
         self.deadline = self.until = 0.0  #: Unix time; the same on the clock of `clock`
         self.interrupted, self.holds, self.responding, self.recorded = 0, "", False, False
+        self.runs = False  #: past the gate: from here on the function's own error handlers are asked
         self.function: Optional[str] = None  #: name of the function, once it is known
         self.route = "(unknown)"  #: label of what answered, where no function did
         self._session: Optional[Session] = None
@@ -2927,12 +2938,18 @@ class Client:
             environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key] = value
         return environ
 
-    def run(self, environ: dict[str, Any]) -> Response:
-        """Make the call that an environ describes."""
+    def run(self, environ: dict[str, Any], most: Optional[int] = None) -> Response:
+        """Make the call that an environ describes; `most` cuts the answer off after so many bytes."""
         started: list[Any] = []
         parts = self.app(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
         try:
-            body = b"".join(parts)
+            pieces, size = [], 0
+            for part in parts:
+                pieces.append(part)
+                size += len(part)
+                if most is not None and size > most:
+                    break
+            body = b"".join(pieces)
         finally:
             if hasattr(parts, "close"):
                 parts.close()
@@ -3109,7 +3126,7 @@ def verify_ed25519(public: bytes, message: bytes, signature: bytes) -> bool:
         return False
     key, r, s = _read_point(public), _read_point(signature[:32]), int.from_bytes(signature[32:], "little")
     base = _read_point(bytes([0x58]) + bytes([0x66]) * 31)
-    if key is None or r is None or base is None or s >= _L:
+    if key is None or r is None or base is None or s >= _L or not _multiply_point(8, key)[0] % _P:  # a key of small order
         return False
     k = int.from_bytes(hashlib.sha512(signature[:32] + public + message).digest(), "little") % _L
     one, other = _multiply_point(s, base), _add_points(r, _multiply_point(k, key))
@@ -3146,10 +3163,15 @@ def verify(scheme: Union[str, Hmac], request: Request, config: Mapping[str, Opti
     keys = [key.strip() for key in (config.get(secret) or "").split(",") if key.strip()]
     if not keys:
         raise BadSignature(f"{secret} is not set in .env")
-    try:
-        check(request, keys, now)
-    except ValueError as error:  # binascii.Error is one
-        raise BadSignature(f"bad encoding: {error}") from None
+    for last, key in enumerate(keys, 1 - len(keys)):  # one by one, so that one of them being nonsense spoils no other
+        try:
+            return check(request, [key], now)
+        except BadSignature:
+            if not last:
+                raise
+        except ValueError as error:  # binascii.Error is one
+            if not last:
+                raise BadSignature(f"bad encoding: {error}") from None
 
 
 def answer_challenge(scheme: Any, request: Request) -> Any:
@@ -3181,6 +3203,8 @@ TRIGGER_FIELDS = {*CRON_FIELDS, *INTERVAL_FIELDS, *COMMON_FIELDS, "run_date"}
 NICKNAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
              "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
 ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "last")
+LAST_MOMENT = 253_000_000_000.0  # in the year 9987: what zoneinfo and datetime can still turn into a local time
+MOST_RUNS = 1000  # that are counted one by one of a job that was not looked at for long
 YEARS_AHEAD = 100  # every combination of date and weekday that exists comes within 40; 31 February never does
 
 
@@ -3194,7 +3218,8 @@ class TriggerError(ValueError):
 
 def _number(field: str, text: str) -> int:
     least, most, names = CRON_FIELDS[field]
-    value = names.split().index(text) + least if text in names.split() else int(text) if text.isdecimal() else -1
+    value = int(text) if re.fullmatch(r"\d{1,4}", text, re.A) else -1
+    value = names.split().index(text) + least if text in names.split() else value
     if not least <= value <= most:
         raise TriggerError(field, f"{text!r} is not from {least} to {most}" + (f" or one of {names}" if names else ""))
     return value
@@ -3205,7 +3230,7 @@ def _values(field: str, text: str) -> set[int]:
     span, slash, step = text.partition("/")
     first, dash, last = span.partition("-")
     least, most, _ = CRON_FIELDS[field]
-    if slash and (not step.isdecimal() or int(step) == 0):
+    if slash and not re.fullmatch(r"(?!0+$)\d{1,4}", step, re.A):
         raise TriggerError(field, f"the step of {text!r} is no number above 0")
     if span != "*":
         least = _number(field, first)
@@ -3246,7 +3271,6 @@ class Cron:
                 else:
                     found |= _values(name, part)
             self._sets[name] = found
-        self._any_year = str(fields.get("year", "*")).startswith("*")
         self._times = [sorted(self._sets[name]) for name in ("hour", "minute", "second")]
 
     def _days_of(self, year: int, month: int) -> list[int]:
@@ -3265,8 +3289,7 @@ class Cron:
     def walls(self, start: Any) -> Iterator[Any]:
         """Yield the local times (naive datetimes) that match, from `start` on."""
         import datetime
-        last = min(10_000, start.year + YEARS_AHEAD) if self._any_year else 10_000
-        for year in (year for year in range(start.year, last) if year in self._sets["year"]):
+        for year in sorted(year for year in self._sets["year"] if year >= start.year)[:YEARS_AHEAD]:
             for month in sorted(self._sets["month"]):
                 if (year, month) < (start.year, start.month):
                     continue
@@ -3313,6 +3336,8 @@ class Trigger:
             self._cron = Cron(fields, either)
         elif kind == "interval":
             self._every = sum(self._positive(name, 0) * unit for name, unit in INTERVAL_FIELDS.items()) or 1
+            if self._every < 1:
+                raise TriggerError("seconds", "the interval is less than a second")
         else:
             self._start = self._moment("run_date", now)
         self._anchor = self._start if self._start > float("-inf") else now  # without a start the clock may be put back
@@ -3320,11 +3345,20 @@ class Trigger:
     def next(self, after: float) -> Optional[float]:
         """Return the first time after `after`."""
         found = self._next(after)
-        if found is None or found > self._end:
+        if found is None or found > min(self._end, LAST_MOMENT):
             return None
         if self._jitter:  # each process would draw another, but only the one that moves the job on does
             found += (int.from_bytes(os.urandom(4), "big") / 2 ** 31 - 1) * self._jitter
             return max(found, after + .001)
+        return found
+
+    def count(self, first: float, end: float) -> int:
+        """Return how often this fires from `first` on and before `end`: exactly for an interval, else MOST_RUNS at most."""
+        if self.kind == "interval" and end > first:
+            return int(-((first - end) // self._every))
+        found, moment = 0, first  # type: int, Optional[float]
+        while moment is not None and moment < end and found < MOST_RUNS:
+            found, moment = found + 1, self.next(moment)
         return found
 
     def _next(self, after: float) -> Optional[float]:
@@ -3345,10 +3379,12 @@ class Trigger:
             break
         else:
             return None
-        best = float("inf")  # near a change of the clock local times are not in the order of real ones
-        for wall in self._cron.walls(local.replace(microsecond=0, tzinfo=None) - hours):
+        # near a change of the clock local times are not in the order of real ones, but off by the change at most
+        change = max(offsets) - min(offsets) if len(offsets) > 1 else hours
+        best = float("inf")
+        for wall in self._cron.walls(local.replace(microsecond=0, tzinfo=None) - change):
             best = min([best] + [moment for moment in self._moments(wall) if moment > after])
-            if min(self._moments(wall)) - 10_800 > best:
+            if min(self._moments(wall)) - change.total_seconds() > best:
                 break
         return best if best < float("inf") else None
 
@@ -3389,12 +3425,16 @@ def local_zone() -> str:
 def read_moment(field: str, value: Any, zone: Any) -> float:
     """Read an ISO date, with or without time and offset, or a Unix time."""
     import datetime
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
     try:
-        found = datetime.datetime.fromisoformat(str(value).strip().replace("Z", "+00:00"))
-        return (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
-    except (ValueError, OverflowError):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found = datetime.datetime.fromtimestamp(value, zone)
+        else:
+            found = datetime.datetime.fromisoformat(str(value).strip().replace("Z", "+00:00"))
+        moment = (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
+        if abs(moment) > LAST_MOMENT:
+            raise OverflowError
+        return moment
+    except (ValueError, OverflowError, OSError):
         raise TriggerError(field, f"{value!r} is no date such as 2026-05-01 08:00:00") from None
 
 
@@ -3432,7 +3472,7 @@ def _crontab_weekdays(text: str) -> str:
         low, high = _crontab_weekday(first), _crontab_weekday(last) if dash else 6 if slash else _crontab_weekday(first)
         if dash and high == 0 and last in ("sun", "0"):
             high = 7
-        if low > high or slash and (not step.isdecimal() or int(step) == 0):
+        if low > high or slash and not re.fullmatch(r"(?!0+$)\d{1,4}", step, re.A):
             raise TriggerError("day_of_week", f"{part!r} is no range of weekdays")
         days |= {(day + 6) % 7 for day in range(low, high + 1, int(step or 1))}
     return ",".join(map(str, sorted(days)))
@@ -3440,7 +3480,7 @@ def _crontab_weekdays(text: str) -> str:
 
 def _crontab_weekday(text: str) -> int:
     names = "sun mon tue wed thu fri sat".split()
-    value = names.index(text) if text in names else int(text) if text.isdecimal() else 8
+    value = names.index(text) if text in names else int(text) if re.fullmatch(r"\d", text, re.A) else 8
     if value > 7:
         raise TriggerError("day_of_week", f"{text!r} is not from 0 to 7 or one of {' '.join(names)}")
     return value
@@ -3460,11 +3500,21 @@ QUEUE_TABLES = {
     "fn_queue_job": "ON fn_queue (job, created) WHERE job IS NOT NULL",
     "fn_queue_key": "ON fn_queue (key) WHERE key IS NOT NULL",
 }
+FREE_BYTES = 128 * 1024 * 1024  # that calls of strangers leave on the disk
+KEPT_BODY = 64 * 1024  # of a call that is done; a larger one can't be replayed
 RESULT_SECONDS = 86_400  # results and idempotency keys are kept this long, dead calls KEEP_DAYS
 ANSWER_BYTES = 1024 * 1024
 MAX_BACKOFF_SECONDS = 3600.0
 YIELD_SECONDS = .003  # before a call is run, so that its sender is answered first: 1.7 commits instead of 2.9 (bench/)
 STATES = ("waiting", "running", "done", "dead")
+
+
+def free_bytes(directory: str) -> int:
+    """Return how many bytes are free on a directory's disk."""
+    if not hasattr(os, "statvfs"):
+        return FREE_BYTES
+    found = os.statvfs(directory if os.path.isdir(directory) else ".")
+    return found.f_bavail * found.f_frsize
 
 
 def new_id(now: float) -> str:
@@ -3473,7 +3523,7 @@ def new_id(now: float) -> str:
 
 
 class QueueFull(Exception):
-    """QUEUE_MAX calls wait already."""
+    """QUEUE_MAX calls wait already, or the disk is nearly full."""
 
 
 class Queued(NamedTuple):
@@ -3524,7 +3574,8 @@ class Queue:
     def _commit(self, batch: list[_Ticket]) -> None:
         try:
             with self._store.write(durable=True) as connection:
-                room = self._limit - connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
+                waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
+                room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
                 for ticket in batch:
                     if room > 0:
                         ticket.id = self.insert(connection, ticket.call)
@@ -3551,14 +3602,16 @@ class Queue:
              call.request, call.body))
         return number
 
-    def claim(self, now: float) -> Optional[sqlite3.Row]:
-        """Take the call that is due for longest, or None."""
+    def claim(self, now: float, share: int = 1000) -> Optional[sqlite3.Row]:
+        """Take the call that is due for longest, or None; of one function this process runs no more than `share`."""
         if not self._store.read("SELECT 1 FROM fn_queue WHERE state = 'waiting' AND due <= ? LIMIT 1", now):
             return None
         owner = self._own()
         with self._store.write() as connection:
-            row = connection.execute("SELECT id FROM fn_queue WHERE state = 'waiting' AND due <= ? ORDER BY due LIMIT 1",
-                                     (now,)).fetchone()
+            row = connection.execute(
+                "SELECT id FROM fn_queue WHERE state = 'waiting' AND due <= ? AND function NOT IN (SELECT function FROM"
+                " fn_queue WHERE state = 'running' AND owner = ? GROUP BY function HAVING count(*) >= ?) ORDER BY due LIMIT 1",
+                (now, owner, share)).fetchone()
             if row is None:
                 return None
             connection.execute("UPDATE fn_queue SET state = 'running', owner = ?, started = ?, attempts = attempts + 1"
@@ -3582,6 +3635,8 @@ class Queue:
                 " error = ? WHERE id = ? AND state = 'running' AND attempts = ?",  # not where it was given back
                 (state, now + wait if again else row["due"], now, status, headers, answer[:ANSWER_BYTES], error or None,
                  row["id"], row["attempts"]))
+            if state == "done":
+                connection.execute("UPDATE fn_queue SET body = NULL WHERE id = ? AND length(body) > ?", (row["id"], KEPT_BODY))
 
     def reclaim(self) -> int:
         """Give back the calls of processes that died: whose file's lock can be had. Return how many there were."""
@@ -3590,8 +3645,10 @@ class Queue:
             if owner == self._owner or self._is_alive(owner):
                 continue
             with self._store.write() as connection:
-                count += connection.execute("UPDATE fn_queue SET state = 'waiting', owner = NULL WHERE state = 'running' AND"
-                                            " owner IS ?", (owner,)).rowcount
+                count += connection.execute(
+                    "UPDATE fn_queue SET state = CASE WHEN attempts > ifnull(retries, ?) THEN 'dead' ELSE 'waiting' END,"
+                    " error = 'its process died', finished = ?, owner = NULL WHERE state = 'running' AND owner IS ?",
+                    (PLAIN.retries, self.clock(), owner)).rowcount
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._directory, owner))
         return count
@@ -3604,8 +3661,9 @@ class Queue:
     def act(self, number: str, action: str) -> Optional[str]:
         """Retry (go on with a dead call), replay (run the request anew) or discard; return the id, None for no such."""
         with self._store.write() as connection:
-            row = connection.execute("SELECT state FROM fn_queue WHERE id = ? AND state <> 'running'", (number,)).fetchone()
-            if row is None or action == "retry" and row[0] == "done":
+            row = connection.execute("SELECT state, length(body) FROM fn_queue WHERE id = ? AND state <> 'running'",
+                                     (sql_value(number),)).fetchone()
+            if row is None or action == "retry" and row[0] != "dead" or action == "replay" and row[1] is None:
                 return None
             if action == "discard":
                 connection.execute("DELETE FROM fn_queue WHERE id = ?", (number,))
@@ -3627,13 +3685,14 @@ class Queue:
 
     def _own(self) -> str:
         """Return this process's name in the table, and hold its lock."""
-        if not self._owner:
-            os.makedirs(self._directory, exist_ok=True)
-            owner = f"runner-{os.getpid()}-{os.urandom(4).hex()}.lock"
-            self._handle = os.open(os.path.join(self._directory, owner), os.O_RDWR | os.O_CREAT, 0o600)
-            flock(self._handle, LOCK_EX)
-            self._owner = owner
-        return self._owner
+        with self._adding:
+            if not self._owner:
+                os.makedirs(self._directory, exist_ok=True)
+                owner = f"runner-{os.getpid()}-{os.urandom(4).hex()}.lock"
+                self._handle = os.open(os.path.join(self._directory, owner), os.O_RDWR | os.O_CREAT, 0o600)
+                flock(self._handle, LOCK_EX)
+                self._owner = owner
+            return self._owner
 
     def _disown(self) -> None:
         """Let a child that a function forks not hold its parent's lock."""
@@ -3675,13 +3734,16 @@ class Runner:
         while not self.stopping:
             time.sleep(YIELD_SECONDS)
             try:
-                row = self._queue.claim(self._queue.clock())
+                row = self._queue.claim(self._queue.clock(), max(1, self._most - 1))
             except sqlite3.Error as error:  # locked for long, or the disk is full: the background loop pokes again
                 log.warning("queue: %s", error)
                 row = None
             if row is not None:
                 self.poke()  # there may be more
-                self._run(row)
+                try:
+                    self._run(row)
+                except BaseException as error:  # a thread must outlive whatever a call does
+                    log.error("queue: %s: %s", row["function"], user_traceback(error))
             elif not self._rest():
                 return
 
@@ -3710,7 +3772,6 @@ SCHEDULE_TABLES = {
                " missed INTEGER NOT NULL DEFAULT 0)"}
 MISFIRE_SECONDS = 60.0  # APScheduler's default of one second would miss what a restart of the board delays
 LATE_SECONDS = 5.0
-MOST_RUNS = 1000  # that one step counts of a job that was not looked at for long
 JOB_FIELDS = ("id", "name", "func", "args", "kwargs", "trigger", "misfire_grace_time", "max_instances", "coalesce")
 FUNC = re.compile(r"([^\W\d]\w*(?:/[^\W\d]\w*)*)(?::([^\W\d]\w*))?")
 
@@ -3763,15 +3824,16 @@ class Schedule:
         return self.get(row["id"])
 
     def change(self, number: str, sent: Mapping[str, Any]) -> Any:
-        """Change fields of a job; fields of a trigger replace all of the old one's."""
-        old = self.get(number)
-        shown = {name: value for name, value in self.show(old).items() if name in JOB_FIELDS}
-        keeps = not set(sent) - set(JOB_FIELDS) and "trigger" not in sent
-        row = self._read({**shown, **(json.loads(old["schedule"]) if keeps else {}), **sent, "id": number}, old["source"])
-        row["next"] = old["next"] if keeps else row["next"]
+        """Change fields of a job; fields of a trigger replace all of the old one's. Its counts stay."""
         with self._store.write() as connection:
-            connection.execute("DELETE FROM fn_jobs WHERE id = ?", (number,))
-            self._insert(connection, {**row, "paused": old["paused"]})
+            old = self.get(number)
+            keeps = not set(sent) - set(JOB_FIELDS) and "trigger" not in sent
+            shown = {name: value for name, value in self.show(old).items() if name in JOB_FIELDS and name != "trigger"}
+            row = self._read({**shown, **sent, "id": number}, old["source"], json.loads(old["schedule"]) if keeps else None)
+            names = ["name", "func", "args", "kwargs", "grace", "instances", "coalesce"]
+            names += [] if keeps else ["schedule", "next", "created"]
+            connection.execute(f"UPDATE fn_jobs SET {', '.join(f'{name} = ?' for name in names)} WHERE id = ?",
+                               (*(row[name] for name in names), number))
         return self.get(number)
 
     def remove(self, number: str) -> None:
@@ -3787,45 +3849,55 @@ class Schedule:
             connection.execute("UPDATE fn_jobs SET paused = ?, next = ? WHERE id = ?", (paused, following, number))
         return self.get(number)
 
-    def run(self, number: str) -> Any:
-        """Put a run of a job into the queue now, beside its plan."""
-        row = self.get(number)
-        self._queue.put(self._call(row, self._clock()))
-        return row
+    def call_now(self, number: str) -> Queued:
+        """Return a run of a job beside its plan, to be put into the queue."""
+        return self._call(self.get(number), self._clock())
 
     def step(self, now: float) -> Optional[float]:
         """Put what is due into the queue; return when the next job is."""
-        if now < self._stepped - 300:  # the clock was put back: what was planned by the wrong one is planned anew
+        if not self._stepped or now < self._stepped - 300:  # what a clock that was wrong has planned is planned anew
             for row in self.jobs():
-                self._move(row["id"], self.trigger(row).next(now))
+                following = self._following(row, now)
+                if following is not None and (row["next"] is None or row["next"] > following):
+                    self._move(row["id"], following)
         self._stepped = now
-        due = self._store.rows("SELECT * FROM fn_jobs WHERE next <= ? AND NOT paused", now)
-        for row in due:
-            with self._store.write() as connection:
-                self._fire(connection, row, now)
-        rows = self._store.read("SELECT min(next) FROM fn_jobs WHERE NOT paused")
-        return rows[0][0]
+        for row in self._store.rows("SELECT * FROM fn_jobs WHERE next <= ? AND NOT paused", now):
+            try:
+                self._fire(row, now)
+            except (ValueError, OverflowError, TriggerError) as error:  # one job must not hold up the others
+                log.error("job %s: %s", row["id"], error)
+                self._move(row["id"], None)
+        return self._store.read("SELECT min(next) FROM fn_jobs WHERE NOT paused")[0][0]
 
-    def _fire(self, connection: sqlite3.Connection, row: Mapping[str, Any], now: float) -> None:
-        if connection.execute("SELECT next FROM fn_jobs WHERE id = ?", (row["id"],)).fetchone() != (row["next"],):
-            return  # changed, deleted or fired since it was read
-        trigger, moment, times = self.trigger(row), row["next"], []  # type: Trigger, Optional[float], list[float]
-        while moment is not None and moment <= now and len(times) < MOST_RUNS:
-            times.append(moment)
+    def _following(self, row: Mapping[str, Any], now: float) -> Optional[float]:
+        with contextlib.suppress(ValueError, OverflowError):
+            return self.trigger(row).next(now)
+        return None
+
+    def _fire(self, row: Mapping[str, Any], now: float) -> None:
+        """Work out what a job has to do, then write it all at once, unless somebody was faster."""
+        trigger, oldest = self.trigger(row), row["next"]
+        since = oldest if row["grace"] is None else max(oldest, now - row["grace"])
+        missed = trigger.count(oldest, since)
+        ready: list[float] = []
+        moment = oldest if oldest >= since else trigger.next(since - .001)
+        while moment is not None and moment <= now and len(ready) < MOST_RUNS:
+            ready.append(moment)
             moment = trigger.next(moment)
         following = trigger.next(now) if moment is not None and moment <= now else moment
-        ready = [moment for moment in times if row["grace"] is None or now - moment <= row["grace"]]
-        missed = len(times) - len(ready)
-        ready = ready[-1:] if row["coalesce"] else ready
-        under_way = connection.execute("SELECT count(*) FROM fn_queue WHERE job = ? AND state IN ('waiting', 'running')",
-                                       (row["id"],)).fetchone()[0]
-        room = max(0, row["instances"] - under_way)
-        for moment in ready[:room]:
-            self._queue.insert(connection, self._call(row, moment))
-        connection.execute("UPDATE fn_jobs SET next = ?, planned = planned + ?, missed = missed + ?, skipped = skipped + ?,"
-                           " late = late + ? WHERE id = ?",
-                           (following, len(times), missed, len(ready[room:]),
-                            sum(now - moment > LATE_SECONDS for moment in ready[:room]), row["id"]))
+        planned, ready = missed + len(ready), ready[-1:] if row["coalesce"] else ready
+        with self._store.write() as connection:
+            if connection.execute("SELECT next FROM fn_jobs WHERE id = ?", (row["id"],)).fetchone() != (oldest,):
+                return  # changed, deleted or fired since it was read
+            under_way = connection.execute("SELECT count(*) FROM fn_queue WHERE job = ? AND state IN ('waiting', 'running')",
+                                           (row["id"],)).fetchone()[0]
+            run = ready[:max(0, row["instances"] - under_way)]
+            for moment in run:
+                self._queue.insert(connection, self._call(row, moment))
+            connection.execute("UPDATE fn_jobs SET next = ?, planned = planned + ?, missed = missed + ?, skipped = skipped + ?,"
+                               " late = late + ? WHERE id = ?",
+                               (following, planned, missed, len(ready) - len(run),
+                                sum(now - moment > LATE_SECONDS for moment in run), row["id"]))
 
     def sync(self, wanted: Mapping[str, Any]) -> None:
         """Make the jobs of SETTINGS["schedule"] what the files say: function -> schedule."""
@@ -3834,8 +3906,8 @@ class Schedule:
             self.remove(name)
         for name, schedule in wanted.items():
             row = known.get(name)
-            if row is None or row["schedule"] != dump_json(schedule):
-                with contextlib.suppress(JobError, TriggerError):  # the function itself shows what is wrong with it
+            with contextlib.suppress(JobError, ValueError, TypeError, OverflowError):  # the function itself shows what is wrong
+                if schedule is not UNREADABLE and (row is None or row["schedule"] != dump_json(schedule)):
                     self._sync_one(name, schedule, row)
 
     def _sync_one(self, name: str, schedule: Any, old: Optional[Mapping[str, Any]]) -> None:
@@ -3851,13 +3923,13 @@ class Schedule:
         found = FUNC.fullmatch(func) if isinstance(func, str) else None
         if not found:
             raise JobError(400, "func", f"{func!r} is neither hello nor reports:daily")
-        if not re.fullmatch(r"[^/?#\x00-\x1f]{1,200}", number) and source == "api":
+        if source == "api" and (not re.fullmatch(r"[^/?#\x00-\x1f\ud800-\udfff]{1,200}", number) or not number.strip(". ")):
             raise JobError(400, "id", "must be text without / ? #")
         for name, kind in (("args", list), ("kwargs", dict)):
             if not isinstance(sent.get(name, kind()), kind):
                 raise JobError(400, name, f"must be a {kind.__name__}")
         grace, instances = sent.get("misfire_grace_time", MISFIRE_SECONDS), sent.get("max_instances", 1)
-        if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float)) or grace <= 0):
+        if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float)) or not grace > 0):
             raise JobError(400, "misfire_grace_time", "must be seconds above 0, or null for no limit")
         if isinstance(instances, bool) or not isinstance(instances, int) or not 0 < instances <= 1000:
             raise JobError(400, "max_instances", "must be a whole number above 0")
@@ -3869,7 +3941,10 @@ class Schedule:
             following = parse_schedule(schedule, self._zone, now).next(now)
         except TriggerError as error:
             raise JobError(400, error.field, str(error).partition(": ")[2]) from None
-        return {"id": number, "name": str(sent.get("name") or number), "func": func, "args": dump_json(sent.get("args", [])),
+        except (ValueError, OverflowError, OSError) as error:
+            raise JobError(400, "trigger", str(error)) from None
+        return {"id": number, "name": sql_value(str(sent.get("name") or number)), "func": func,
+                "args": dump_json(sent.get("args", [])),
                 "kwargs": dump_json(sent.get("kwargs", {})), "schedule": dump_json(schedule), "next": following, "paused": 0,
                 "source": source, "grace": grace, "instances": instances, "coalesce": bool(sent.get("coalesce", True)),
                 "created": now}
@@ -3896,7 +3971,9 @@ class Schedule:
 def iso_time(moment: Optional[float], zone: Any) -> Optional[str]:
     """Write a Unix time as ISO 8601 in a zone."""
     import datetime
-    return None if moment is None else datetime.datetime.fromtimestamp(moment, zone).isoformat()
+    with contextlib.suppress(ValueError, OverflowError, OSError, TypeError):
+        return datetime.datetime.fromtimestamp(moment, zone).isoformat()  # type: ignore[arg-type]  # None has no time
+    return None
 
 # == 13 PIPELINE ==========================================================
 # One call: resolve, gate, run, respond, record, each a plain function that is handed the app. Uses 01 to 08; owns no
@@ -3970,7 +4047,7 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
         app.watch.enter(call, settings.concurrency)
         if settings is not PLAIN:
             gate_function(app, call, settings)
-        if call.function in app.protected:
+        if call.function in app.protected and call.trigger not in ("async", "schedule"):
             if not app.settings.ADMIN:
                 raise HTTPException(404, f'Function "{call.function}" not found')
             require_admin(app, call)
@@ -4027,9 +4104,15 @@ def accept(app: Any, call: Call) -> Response:
     request, settings = call.request, call.code.settings if call.code else PLAIN
     mark = request.headers.get(settings.dedupe) if settings.dedupe else None
     mark = mark or request.headers.get("Idempotency-Key")
+    if mark:  # of this request: nobody gets another's result by guessing its key
+        import hashlib
+        whose = "\n".join((request.method, request.path, request.headers.get("Authorization", "")))
+        mark = f"{hashlib.sha256(whose.encode('utf-8', 'replace')).hexdigest()[:32]}:{mark}"
     stored = {"method": request.method, "path": request.path, "query": request.environ.get("QUERY_STRING", ""),
-              "headers": list(request.headers), "host": request.host, "scheme": request.scheme, "client": request.remote_addr}
+              "headers": [pair for pair in request.headers if not app.is_admins(pair[1])], "host": request.host,
+              "scheme": request.scheme, "client": request.remote_addr}
     number = app.put(Queued(call.function or "", dump_json(stored), request.get_data(), key=mark and f"{call.function}:{mark}"))
+    call.run, call.trigger = _QUEUED, "queued"  # its record is not a run of the function
     answer = {"id": number, "status_url": f"{request.url_root}invocations/{number}"}
     return Response(dump_json(answer) + "\n", 202, mimetype="application/json", headers={
         "Location": f"/invocations/{number}", "Preference-Applied": "respond-async"})
@@ -4049,15 +4132,22 @@ def run_queued(app: Any, row: Any) -> None:
         key = name.upper().replace("-", "_")
         environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key] = value
     environ["CONTENT_LENGTH"] = str(len(body))
-    response = Client(app).run(environ)
-    settings = run.call.code.settings if run.call and run.call.code else PLAIN
-    gone = run.call is None or run.call.function is None
-    error = run.call.error if run.call and run.call.error else response.status if gone or response.code >= 500 else ""
     try:
-        app.queue.finish(row, settings.retries, gone or response.code >= 500, response.code, dump_json(list(response.headers)),
-                         response.get_data(), error)
-    except sqlite3.Error as error:  # it is given back when this process ends, and runs once more
-        log.error("%s: the end of its queued call could not be stored: %s", row["function"], error)
+        response = Client(app).run(environ, ANSWER_BYTES)
+    except Exception as error:  # a stream that broke
+        response = Response(f"{type(error).__name__}: {error}", 500)
+    gone = run.call is None or run.call.function is None
+    settings = run.call.code.settings if run.call is not None and run.call.code is not None else PLAIN
+    why = run.call.error if run.call and run.call.error else response.status if gone or response.code >= 500 else ""
+    while True:
+        try:
+            return app.queue.finish(row, settings.retries, gone or response.code >= 500, response.code,
+                                    dump_json(list(response.headers)), response.get_data(), sql_value(why))
+        except sqlite3.Error as locked:  # it ran, and must not run again because somebody else holds the database
+            log.error("%s: the end of its queued call can't be stored yet: %s", row["function"], locked)
+            if app.runner.stopping:
+                return None
+            time.sleep(1)
 
 
 def has_api_token(app: Any, request: Request) -> bool:
@@ -4241,7 +4331,7 @@ def run(app: Any, call: Call, target: Union[Route, Function]) -> Any:
     code = call.code
     if code is None:
         raise target.error or LoadError("it could not be loaded")
-    call.hooks = app.functions.hooks(target.name)
+    call.hooks, call.runs = app.functions.hooks(target.name), True
     return app.watch.run(call, run_function, app, call, target, code)
 
 
@@ -4305,7 +4395,9 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
         call.error = user_traceback(error)
         log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error, extra={"call": call.id})
         error = HTTPException(504, "The function took too long")
-    for handler in find_handlers_of(call, error):
+    if isinstance(error, HTTPException) and error.response is not None:
+        return error.response
+    for handler in find_handlers_of(call, error) if call.runs else ():
         try:
             value = handler(error)
             if value is not None:
@@ -4641,7 +4733,7 @@ class ErrorLog(logging.Handler):
 # Health, process figures from /proc, the metrics text, Loki. Uses 02, 05, 06, 11 and 12; `Loki` owns its thread, the position
 # of what was pushed is in the database.
 
-FREE_BYTES = 16 * 1024 * 1024
+FULL_BYTES = 16 * 1024 * 1024
 STUCK_SECONDS = 120
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
@@ -4676,9 +4768,8 @@ def _check_journal(app: Any) -> str:
 
 
 def _check_disk(app: Any) -> str:
-    found = os.statvfs(app.settings.directory)
-    free = found.f_bavail * found.f_frsize
-    return f"only {free // 1024} KiB are left" if free < FREE_BYTES else ""
+    free = free_bytes(app.settings.directory)
+    return f"only {free // 1024} KiB are left" if free < FULL_BYTES else ""
 
 
 def _check_queue(app: Any) -> str:
@@ -5717,6 +5808,10 @@ def view_scheduler(app: Any, call: Call) -> Response:
 def view_jobs(app: Any, call: Call) -> Response:
     """/scheduler/jobs, /scheduler/jobs/<id>[/pause, /resume, /run] : Flask-APScheduler's REST API."""
     schedule, method, number = app.schedule, call.request.method, call.request.path[len("/scheduler/jobs/"):]
+    if not call.request.path.startswith("/scheduler/jobs/" if number else "/scheduler/jobs"):
+        raise HTTPException(404, "Not found")
+    if not number and method in ("PATCH", "DELETE"):
+        raise HTTPException(405, headers=[("Allow", "GET, HEAD, POST")])
     try:
         if not number:
             if method == "POST":
@@ -5745,8 +5840,9 @@ def act_on_job(app: Any, call: Call, path: str) -> Response:
     number, _, action = path.rpartition("/")
     if action not in ("pause", "resume", "run"):
         raise HTTPException(405, headers=[("Allow", "GET, HEAD, PATCH, DELETE")])
-    row = app.schedule.run(number) if action == "run" else app.schedule.pause(number, action == "pause")
-    app.runner.poke()
+    if action == "run":
+        app.put(app.schedule.call_now(number))
+    row = app.schedule.get(number) if action == "run" else app.schedule.pause(number, action == "pause")
     return redirect("/admin/jobs", 303) if "html" in call.request.headers.get("Accept", "") else as_json(app.schedule.show(row))
 
 
@@ -5780,9 +5876,10 @@ def view_queue(app: Any, call: Call) -> Response:
         if args.get(name):
             where, values = where + [f"{name} = ?"], values + [args[name]]
     limit = max(1, min(1000, args.get("limit", 100, type=int)))
-    rows = app.store.rows(f"SELECT * FROM fn_queue WHERE {' AND '.join(where)} ORDER BY created DESC LIMIT ?", *values, limit)
-    one = rows[0] if rows and args.get("id") else None
-    data = [{name: row[name] for name in QUEUE_COLUMNS} for row in rows]
+    rows = app.store.rows(f"SELECT {', '.join(QUEUE_COLUMNS)} FROM fn_queue WHERE {' AND '.join(where)} ORDER BY created DESC"
+                          " LIMIT ?", *map(sql_value, values), limit)
+    one = app.queue.get(args["id"]) if rows and args.get("id") else None
+    data = [dict(row) for row in rows]
     if wants_json(call):
         return as_json({"calls": data, **({"call": whole_call(one)} if one else {})})
     t = Texts(call)
@@ -5809,10 +5906,15 @@ def queue_buttons(t: Texts, row: Mapping[str, Any]) -> Optional[Markup]:
 def whole_call(row: Any) -> dict[str, Any]:
     """Return the request and the result of a queued call, secrets in its headers and query blanked."""
     request = json.loads(row["request"])
-    request["headers"] = [[name, "***" if _SECRET.search(name) else value] for name, value in request["headers"]]
-    request["query"] = scrub(request["query"])
+    request["headers"], request["query"] = shown_headers(request["headers"]), scrub(request["query"])
     return {"request": {**request, **shown_body("body", row["body"])}, "status": row["status"],
-            "headers": json.loads(row["headers"] or "null"), **shown_body("answer", row["answer"])}
+            "headers": shown_headers(json.loads(row["headers"] or "[]")), **shown_body("answer", row["answer"])}
+
+
+def shown_headers(headers: Iterable[list[str]]) -> list[list[str]]:
+    """Blank the values of headers that carry secrets, in URLs too."""
+    return [[name, "***" if _SECRET.search(name) else value.partition("?")[0] + "?" + scrub(value.partition("?")[2])
+             if "://" in value and "?" in value else value] for name, value in headers]
 
 
 def act_on_call(app: Any, call: Call) -> Response:
@@ -5917,6 +6019,10 @@ class App:
             self.background.start()
             self._started = os.getpid()
 
+    def is_admins(self, value: str) -> bool:
+        """Tell whether a header carries the admin's token or login, which a queued call must not keep on disk."""
+        return bool(self.settings.SECRET_TOKEN) and self.settings.SECRET_TOKEN in value or "session=" in value
+
     def _read_schedule(self, value: Any) -> Any:
         parse_schedule(value, self.settings.TIMEZONE, self.clock())
         return value
@@ -5989,6 +6095,8 @@ class Background:
         self._app, self._handle = app, -1
         self._folded = self._checked = self._pruned = self._scanned = self._sampled = self._summed = 0.0
         self._stopping, self._load, self._lost = threading.Event(), Load(), 0
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._resign)
 
     @property
     def stopping(self) -> bool:
@@ -6093,6 +6201,12 @@ class Background:
                 int(now) // 60, found["cpu_percent"], found["memory_rss_mb"], found["threads"]))
             connection.execute("DELETE FROM fn_samples WHERE minute < ?", (
                 int(now) // 60 - 1440 * self._app.settings.KEEP_DAYS,))
+
+    def _resign(self) -> None:
+        """Let a child that a function forks not hold the leader's lock."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
     def _lead(self) -> bool:
         """Tell whether this process does the work that is done once; the kernel passes the lock on at its death."""
@@ -6641,7 +6755,8 @@ def cmd_jobs(arguments: Any, options: dict[str, Any]) -> int:
 def cmd_queue(arguments: Any, options: dict[str, Any]) -> int:
     """list queued calls, the newest last"""
     app = prepare(**options)
-    for row in reversed(app.store.rows("SELECT * FROM fn_queue ORDER BY created DESC LIMIT ?", arguments.n)):
+    for row in reversed(app.store.rows("SELECT id, state, function, attempts, status FROM fn_queue ORDER BY created DESC"
+                                        " LIMIT ?", arguments.n)):
         print(f"{row['id']} {row['state']:8} {row['function']:24} runs {row['attempts']}  {row['status'] or ''}")
     return 0
 
@@ -6677,12 +6792,14 @@ import fnserve
 state = os.environ.get("FNSERVE_STATE", "/tmp/fnserve")  # the only directory that it writes to
 os.makedirs(state, exist_ok=True)
 app = fnserve.App(fnserve.Settings({{
-    "ADMIN": "off", "JOURNAL_DIR": state + "/journal", "LOG_FILE": state + "/error.log", "KEEP_DAYS": 0, **{settings!r}}}))
+    "ADMIN": "off", "JOURNAL_DIR": state + "/journal", "DB_PATH": state + "/serverless.db",
+    "LOG_FILE": state + "/error.log", "KEEP_DAYS": 0, **{settings!r}}}))
 
 
 @functions_framework.http
 def main(request):
-    environ = {{**request.environ, "PATH_INFO": "/function/{path}" + request.environ["PATH_INFO"].rstrip("/")}}
+    path = "/function/{path}" + request.environ["PATH_INFO"].rstrip("/")
+    environ = {{**request.environ, "PATH_INFO": path, "HTTP_PREFER": ""}}
     started = []
     body = app(environ, lambda *values: started.append(values))
     return Response(body, started[0][0], started[0][1])

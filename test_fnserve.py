@@ -1466,7 +1466,7 @@ class QueueTest(QueueCase):
         self.assertEqual((shown["state"], shown["attempts"], shown["status"], shown["function"], shown["error"]), ("done", 1, 201, "slow", None))
         self.assertEqual(json.loads(shown["body"]), {"got": {"b": 2}, "path": "/function/slow/sub?a=1", "x": "y", "host": "localhost"})
         self.assertEqual(self.call(app, "GET", "/invocations/" + "0" * 32).status_code, 404)
-        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"slow": 2})  # accepted, and run
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"slow": 1})  # accepted and run is one call
 
     def test_failures_are_retried_and_then_dead(self):
         self.write("bad", "SETTINGS = {'async': True}\ndef main(request, context):\n    print(context.trigger, context.attempt)\n    1/0")
@@ -1583,6 +1583,60 @@ class QueueTest(QueueCase):
         number = self.call(app, "GET", "/function/go").data.decode()
         self.drain(app)
         self.assertEqual(self.call(app, "GET", f"/invocations/{number}").json["body"], "async")
+
+    def test_odd_failures_end_as_failures(self):
+        self.write("breaks", "SETTINGS = {'async': True, 'retries': 0}\ndef main(request):\n    yield 'a'\n    1/0")
+        self.write("odd", "SETTINGS = {'async': True, 'retries': 0}\ndef main(request): raise ValueError(request.get_json()['n'])")
+        self.write("endless", "SETTINGS = {'async': True}\ndef main(request):\n    while True: yield 'x' * 100_000")
+        app = self.make_app()
+        urls = [self.call(app, "POST", f"/function/{name}", data=b'{"n": "\\ud800"}', headers={"Content-Type": "application/json"})
+                .headers["Location"] for name in ("breaks", "odd", "endless")]
+        self.drain(app)
+        found = [self.call(app, "GET", url).json for url in urls]
+        self.assertEqual([row["state"] for row in found], ["dead", "dead", "done"])
+        self.assertEqual(len(found[2]["body"]), fnserve.ANSWER_BYTES)
+
+    def test_a_call_that_kills_its_process_is_dead_in_the_end(self):
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        app = self.make_app()
+        url = self.call(app, "POST", "/function/f").headers["Location"]
+        for _ in range(4):
+            child = os.fork()
+            if not child:
+                app.queue.claim(self.clock.now)
+                os._exit(0)
+            os.waitpid(child, 0)
+            app.queue.reclaim()
+        self.assertEqual(self.call(app, "GET", url).json["state"], "dead")
+
+    def test_a_key_is_of_its_request(self):
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        app = self.make_app()
+        ids = {self.call(app, method, path, headers={"Idempotency-Key": "1", **more}).json["id"] for method, path, more in (
+            ("POST", "/function/f/a", {}), ("POST", "/function/f/b", {}), ("DELETE", "/function/f/a", {}),
+            ("POST", "/function/f/a", {"Authorization": "Bearer other"}))}
+        self.assertEqual(len(ids), 4)
+
+    def test_secrets_are_not_shown_nor_kept(self):
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x', 200, {'X-Api-Key': 'hidden1', 'Set-Cookie': 'a=hidden2'}")
+        app = self.make_app()
+        number = self.admin(app).post("/function/f?token=hidden3", headers={"X-Shopify-Hmac-Sha256": "hidden4",
+                                                                          "Referer": "http://x/?key=hidden5"}).json["id"]
+        self.drain(app)
+        shown = self.admin(app).get(f"/admin/queue?id={number}").text
+        self.assertNotIn("hidden", shown)
+        self.assertIn("X-Shopify-Hmac-Sha256", shown)
+        self.assertNotIn(TOKEN.encode(), b"".join(path.read_bytes() for path in self.dir.glob("serverless.db*")))
+        self.assertEqual((self.dir / "serverless.db").stat().st_mode & 0o077, 0)
+
+    def test_answers_of_the_gate_are_not_the_functions_errors(self):
+        self.write("f", "import functions_framework\nSETTINGS = {'cors': '*', 'auth': 'login'}\ndef main(request): 1/0\n"
+                        "@functions_framework.errorhandler(Exception)\ndef all_(error): return 'mine', 418")
+        app = self.make_app()
+        ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        self.assertEqual(self.call(app, "OPTIONS", "/function/f", headers=ask).status_code, 204)
+        self.assertEqual(self.call(app, "GET", "/function/f").status_code, 401)
+        self.assertEqual(self.admin(app).get("/function/f").status_code, 418)
 
     def test_calls_that_come_together_share_a_commit(self):
         self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
@@ -1707,6 +1761,68 @@ class ScheduleTest(QueueCase):
         app.schedule.step(self.clock.now)
         self.assertLess(time.monotonic() - began, 5)
         self.assertGreater(admin.get("/scheduler/jobs/j").json["missed"], 500)
+
+    def test_times_that_no_calendar_has(self):
+        self.write("f", "def main(request): return 'x'")
+        self.write("bad", "SETTINGS = {'schedule': {'hour': 1, 'start_date': 1763700000000}}\ndef main(request): return 'x'")
+        self.write("good", "SETTINGS = {'schedule': 'every 1s'}\ndef main(request): return 'x'")
+        app = self.make_app()
+        admin = self.admin(app)
+        for fields in ({"trigger": "interval", "weeks": 999999999}, {"trigger": "date", "run_date": 1e300}, {"trigger": "date", "run_date": 1e12},
+                       {"trigger": "cron", "hour": 1, "start_date": "9999-12-31T23:59:59-12:00"}, {"trigger": "cron", "second": "9" * 5000},
+                       {"trigger": "interval", "seconds": "0.0000001"}, {"trigger": "interval", "seconds": 5, "misfire_grace_time": 0},
+                       {"trigger": "cron", "year": "1970-9999", "day": "1st mon", "day_of_week": "tue"}):
+            with self.subTest(fields=fields):
+                answer = admin.post("/scheduler/jobs", json={"func": "f", **fields})
+                self.assertIn(answer.status_code, (200, 400))
+                self.assertEqual(admin.get("/scheduler/jobs").status_code, 200)
+        app.background.step(self.clock.now)
+        self.clock.now += 1.5
+        app.background.step(self.clock.now)
+        self.assertEqual(admin.get("/scheduler/jobs/good").json["planned"], 1)
+        for number in (".", "..", " ", "a/b"):
+            self.assertEqual(admin.post("/scheduler/jobs", json={"id": number, "func": "f", "trigger": "interval", "seconds": 5}).status_code, 400)
+        self.assertEqual([admin.get(path).status_code for path in ("/scheduler/xyz", "/scheduler/AAAA/good")], [404, 404])
+        self.assertEqual(admin.delete("/scheduler/jobs").status_code, 405)
+
+    def test_changes_keep_what_they_do_not_name(self):
+        self.write("tick", "SETTINGS = {'schedule': '*/5 1 1 * 1'}\ndef main(request): return 'x'")
+        app = self.make_app()
+        admin = self.admin(app)
+        app.background.step(self.clock.now)
+        before = admin.get("/scheduler/jobs/tick").json
+        self.assertEqual(admin.patch("/scheduler/jobs/tick", json={"name": "x"}).json, {**before, "name": "x"})
+        admin.post("/scheduler/jobs/tick/pause")
+        (self.dir / "functions" / "tick.py").write_text("SETTINGS = {'schedule': ")  # half saved: the job stays, paused as it was
+        self.clock.now += 2
+        app.background.step(self.clock.now)
+        self.assertTrue(admin.get("/scheduler/jobs/tick").json["paused"])
+
+    def test_catching_up_counts_all_and_runs_the_last(self):
+        self.write("f", "def main(request): return 'x'")
+        app = self.make_app()
+        self.admin(app).post("/scheduler/jobs", json={"id": "j", "func": "f", "trigger": "interval", "seconds": 1, "misfire_grace_time": 60})
+        self.clock.now += 1800.5
+        app.schedule.step(self.clock.now)
+        job = self.admin(app).get("/scheduler/jobs/j").json
+        self.assertEqual((job["planned"], job["missed"]), (1800, 1740))
+        self.assertEqual(len(self.admin(app).get("/admin/queue").json["calls"]), 1)
+        self.clock.now += 10 * 365 * 86400  # a board without a clock of its own starts with a wrong one
+        app.schedule.step(self.clock.now)
+        self.clock.now -= 10 * 365 * 86400
+        again = fnserve.Schedule(app.store, app.queue, "UTC", self.clock)
+        again.step(self.clock.now)
+        self.assertLess(app.store.read("SELECT next FROM fn_jobs")[0][0] - self.clock.now, 2)
+
+    def test_protected_functions_run_by_the_schedule(self):
+        self.write("list_tables", "def main(request): return 'ran'")
+        app = self.make_app()
+        self.admin(app).post("/scheduler/jobs", json={"id": "j", "func": "list_tables", "trigger": "interval", "seconds": 10})
+        self.clock.now += 11
+        app.schedule.step(self.clock.now)
+        self.drain(app)
+        [run] = self.admin(app).get("/admin/queue").json["calls"]
+        self.assertEqual((run["state"], run["status"]), ("done", 200))
 
     def test_a_job_whose_function_is_gone(self):
         app = self.make_app()
