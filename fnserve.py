@@ -6269,12 +6269,17 @@ app = LazyApp()
 # core, which costs more than the work: pinned to one core it serves about twice as many requests (bench/).
 
 BACKLOG = 1024
+STARTED_IN = os.getcwd()  # where the command line's paths begin, for a SIGHUP
 BIRTH_SECONDS, MAX_BACKOFF = 1.0, 30.0
+FIRST_REQUEST_SECONDS = 1.0  # that a draining worker waits for what a new connection has to say
 
 
 def open_socket(settings: Settings) -> Any:
     """Open the listening socket, or take the one that systemd hands over (sd_listen_fds(3))."""
     import socket
+    kept = os.environ.pop("FNSERVE_SOCKET", "")
+    if kept:  # from before a SIGHUP
+        return socket.socket(fileno=int(kept))
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
         return socket.socket(fileno=3)
     try:
@@ -6464,7 +6469,8 @@ class Worker:
     def _busy(self) -> bool:
         """Tell whether a request is being read or answered; connections without one are closed."""
         for channel in list(self._server.active_channels.values()):
-            if not channel.requests and channel.request is None and not channel.total_outbufs_len:
+            fresh = not channel.current_outbuf_count and time.time() - channel.creation_time < FIRST_REQUEST_SECONDS
+            if not channel.requests and channel.request is None and not channel.total_outbufs_len and not fresh:
                 channel.handle_close()
         return bool(self._server.active_channels)
 
@@ -6473,8 +6479,10 @@ class Supervisor:
     """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT."""
 
     def __init__(self, app: App, opened: Any) -> None:
-        self._app, self._socket, self._stopping = app, opened, False
+        self._app, self._socket, self._stops, self._again = app, opened, 0, False
         self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, monotonic time of birth)
+        #: workers of the code before a SIGHUP
+        self._former = [int(pid) for pid in os.environ.pop("FNSERVE_FORMER", "").split()]
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
         self._backoff = dict.fromkeys(self._due, 0.0)  #: number -> seconds to wait, for workers that die at birth
 
@@ -6488,11 +6496,15 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell script's background job ignores SIGINT
                 signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._reload)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._replace(time.monotonic())
         notify("READY=1")
-        while not self._stopping:
+        self._signal(signal.SIGTERM, self._former)
+        while not self._stops:
+            if self._again:
+                self._execute_again()
             if select.select([reading], [], [], 1)[0]:
                 os.read(reading, 4096)
             self._reap()
@@ -6501,7 +6513,28 @@ class Supervisor:
         return self._drain()
 
     def _stop(self, *_: Any) -> None:
-        self._stopping = True
+        self._stops += 1
+
+    def _reload(self, *_: Any) -> None:
+        self._again = True
+
+    def _execute_again(self) -> None:
+        """Become the fnserve.py that lies there now, with the same socket and process id; go on where that can't start.
+
+        The workers serve on until the new ones are there.
+        """
+        import subprocess
+        self._again = False
+        command = [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv") else [sys.executable, *sys.argv]
+        trial = subprocess.run(command, env={**os.environ, "FNSERVE_TRIAL": "1"}, cwd=STARTED_IN, capture_output=True, text=True)
+        if trial.returncode:
+            log.error("SIGHUP: the new fnserve.py does not start, the old one goes on: %s", trial.stderr.strip()[-2000:])
+            return
+        os.set_inheritable(self._socket.fileno(), True)
+        os.environ.update(FNSERVE_SOCKET=str(self._socket.fileno()), FNSERVE_FORMER=" ".join(map(str, self._workers)))
+        notify("RELOADING=1")
+        os.chdir(STARTED_IN)
+        os.execv(sys.executable, command)
 
     def _fork(self, number: int) -> None:
         supervisor = os.getpid()
@@ -6523,13 +6556,14 @@ class Supervisor:
         import signal
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the supervisor passes on a stop
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._app.rates.share = self._app.settings.WORKERS
         worker = Worker(self._app, self._socket, cores[number % len(cores)] if cores else None)
         signal.signal(signal.SIGTERM, worker.stop)
-        if self._stopping:  # the signal came between the fork and the lines above
+        if self._stops:  # the signal came between the fork and the lines above
             worker.stop()
         worker.run(supervisor)
 
@@ -6539,7 +6573,7 @@ class Supervisor:
             if not pid:
                 return
             number, born = self._workers.pop(pid, (-1, 0.0))
-            if number >= 0 and not self._stopping:
+            if number >= 0 and not self._stops:
                 young = time.monotonic() - born < BIRTH_SECONDS
                 self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff[number] * 2)) if young else 0.0
                 self._due[number] = time.monotonic() + self._backoff[number]
@@ -6555,20 +6589,20 @@ class Supervisor:
                 self._due[number] = now + 1
 
     def _drain(self) -> int:
-        """Tell the workers to finish; kill those that don't within GRACE and a little."""
+        """Tell the workers to finish; kill those that don't within GRACE and a little, or all at a second signal."""
         import signal
         notify("STOPPING=1")
         self._socket.close()
-        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGTERM, self._workers)
         until = time.monotonic() + self._app.settings.GRACE + 2
-        while self._workers and time.monotonic() < until:
+        while self._workers and time.monotonic() < until and self._stops < 2:
             self._reap()
             time.sleep(.02)
-        self._signal(signal.SIGKILL)
+        self._signal(signal.SIGKILL, self._workers)
         return 0
 
-    def _signal(self, number: int) -> None:
-        for pid in self._workers:
+    def _signal(self, number: int, pids: Iterable[int]) -> None:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -6597,6 +6631,8 @@ def serve_first_look(app: App, opened: Any) -> int:
 
 def serve(app: App) -> int:
     """Serve until a signal; return the exit status."""
+    if os.environ.get("FNSERVE_TRIAL"):  # a supervisor wants to know whether this file would start
+        return 0
     opened = open_socket(app.settings)
     host, port = opened.getsockname()[:2]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host

@@ -2739,6 +2739,71 @@ scrape_configs:
         wait_until(lambda: server.get("/function/hello")[0] == 200)
         self.assertNotEqual(server.get("/function/hello")[2], first)
 
+    def test_sighup_upgrades_without_a_failed_request(self):
+        self.write("hello", "import fnserve\ndef main(request): return fnserve.__version__")
+        server = self.start("--workers", "2")
+        failed, versions, stop = [], set(), threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                try:
+                    status, _, body = server.get("/function/hello")
+                    versions.add(body)
+                    if status != 200:
+                        failed.append(status)
+                except OSError as error:
+                    failed.append(error)
+        asking = [threading.Thread(target=ask) for _ in range(4)]
+        self.addCleanup(stop.set)
+        for thread in asking:
+            thread.start()
+        code = (self.dir / "fnserve.py").read_text()
+        wait_until(lambda: versions)
+        for broken in (code[:50_000] + "(", code.replace("def prepare(", "def prepared(")):
+            (self.dir / "fnserve.py").write_text(broken)
+            before = (self.dir / "stderr.txt").read_text().count("does not start")
+            os.kill(server.process.pid, signal.SIGHUP)
+            wait_until(lambda: (self.dir / "stderr.txt").read_text().count("does not start") > before)
+        old = set(server.workers())
+        (self.dir / "fnserve.py").write_text(code.replace(f'__version__ = "{fnserve.__version__}"', '__version__ = "99"'))
+        os.kill(server.process.pid, signal.SIGHUP)
+        wait_until(lambda: b"99" in versions)
+        wait_until(lambda: len(server.workers()) == 2 and not old & set(server.workers()))
+        versions.clear()
+        wait_until(lambda: versions)
+        stop.set()
+        for thread in asking:
+            thread.join()
+        self.assertEqual((failed, versions), ([], {b"99"}))
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_second_signal_ends_at_once(self):
+        server = self.start("--workers", "1")
+        self.write("slow", "import time\ndef main(request):\n    open('began', 'w').close()\n    time.sleep(30)")
+        threading.Thread(target=self.quietly, args=(server, "/function/slow"), daemon=True).start()
+        wait_until((self.dir / "began").exists)
+        began = time.monotonic()
+        server.process.terminate()
+        wait_until(lambda: self.refuses(server))  # the first has been heard
+        server.process.terminate()
+        server.process.wait(20)
+        self.assertLess(time.monotonic() - began, 5)
+
+    @staticmethod
+    def refuses(server) -> bool:
+        """Tell whether nothing listens any more."""
+        try:
+            socket.create_connection(("127.0.0.1", server.port), 1).close()
+        except OSError:
+            return True
+        return False
+
+    @staticmethod
+    def quietly(server, path: str) -> None:
+        """Make a request whose answer doesn't matter."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            server.get(path)
+
     def test_a_function_that_kills_its_worker(self):
         self.write("die", "import os\ndef main(request): os._exit(7)")
         self.write("hello", "def main(request): return 'x'")
