@@ -1132,6 +1132,34 @@ def _header(name: str, load: Callable[[str], Any] = str, dump: Callable[[Any], s
     return property(lambda self: load(self.headers[name]) if name in self.headers else None, write, doc=f"The {name} header.")
 
 
+class HeaderSet(list):
+    """The values of a header such as Vary: `add` and `discard` write the header through `changed`."""
+
+    def __init__(self, header: str, changed: Callable[[str], Any]) -> None:
+        super().__init__(part.strip() for part in header.split(",") if part.strip())
+        self._changed = changed
+
+    def add(self, value: str) -> None:
+        """Add a value, unless it is there in any case."""
+        if value.lower() not in map(str.lower, self):
+            self.append(value)
+            self._changed(str(self))
+
+    def discard(self, value: str) -> None:
+        """Take a value out."""
+        self[:] = [item for item in self if item.lower() != value.lower()]
+        self._changed(str(self))
+
+    def __str__(self) -> str:
+        return ", ".join(self)
+
+
+def _header_set(name: str) -> property:
+    """Make a property of Response that is a HeaderSet; set by text or an iterable."""
+    return property(lambda self: HeaderSet(self.headers.get(name, ""), lambda text: self.headers.set(name, text)),
+                    lambda self, value: self.headers.set(name, value if isinstance(value, str) else ", ".join(value)))
+
+
 class Response:
     """An HTTP response, with Flask's names: a body (str, bytes or an iterable of them), a status and headers."""
 
@@ -1186,10 +1214,11 @@ class Response:
     mimetype = property(lambda self: self._content[0], _set_mimetype, doc="The type alone; text gets a charset when set.")
     mimetype_params = property(lambda self: self._content[1], doc="The parameters of the content type.")
     content_type, location = _header("Content-Type"), _header("Location", dump=iri_to_uri)
-    content_encoding, content_language = _header("Content-Encoding"), _header("Content-Language")
+    content_encoding = _header("Content-Encoding")
     content_location, accept_ranges = _header("Content-Location", dump=iri_to_uri), _header("Accept-Ranges")
     access_control_allow_origin = _header("Access-Control-Allow-Origin")
-    age, vary, allow, retry_after = _header("Age", int), _header("Vary"), _header("Allow"), _header("Retry-After")
+    vary, allow, content_language = _header_set("Vary"), _header_set("Allow"), _header_set("Content-Language")
+    age, retry_after = _header("Age", int), _header("Retry-After")
     date, expires = _header("Date", parse_date, http_date), _header("Expires", parse_date, http_date)
     last_modified = _header("Last-Modified", parse_date, http_date)
     cache_control = property(lambda self: CacheControl(self.headers.get("Cache-Control", ""), functools.partial(
@@ -1876,18 +1905,18 @@ def summarize(source: bytes, path: str) -> str:
 UNREADABLE = object()
 
 
-def read_schedule(path: str) -> Any:
+def read_schedule(source: bytes) -> Any:
     """Return the literal SETTINGS["schedule"] of a file, None where there is none, UNREADABLE where that can't be told."""
+    if b"schedule" not in source and source.strip():
+        return None
+    import ast  # only for files that may have a schedule
     try:
-        source = read_source(path)
-        if b"schedule" not in source and source.strip():
-            return None
-        import ast  # only for files that may have a schedule
-        for node in ast.walk(compile_source(source, path, ast.PyCF_ONLY_AST)):
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) \
-                    and getattr(node.targets[0], "id", "") == "SETTINGS":
-                keys = [getattr(key, "value", None) for key in node.value.keys]
-                return ast.literal_eval(node.value.values[keys.index("schedule")]) if "schedule" in keys else None
+        for node in ast.walk(compile_source(source, "", ast.PyCF_ONLY_AST)):
+            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+            value = getattr(node, "value", None)
+            if isinstance(value, ast.Dict) and getattr(targets[0], "id", "") == "SETTINGS":
+                keys = [getattr(key, "value", None) for key in value.keys]
+                return ast.literal_eval(value.values[keys.index("schedule")]) if "schedule" in keys else None
     except (LoadError, ValueError, RecursionError):
         return UNREADABLE
     return None
@@ -2134,10 +2163,15 @@ class Functions:
             path = self.path(name)
             stamp, known = file_stamp(path), self._schedules.get(name)
             if known is None or known[0] != stamp:
-                known = self._schedules[name] = (stamp, read_schedule(path))
+                known = self._schedules[name] = (stamp, self._schedule(path))
             if known[1] is not None:
                 found[name] = known[1]
         return found
+
+    def _schedule(self, path: str) -> Any:
+        with contextlib.suppress(LoadError):
+            return read_schedule(read_source(path))
+        return UNREADABLE
 
     def save(self, name: str, source: bytes) -> None:
         """Write a function's file atomically: a reader sees the old file or the new one."""
@@ -2179,7 +2213,8 @@ class Functions:
                 return
             try:
                 source = read_source(function.path)
-                retry = function.error is not None and time.monotonic() - function.tried > 1
+                retry = isinstance(function.error, LoadError) and not isinstance(function.error, NoEntry) \
+                    and time.monotonic() - function.tried > 1
                 if source != function.source or retry:
                     self._swap(function, source)
             except LoadError as error:
@@ -2197,7 +2232,7 @@ class Functions:
         error = None if code.entries or function.is_hooks else NoEntry("it has no main()")
         if error is None:
             self.versions.remember(function.name, source, loaded=True)
-        elif function.code is not None or self.versions.last_good(function.name):
+        elif function.code is not None and function.code.entries or self.versions.last_good(function.name):
             raise error
         function.code, function.error = code, error
         if broken:
@@ -2229,6 +2264,10 @@ class Functions:
             exec(program, module.__dict__)
             settings = read_settings(module, self._casts)
             code = Code(source, module, settings, find_entries(module, settings.entry), find_handlers(module))
+            if settings.schedule is not None and read_schedule(source) != settings.schedule:
+                raise LoadError("SETTINGS['schedule']: must be written as a literal, because the file is read for it, not run")
+            if settings.schedule is not None and code.entries and "" not in code.entries:
+                raise LoadError("SETTINGS['schedule']: SETTINGS['entry'] must name which of the functions is meant")
             if function.is_hooks and hasattr(module, "on_start"):
                 module.on_start()
         except BaseException as error:  # a module may raise anything; none of it may end the server
@@ -2555,7 +2594,7 @@ class Proxy:
 class CurrentApp:
     """`current_app`: .config holds the settings and .env's values, .logger logs for the call."""
 
-    logger = logging.getLogger("functions")
+    logger, name, debug, testing = logging.getLogger("functions"), "fnserve", False, False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -2875,13 +2914,19 @@ send_from_directory stream_with_context after_this_request render_template rende
 get_flashed_messages copy_current_request_context has_request_context enqueue counter histogram Client CloudEvent""".split()
 
 
+def _missing_name(module: str, name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    raise ImportError(f"{name} of {module} is not part of fnserve, where a function is no application; see the README")
+
+
 def make_api() -> dict[str, types.ModuleType]:
     """Make the modules that imports in function files mean; those of other packages only where they are missing."""
     here, made = sys.modules[__name__], {}
 
     def module(name: str, **values: Any) -> types.ModuleType:
         made[name] = types.ModuleType(name, f"What {name} means inside function files.")
-        made[name].__dict__.update(values)
+        made[name].__dict__.update(values, __getattr__=functools.partial(_missing_name, name))
         return made[name]
     public = {name: getattr(here, name) for name in PUBLIC}
     module("flask", **public, has_app_context=has_request_context, json=json,
@@ -2911,8 +2956,10 @@ class Client:
         self.cookies: dict[str, str] = {}
 
     def open(self, path: str, method: str = "GET", *, query: Optional[Mapping[str, Any]] = None, data: Any = None,
-             json: Any = None, headers: Optional[Mapping[str, str]] = None) -> Response:
-        """Make one call and read its answer to the end."""
+             json: Any = None, headers: Optional[Mapping[str, str]] = None,
+             query_string: Optional[Mapping[str, Any]] = None) -> Response:
+        """Make one call and read its answer to the end; `query_string` is Flask's name for `query`."""
+        query = query_string if query is None else query
         fields = {**self.headers, **(headers or {})}
         if json is not None:
             data, fields = dump_json(json), {"Content-Type": "application/json", **fields}
@@ -3151,6 +3198,8 @@ def read_scheme(value: Any) -> Union[str, Hmac]:
     if isinstance(value, dict) and {"header", "secret"} <= value.keys() <= set(Hmac._fields) \
             and all(isinstance(item, str) for item in value.values()):
         scheme = Hmac(**value)
+        if not scheme.secret.isidentifier():
+            raise ValueError("a dict whose 'secret' is the name of the key in .env, not the key itself")
         if scheme.algorithm in ("sha1", "sha256", "sha384", "sha512") and scheme.encoding in ("hex", "base64"):
             return scheme
     raise ValueError(f"one of {', '.join(SCHEMES)}, or a dict of header, secret, algorithm (sha1, sha256, sha384, sha512), "
@@ -3199,6 +3248,7 @@ CRON_FIELDS: dict[str, tuple[int, int, str]] = {  # name: (least, most, names of
 CRON_DEFAULTS = dict(zip(CRON_FIELDS, ("*", "1", "1", "*", "*", "0", "0", "0")))
 INTERVAL_FIELDS = {"weeks": 604_800, "days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
 COMMON_FIELDS = ("start_date", "end_date", "jitter", "timezone")
+JOB_OPTIONS = ("misfire_grace_time", "max_instances", "coalesce")  # of a job, that may stand beside the fields
 TRIGGER_FIELDS = {*CRON_FIELDS, *INTERVAL_FIELDS, *COMMON_FIELDS, "run_date"}
 NICKNAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
              "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
@@ -3326,7 +3376,7 @@ class Trigger:
             raise TriggerError("trigger", f"{kind!r} is not one of {', '.join(allowed)}")
         for name in fields:
             if name not in allowed[kind]:
-                raise TriggerError(name, f"no field of a {kind} trigger; there are {', '.join(allowed[kind])}")
+                raise TriggerError(name, f"no field of the {kind} trigger; there are {', '.join(allowed[kind])}")
         self.kind, self.fields = kind, dict(fields)
         self.zone = read_zone(str(fields.get("timezone") or zone))
         self._start = self._moment("start_date", float("-inf"))
@@ -3335,7 +3385,8 @@ class Trigger:
         if kind == "cron":
             self._cron = Cron(fields, either)
         elif kind == "interval":
-            self._every = sum(self._positive(name, 0) * unit for name, unit in INTERVAL_FIELDS.items()) or 1
+            given = any(fields.get(name) is not None for name in INTERVAL_FIELDS)
+            self._every = sum(self._positive(name, 0) * unit for name, unit in INTERVAL_FIELDS.items()) if given else 1
             if self._every < 1:
                 raise TriggerError("seconds", "the interval is less than a second")
         else:
@@ -3444,12 +3495,14 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
     """Read SETTINGS["schedule"]: a crontab(5) line of five fields, @hourly and such, ``every 30s``, or a dict of fields."""
     if isinstance(value, dict):
-        fields = dict(value)
+        fields = {name: item for name, item in value.items() if name not in JOB_OPTIONS}
+        if not fields:
+            raise TriggerError("schedule", "names no field of a trigger")
         kind = fields.pop("trigger", None) or ("date" if "run_date" in fields else
                                                "interval" if INTERVAL_FIELDS.keys() & fields.keys() else "cron")
         return Trigger(str(kind), fields, zone, now)
     text = " ".join(str(value).lower().split())
-    every = re.fullmatch(r"every (\d{1,9}) ?(s|m|h|d|w|seconds?|minutes?|hours?|days?|weeks?)", text, re.A)
+    every = re.fullmatch(r"every (\d{1,9}) ?(s|m|h|d|w|secs?|mins?|seconds?|minutes?|hours?|days?|weeks?)", text, re.A)
     if every and int(every[1]):
         return Trigger("interval", {_UNITS[every[2][0]]: int(every[1])}, zone, now)
     parts = NICKNAMES.get(text, text).split()
@@ -3894,6 +3947,8 @@ class Schedule:
             run = ready[:max(0, row["instances"] - under_way)]
             for moment in run:
                 self._queue.insert(connection, self._call(row, moment))
+            if following is None and row["source"] == "api":  # as in APScheduler: a job that never fires again is gone
+                connection.execute("DELETE FROM fn_jobs WHERE id = ?", (row["id"],))
             connection.execute("UPDATE fn_jobs SET next = ?, planned = planned + ?, missed = missed + ?, skipped = skipped + ?,"
                                " late = late + ? WHERE id = ?",
                                (following, planned, missed, len(ready) - len(run),
@@ -3911,7 +3966,8 @@ class Schedule:
                     self._sync_one(name, schedule, row)
 
     def _sync_one(self, name: str, schedule: Any, old: Optional[Mapping[str, Any]]) -> None:
-        row = self._read({"id": name, "func": name}, "code", schedule)
+        options = {key: schedule[key] for key in JOB_OPTIONS if isinstance(schedule, dict) and key in schedule}
+        row = self._read({"id": name, "func": name, **options}, "code", schedule)
         with self._store.write() as connection:
             connection.execute("DELETE FROM fn_jobs WHERE id = ?", (name,))  # a job of the API by this name gives way
             self._insert(connection, {**row, "paused": old["paused"] if old else 0})
@@ -4093,7 +4149,7 @@ def check_signature(app: Any, call: Call, scheme: Any) -> None:
 
 def wants_queue(call: Call) -> bool:
     """Tell whether a call is to be queued: SETTINGS["async"], or the client's Prefer (RFC 7240) where that says nothing."""
-    if call.code is None or call.trigger != "http" or call.code.settings.async_ is False:
+    if call.code is None or call.trigger != "http" or call.code.settings.async_ is False or not call.app.queues:
         return False
     prefers = call.request.environ.get("HTTP_PREFER")
     return call.code.settings.async_ is True or "respond-async" in re.split(r"[\s,;]+", (prefers or "").lower())
@@ -4449,7 +4505,8 @@ def require_admin(app: Any, call: Call, basic: bool = False) -> None:
     if given is not None and given.type == "bearer" and check_token(app, call, given.token):
         return
     if not app.signer.is_login(call.session.get("_login"), call.started):
-        raise HTTPException(401, "Authentication required", [("WWW-Authenticate", "Bearer")], login_url="/login")
+        challenge = 'Basic realm="fnserve"' if basic else "Bearer"
+        raise HTTPException(401, "Authentication required", [("WWW-Authenticate", challenge)], login_url="/login")
     if is_cross_site(call.request):
         raise HTTPException(403, "This request came from another site")
 
@@ -5180,6 +5237,7 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "planned": ("已排定", "Planned"), "late": ("延遲", "Late"), "skipped": ("略過", "Skipped"), "missed": ("錯過", "Missed"),
     "paused": ("已暫停", "paused"), "never": ("不再執行", "never"), "pause": ("暫停", "Pause"), "resume": ("恢復", "Resume"),
     "state": ("狀態", "State"), "tries": ("次數", "Runs"), "due": ("到期", "Due"), "error": ("錯誤", "Error"),
+    "answer": ("回應", "Answer"),
     "waiting": ("等待中", "waiting"), "running": ("執行中", "running"), "done": ("完成", "done"), "dead": ("失敗", "dead"),
     "retry": ("重試", "Retry"), "replay": ("重新執行", "Replay"), "discard": ("捨棄", "Discard"),
 }
@@ -5815,8 +5873,13 @@ def view_jobs(app: Any, call: Call) -> Response:
     try:
         if not number:
             if method == "POST":
+                check_func(app, job_fields(call).get("func"))
                 return as_json(schedule.show(schedule.add(job_fields(call))))
             return as_json([schedule.show(row) for row in schedule.jobs()])
+        if method in ("PATCH", "DELETE") and schedule.get(number)["source"] == "code":
+            raise HTTPException(409, f"This job comes from SETTINGS in {number}.py: change it there, or pause it")
+        if method in ("PATCH", "POST") and call.request.is_json:
+            check_func(app, job_fields(call).get("func"))
         if method == "DELETE":
             schedule.remove(number)
             return Response(status=204)
@@ -5825,6 +5888,16 @@ def view_jobs(app: Any, call: Call) -> Response:
         return act_on_job(app, call, number) if method == "POST" else as_json(schedule.show(schedule.get(number)))
     except (JobError, TriggerError) as error:
         raise HTTPException(getattr(error, "status", 400), str(error), field=error.field) from None
+
+
+def check_func(app: Any, func: Any) -> None:
+    """Refuse a job whose function or callable isn't there."""
+    found = FUNC.fullmatch(func) if isinstance(func, str) else None
+    if found:  # the form is checked by Schedule
+        function = app.functions.get(found[1])
+        module = function.code.module if function is not None and function.code is not None else None
+        if function is None or found[2] and not callable(getattr(module, found[2], None)):
+            raise JobError(400, "func", f"there is no {func}")
 
 
 def job_fields(call: Call) -> dict[str, Any]:
@@ -5883,7 +5956,7 @@ def view_queue(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"calls": data, **({"call": whole_call(one)} if one else {})})
     t = Texts(call)
-    columns = {"function": None, "state": None, "tries": "n", "due": "soft", "status": "n", "error": None, "": None}
+    columns = {"function": None, "state": None, "tries": "n", "due": "soft", "answer": "n", "error": None, "": None}
     shown = table(t, columns, "no_calls", ((
         join(link(row["function"], "/admin/queue", id=row["id"]), tag("div", row["id"], class_="soft")),
         tag("span", t(row["state"]), class_="bad" if row["state"] == "dead" else None), row["attempts"], local_time(row["due"]),
@@ -5981,6 +6054,7 @@ class App:
         self.runner = Runner(self.queue, functools.partial(run_queued, self), max(1, settings.THREADS // 2))
         self.folder = Folder(self.journal, self.store, settings, self.protected)
         self.background, self.rates, self.watch = Background(self), Rates(), Watch(self)
+        self.queues = True  #: whether calls may be put into the queue
         self.templates: Any = None  #: Jinja2's environment, once it is used
         self._starting, self._started = threading.Lock(), 0
         self._ids: list[str] = []
@@ -6024,7 +6098,10 @@ class App:
         return bool(self.settings.SECRET_TOKEN) and self.settings.SECRET_TOKEN in value or "session=" in value
 
     def _read_schedule(self, value: Any) -> Any:
-        parse_schedule(value, self.settings.TIMEZONE, self.clock())
+        try:
+            parse_schedule(value, self.settings.TIMEZONE, self.clock())
+        except TriggerError as error:
+            raise LoadError(f"SETTINGS['schedule'] = {value!r}: {error}") from None
         return value
 
     def put(self, call: Queued) -> str:
@@ -6041,13 +6118,16 @@ class App:
 
     def enqueue(self, name: str, json: Any, data: Any, query: Any, headers: Any, delay: float) -> str:
         """Queue a POST of a function's own making."""
-        if not valid_name(name.partition("?")[0]) or self.functions.get(name) is None:
+        function = self.functions.resolve(name)[0]
+        if function is None:
             raise ValueError(f"there is no function {name!r}")
+        if data is not None and not isinstance(data, (bytes, str)) or data is not None and json is not None:
+            raise TypeError("enqueue() takes json, or data as text or bytes")
         fields = {"Content-Type": "application/json"} if json is not None else {}
         body = dump_json(json).encode() if json is not None else data.encode() if isinstance(data, str) else data or b""
         request = {"method": "POST", "path": "/function/" + name, "query": urlencode(query or {}, doseq=True),
                    "headers": [[key, str(value)] for key, value in {**fields, **(headers or {})}.items()]}
-        return self.put(Queued(name, dump_json(request), body, self.clock() + max(0.0, float(delay))))
+        return self.put(Queued(function.name, dump_json(request), body, self.clock() + max(0.0, float(delay))))
 
     def new_id(self) -> str:
         """Return a request id: 64 random bits, taken from a store of them since each system call costs the GIL."""
@@ -6227,6 +6307,10 @@ def prepare(directory: str = ".", **options: Any) -> App:
     """Make the app of a directory: settings read, secrets made, database looked at. SettingError, StoreError."""
     settings = Settings(options, directory)
     made = make_secrets(settings)
+    try:
+        read_zone(settings.TIMEZONE)
+    except TriggerError as error:
+        raise SettingError(f"TIMEZONE ({settings.sources['TIMEZONE']}): {error}") from None
     app = App(settings)
     app.store.check()
     if made.get("SECRET_TOKEN"):  # to a terminal only: stderr that is a file or systemd's journal is a log
@@ -6526,7 +6610,8 @@ class Supervisor:
         import subprocess
         self._again = False
         command = [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv") else [sys.executable, *sys.argv]
-        trial = subprocess.run(command, env={**os.environ, "FNSERVE_TRIAL": "1"}, cwd=STARTED_IN, capture_output=True, text=True)
+        trial = subprocess.run(command, env={**os.environ, "FNSERVE_TRIAL": "1"}, cwd=STARTED_IN, capture_output=True,
+                               text=True)
         if trial.returncode:
             log.error("SIGHUP: the new fnserve.py does not start, the old one goes on: %s", trial.stderr.strip()[-2000:])
             return
@@ -6808,10 +6893,10 @@ def cmd_next(arguments: Any, options: dict[str, Any]) -> int:
         raise SettingError(str(error)) from None
     for _ in range(arguments.n):
         moment = trigger.next(now)
+        print("never" if moment is None else iso_time(moment, trigger.zone))
         if moment is None:
             break
         now = moment
-        print(iso_time(now, trigger.zone))
     return 0
 
 
@@ -6828,8 +6913,9 @@ import fnserve
 state = os.environ.get("FNSERVE_STATE", "/tmp/fnserve")  # the only directory that it writes to
 os.makedirs(state, exist_ok=True)
 app = fnserve.App(fnserve.Settings({{
-    "ADMIN": "off", "JOURNAL_DIR": state + "/journal", "DB_PATH": state + "/serverless.db",
+    "ADMIN": "off", "SCHEDULER_ALLOWED_HOSTS": "-", "JOURNAL_DIR": state + "/journal", "DB_PATH": state + "/serverless.db",
     "LOG_FILE": state + "/error.log", "KEEP_DAYS": 0, **{settings!r}}}))
+app.queues = False  # nobody would run what is queued here
 
 
 @functions_framework.http
