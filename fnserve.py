@@ -6308,7 +6308,8 @@ def prepare(directory: str = ".", **options: Any) -> App:
     settings = Settings(options, directory)
     made = make_secrets(settings)
     try:
-        read_zone(settings.TIMEZONE)
+        if settings.TIMEZONE:  # zoneinfo costs 1 MB, which a board without schedules can do without
+            read_zone(settings.TIMEZONE)
     except TriggerError as error:
         raise SettingError(f"TIMEZONE ({settings.sources['TIMEZONE']}): {error}") from None
     app = App(settings)
@@ -6609,7 +6610,7 @@ class Supervisor:
         """
         import subprocess
         self._again = False
-        command = [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv") else [sys.executable, *sys.argv]
+        command = import_command()
         trial = subprocess.run(command, env={**os.environ, "FNSERVE_TRIAL": "1"}, cwd=STARTED_IN, capture_output=True,
                                text=True)
         if trial.returncode:
@@ -6714,6 +6715,13 @@ def serve_first_look(app: App, opened: Any) -> int:
     return 0
 
 
+def give_back_memory() -> None:
+    """Return to the system what compiling this file has left free (glibc's malloc_trim(3)): 10 MB of 45."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def serve(app: App) -> int:
     """Serve until a signal; return the exit status."""
     if os.environ.get("FNSERVE_TRIAL"):  # a supervisor wants to know whether this file would start
@@ -6733,6 +6741,7 @@ def serve(app: App) -> int:
 
         import waitress.server  # noqa: F401  # before the fork, so that the workers share its pages
         gc.collect()
+        give_back_memory()
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened).run()
     import signal
@@ -6968,7 +6977,7 @@ Type=notify
 WatchdogSec=60
 User={user}
 WorkingDirectory={directory}
-ExecStart={python} {directory}/fnserve.py
+ExecStart={python} -m fnserve
 Restart=always
 RestartSec=2
 TimeoutStopSec=40
@@ -7096,6 +7105,19 @@ def make_parser() -> Any:
     return parser
 
 
+def serve_from_module() -> None:
+    """Start anew as an imported module: a script's syntax tree stays in memory while it runs, 18 MB in each process."""
+    if __name__ == "__main__" and __spec__ is None and os.name == "posix":
+        sys.stdout.flush()
+        os.execv(sys.executable, import_command())
+
+
+def import_command() -> list[str]:
+    """Return the command line that serves from the imported module, whose compiled form Python keeps in __pycache__."""
+    boot = f"import sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; import fnserve; sys.exit(fnserve.main())"
+    return [sys.executable, *(["-B"] if sys.dont_write_bytecode else []), "-c", boot, *sys.argv[1:]]
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     """Run a command; return 0, 1 where it failed or 2 for wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
@@ -7103,9 +7125,12 @@ def main(argv: Optional[list[str]] = None) -> int:
     log.propagate = False
     try:
         if not argv:
+            serve_from_module()
             return cmd_serve(None, {})
         arguments = make_parser().parse_args(argv)
         arguments.dir = getattr(arguments, "dir", None)
+        if arguments.run is cmd_serve:
+            serve_from_module()
         options = {row.name: getattr(arguments, row.name) for row in SETTINGS_TABLE if hasattr(arguments, row.name)}
         if arguments.dir and arguments.run not in (cmd_service, cmd_nginx):
             os.chdir(arguments.dir)
