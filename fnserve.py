@@ -197,7 +197,7 @@ SETTINGS_TABLE = (
     Setting("KEEP_INVOCATIONS", whole(0, 10_000_000), "10000", "calls kept for the logs"),
     Setting("KEEP_DAYS", whole(0, 3650), "7", "days that folded journal segments and charts are kept"),
     Setting("MAX_BODY", size, "16MiB", "largest request body"),
-    Setting("TIMEOUT", seconds, "60", "seconds after which a call is interrupted and answered with 504; context.deadline tells functions"),
+    Setting("TIMEOUT", seconds, "60", "seconds after which a call is interrupted and gets 504; in context.deadline"),
     Setting("GRACE", seconds, "30", "seconds that calls get to finish at a stop"),
     Setting("SESSION_HOURS", seconds, "12", "hours that a login lasts"),
     Setting("TRUSTED_PROXY", str, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
