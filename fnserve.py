@@ -4352,6 +4352,7 @@ class Watch:
                 with contextlib.suppress(DeadlineExceeded), self._lock:
                     for _ in range(1000):
                         pass
+                raise DeadlineExceeded  # also where the function has swallowed it
 
     def step(self) -> None:
         """Interrupt what is late, answer for what can't be interrupted, retire the process where that lasts."""
