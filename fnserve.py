@@ -211,6 +211,7 @@ SETTINGS_TABLE = (
     Setting("TIMEZONE", str, "", "time zone of schedules; blank: the machine's"),
     Setting("SCHEDULER_ALLOWED_HOSTS", words, "*", "names of the machines that run the schedule; * is all"),
     Setting("ADMIN", switch, "on", "off: all admin URLs answer 404"),
+    Setting("DOCS", choice("private", "public"), "private", "who may read /docs and /openapi.json: the admin, or everybody"),
     Setting("UI_LANG", choice("auto", "zh-TW", "en"), "auto", "language of the pages; auto: the browser's"),
 )
 
@@ -1905,21 +1906,29 @@ def summarize(source: bytes, path: str) -> str:
 UNREADABLE = object()
 
 
-def read_schedule(source: bytes) -> Any:
-    """Return the literal SETTINGS["schedule"] of a file, None where there is none, UNREADABLE where that can't be told."""
-    if b"schedule" not in source and source.strip():
-        return None
-    import ast  # only for files that may have a schedule
+def read_literals(source: bytes) -> Any:
+    """Return what of a file's SETTINGS is written as a literal, without running it; UNREADABLE where it does not compile."""
+    if b"SETTINGS" not in source and source.strip():
+        return {}
+    import ast  # only for files that have SETTINGS
+    found = {}
     try:
         for node in ast.walk(compile_source(source, "", ast.PyCF_ONLY_AST)):
             targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
             value = getattr(node, "value", None)
             if isinstance(value, ast.Dict) and getattr(targets[0], "id", "") == "SETTINGS":
-                keys = [getattr(key, "value", None) for key in value.keys]
-                return ast.literal_eval(value.values[keys.index("schedule")]) if "schedule" in keys else None
-    except (LoadError, ValueError, RecursionError):
+                for key, item in zip(value.keys, value.values):
+                    with contextlib.suppress(ValueError):
+                        found[getattr(key, "value", None)] = ast.literal_eval(item)
+    except (LoadError, RecursionError):
         return UNREADABLE
-    return None
+    return found
+
+
+def read_schedule(source: bytes) -> Any:
+    """Return the literal SETTINGS["schedule"] of a file, None where there is none, UNREADABLE where that can't be told."""
+    found = read_literals(source)
+    return found if found is UNREADABLE else found.get("schedule")
 
 
 class Versions:
@@ -5247,6 +5256,8 @@ TEXTS = {  # key: (Traditional Chinese, English)
               "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
     "failed": ("請求無法完成。", "The request could not be completed."),
     "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
+    "settings": ("設定", "Settings"), "docs": ("函式說明", "Functions"), "value": ("值", "Value"), "source": ("來源", "Source"),
+    "help": ("說明", "What for"), "restart": ("改動在重新啟動後生效。", "A change takes effect after a restart."),
     "dashboard": ("監控", "Monitoring"), "cpu_percent": ("CPU", "CPU"), "memory_rss_mb": ("記憶體", "Memory"),
     "memory_percent": ("記憶體 %", "Memory %"), "threads": ("執行緒", "Threads"), "uptime_seconds": ("運行時間", "Uptime"),
     "workers": ("行程", "Processes"), "requests_per_second": ("請求/秒", "Requests/s"), "error_rate": ("錯誤率", "Error rate"),
@@ -5294,7 +5305,8 @@ PAGE_HEADERS = {  # of every page: no foreign or injected script runs, no foreig
     "Referrer-Policy": "same-origin"}
 LIST = "/function/list_functions"
 MENU = {"functions": LIST, "add": "/function/add_function", "stats": "/function/show_stats", "logs": "/admin/logs",
-        "jobs": "/admin/jobs", "queue": "/admin/queue", "dashboard": "/monitoring/dashboard", "logout": "/logout"}
+        "jobs": "/admin/jobs", "queue": "/admin/queue", "dashboard": "/monitoring/dashboard",
+        "settings": "/admin/settings", "docs": "/docs", "logout": "/logout"}
 _VOID = ("input", "meta", "link", "rect")
 
 
@@ -6026,6 +6038,80 @@ def act_on_call(app: Any, call: Call) -> Response:
     return done(call, action, "/admin/queue", id=number)
 
 
+def view_settings(app: Any, call: Call) -> Response:
+    """/admin/settings : every setting, its value (secrets masked) and where it comes from. A change needs a restart."""
+    values = {row.name: getattr(app.settings, row.name) for row in SETTINGS_TABLE}
+    rows = [{"name": row.name, "value": "***" if row.secret and values[row.name] else values[row.name],
+             "source": app.settings.sources[row.name], "help": row.help} for row in SETTINGS_TABLE]
+    if wants_json(call):
+        return as_json({"settings": rows})
+    t = Texts(call)
+    columns = {"name": None, "value": None, "source": "soft", "help": "soft"}
+    return page(call, t("settings"), tag("p", t("restart")), table(t, columns, "none", (row.values() for row in rows)))
+
+
+def may_read_docs(app: Any, call: Call) -> None:
+    """Let the admin pass, and everybody where DOCS=public."""
+    if app.settings.DOCS != "public":
+        if not app.settings.ADMIN:
+            raise HTTPException(404, "Not found")
+        require_admin(app, call)
+
+
+def describe_functions(app: Any) -> list[dict[str, Any]]:
+    """Gather what is said of each public function: its docstring and its SETTINGS, as they are written."""
+    rows = []
+    for name in app.functions.names():
+        with contextlib.suppress(LoadError):
+            source = read_source(app.functions.path(name))
+            summary, settings = summarize(source, app.functions.path(name)), read_literals(source)
+            if settings is not UNREADABLE and settings.get("auth") != "internal" and name not in app.protected:
+                methods = _list_of(str.upper, "")(settings["methods"]) if settings.get("methods") else ("GET", "POST")
+                given = settings.get("parameters") if isinstance(settings.get("parameters"), dict) else {}
+                rows.append({"name": name, "summary": summary, "methods": methods, "auth": settings.get("auth", "public"),
+                             "parameters": {str(key): item if isinstance(item, dict) else {"description": str(item)}
+                                            for key, item in given.items()}})
+    return rows
+
+
+def view_openapi(app: Any, call: Call) -> Response:
+    """/openapi.json : OpenAPI 3.1 of the public functions."""
+    may_read_docs(app, call)
+    paths: dict[str, Any] = {}
+    for row in describe_functions(app):
+        parameters = [{"name": key, "in": item.get("in", "query"), "required": bool(item.get("required", False)),
+                       "description": str(item.get("description", "")), "schema": {"type": item.get("type", "string")}}
+                      for key, item in row["parameters"].items()]
+        for method in row["methods"]:
+            operation: dict[str, Any] = {
+                "operationId": f"{method.lower()}_{row['name'].replace('/', '_')}", "summary": row["summary"],
+                "parameters": parameters, "responses": {"default": {"description": "What the function answers"}}}
+            if method in ("POST", "PUT", "PATCH"):
+                operation["requestBody"] = {"content": {"application/json": {"schema": {}}}}
+            if row["auth"] != "public":
+                operation["security"] = [{"bearer": []}]
+            paths.setdefault("/function/" + quote(row["name"]), {})[method.lower()] = operation
+    return as_json({"openapi": "3.1.0", "info": {"title": "Functions", "version": __version__}, "paths": paths,
+                    "components": {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}})
+
+
+def view_docs(app: Any, call: Call) -> Response:
+    """/docs : the public functions, to be read and tried."""
+    may_read_docs(app, call)
+    t, cards = Texts(call), []
+    for row in describe_functions(app):
+        url = call.request.host_url + "function/" + quote(row["name"])
+        names = "&".join(f"{quote(name)}=..." for name in row["parameters"])
+        token = " -H 'Authorization: Bearer ...'" if row["auth"] != "public" else ""
+        asked = [tag("label", name, tag("input", name=name), tag("span", item.get("description", ""), class_="soft"))
+                 for name, item in row["parameters"].items()]
+        cards.append(tag("div", tag("h2", row["name"]), tag("p", row["summary"]),
+                         tag("pre", f"curl{token} '{url}{'?' + names if names else ''}'"),
+                         tag("form", *asked, tag("p", tag("button", t("run"), class_="plain")), method="get", action=url,
+                             target="_blank"), class_="card"))
+    return page(call, t("docs"), *cards, menu=False)
+
+
 def view_asset(app: Any, call: Call) -> Response:
     """/admin/assets/... : the style sheet and the script; the login page needs them too."""
     body, kind = (CSS, "text/css") if call.request.path.endswith(".css") else (JS, "text/javascript")
@@ -6040,7 +6126,9 @@ ROUTES = {
     "/monitoring/stream": Route(view_stream, True, ("GET",)), "/invocations/*": Route(view_invocation, admin=False),
     "/scheduler": Route(view_scheduler, basic=True),
     "/scheduler/*": Route(view_jobs, True, ("GET", "HEAD", "POST", "PATCH", "DELETE"), basic=True),
-    "/admin/jobs": Route(view_admin_jobs), "/admin/queue": Route(view_queue, True, GET_POST),
+    "/admin/settings": Route(view_settings), "/openapi.json": Route(view_openapi, admin=False),
+    "/docs": Route(view_docs, admin=False), "/admin/jobs": Route(view_admin_jobs),
+    "/admin/queue": Route(view_queue, True, GET_POST),
     "/admin/assets/fnserve.css": Route(view_asset, False), "/admin/assets/fnserve.js": Route(view_asset, False),
     "/login": Route(view_login, False, GET_POST), "/logout": Route(view_logout, False, GET_POST),
     "/function/add_function": Route(view_add, True, GET_POST), "/function/save_function": Route(view_save, True, POST),
@@ -6931,6 +7019,77 @@ def cmd_next(arguments: Any, options: dict[str, Any]) -> int:
     return 0
 
 
+def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
+    """send function files to a running fnserve"""
+    import urllib.error
+    import urllib.request
+    token = arguments.token or Settings(options).SECRET_TOKEN
+    for path in arguments.files:
+        with open(path, encoding="utf-8") as file:
+            sent = {"module_name": os.path.basename(path).removesuffix(".py"), "code": file.read()}
+        for page in ("update_function", "save_function"):  # the second where there is no such function yet
+            request = urllib.request.Request(f"{arguments.to.rstrip('/')}/function/{page}", json.dumps(sent).encode(), {
+                "Content-Type": "application/json", "Accept": "application/json", "Authorization": f"Bearer {token}"})
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    print(f"{sent['module_name']}: version {json.load(answer)['version']}")
+                break
+            except urllib.error.HTTPError as error:
+                if error.code != 404 or page == "save_function":
+                    print(f"{path}: {error.code} {error.read(1000).decode('utf-8', 'replace').strip()}", file=sys.stderr)
+                    return 1
+    return 0
+
+
+def cmd_backup(arguments: Any, options: dict[str, Any]) -> int:
+    """write functions, database and settings into a zip file, while the server runs"""
+    import tempfile
+    import zipfile
+    app = prepare(**options)
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(arguments.file, "x", zipfile.ZIP_DEFLATED) as archive:
+        os.chmod(arguments.file, 0o600)
+        copy = os.path.join(scratch, "copy.db")
+        with contextlib.closing(sqlite3.connect(app.settings.DB_PATH)) as old, contextlib.closing(sqlite3.connect(copy)) as new:
+            old.backup(new)
+        archive.write(copy, "serverless.db")
+        for directory, _, names in os.walk(app.settings.FUNCTIONS_DIR):
+            for name in names if os.path.basename(directory) != "__pycache__" else ():
+                path = os.path.join(directory, name)
+                archive.write(path, os.path.join(PACKAGE, os.path.relpath(path, app.settings.FUNCTIONS_DIR)))
+        for name in (".env", ".env.local"):
+            path = os.path.join(app.settings.directory, name)
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+                lines = (line for line in file if arguments.secrets or not _SECRET.search(line.partition("=")[0]))
+                archive.writestr(name, "".join(lines))
+    return 0
+
+
+def cmd_restore(arguments: Any, options: dict[str, Any]) -> int:
+    """bring back functions and database from a backup; what was there is kept beside it. Settings stay as they are"""
+    import tempfile
+    import zipfile
+    import zlib
+    settings = Settings(options)
+    with tempfile.TemporaryDirectory(dir=settings.directory) as scratch:
+        try:
+            with zipfile.ZipFile(arguments.file) as archive:
+                if archive.testzip() is not None or "serverless.db" not in archive.namelist():
+                    raise zipfile.BadZipFile("a file in it is damaged or missing")
+                archive.extractall(scratch)
+            with contextlib.closing(sqlite3.connect(os.path.join(scratch, "serverless.db"))) as found:
+                if found.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
+                    raise zipfile.BadZipFile("its database is damaged")
+                os.makedirs(os.path.join(scratch, PACKAGE), exist_ok=True)
+                if os.path.isdir(settings.FUNCTIONS_DIR):
+                    os.rename(settings.FUNCTIONS_DIR, time.strftime(f"{settings.FUNCTIONS_DIR}.%Y%m%d-%H%M%S"))
+                os.rename(os.path.join(scratch, PACKAGE), settings.FUNCTIONS_DIR)
+                with contextlib.closing(sqlite3.connect(settings.DB_PATH, timeout=30)) as database:
+                    found.backup(database)
+        except (zipfile.BadZipFile, zlib.error, sqlite3.DatabaseError, EOFError, ValueError, RuntimeError) as error:
+            raise SettingError(f"{arguments.file}: {error}; nothing was changed") from None
+    return 0
+
+
 EXPORTED = '''\
 """{name}, exported from fnserve: functions-framework --target main serves it, and so do Cloud Run functions."""
 import os
@@ -7097,6 +7256,9 @@ COMMANDS: dict[Callable[..., int], dict[str, dict[str, Any]]] = {  # each with w
     cmd_check: {}, cmd_stats: {}, cmd_export: {"name": {}, "--to": {"required": True, "metavar": "DIR"}},
     cmd_logs: {"name": {"nargs": "?"}, "-n": {"type": int, "default": 20, "metavar": "N"},
                "-f": {"dest": "follow", "action": "store_true"}},
+    cmd_deploy: {"files": {"nargs": "+", "metavar": "FILE"}, "--to": {"required": True, "metavar": "URL"}, "--token": {}},
+    cmd_backup: {"file": {"metavar": "FILE"}, "--secrets": {"action": "store_true"}},
+    cmd_restore: {"file": {"metavar": "FILE"}},
     cmd_jobs: {}, cmd_queue: {"-n": {"type": int, "default": 50, "metavar": "N"}},
     cmd_next: {"expression": {"metavar": "EXPRESSION"}, "-n": {"type": int, "default": 5, "metavar": "N"},
                "--from": {"dest": "start", "metavar": "ISO-TIME"}},

@@ -2353,6 +2353,32 @@ class AdminTest(Case):
         client.post("/function/clear_stats")
         self.assertEqual(client.get("/function/show_stats").json["stats"], {})
 
+    def test_settings_page(self):
+        app = self.make_app(METRICS_TOKEN="hidden", PORT=8123)
+        found = {row["name"]: row for row in self.admin(app).get("/admin/settings").json["settings"]}
+        self.assertEqual((found["PORT"]["value"], found["PORT"]["source"]), (8123, "option"))
+        self.assertEqual(set(found), {row.name for row in fnserve.SETTINGS_TABLE})
+        self.assertNotIn("hidden", json.dumps(found))
+        self.assertEqual(self.call(app, "GET", "/admin/settings").status_code, 401)
+
+    def test_docs(self):
+        self.write("greet", "SETTINGS = {'methods': ['GET'], 'parameters': {'name': {'type': 'string', 'required': True, 'description':"
+                            " 'whom <b>'}}}\ndef main(request):\n    'Say hello.'\n    return 'x'")
+        self.write("inner", "SETTINGS = {'auth': 'internal'}\ndef main(request): return 'x'")
+        self.write("closed", "SETTINGS = {'auth': 'token'}\ndef main(request): return 'x'")
+        app = self.make_app()
+        self.assertEqual([self.call(app, "GET", path).status_code for path in ("/openapi.json", "/docs")], [401, 401])
+        app = self.make_app(DOCS="public")
+        found = self.call(app, "GET", "/openapi.json").json
+        self.assertEqual((found["openapi"], set(found["paths"])), ("3.1.0", {"/function/greet", "/function/closed"}))
+        operation = found["paths"]["/function/greet"]["get"]
+        self.assertEqual((operation["summary"], operation["parameters"][0]["name"], operation["parameters"][0]["required"]),
+                         ("Say hello.", "name", True))
+        self.assertIn("security", found["paths"]["/function/closed"]["post"])
+        html = self.call(app, "GET", "/docs").text
+        self.assertIn("whom &lt;b&gt;", html)
+        self.assertIn("curl ", html)
+
     def test_pages_are_safe(self):
         evil = '"><script>alert(1)</script>'
         self.write("hello", f"'''{evil}'''\ndef main(request):\n    print({evil!r})\n    1/0")
@@ -3059,6 +3085,60 @@ class CommandTest(Case):
         self.assertIn("fresh", self.run_command("stats").stdout)
         self.assertIn("/function/echo", self.run_command("logs", "-n", "3").stdout)
         self.assertIn("broken", self.run_command("list").stdout)
+
+    def test_backup_and_restore(self):
+        self.write("v1/hello", "def main(request): return 'old'")
+        (self.dir / ".env").write_text("MY_KEY=secret1\nGREETING=hi\n")
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
+            db.execute("CREATE TABLE mine (x)")
+            db.execute("INSERT INTO mine VALUES (7)")
+        self.assertEqual(self.run_command("backup", "b.zip").returncode, 0)
+        self.assertEqual((self.dir / "b.zip").stat().st_mode & 0o077, 0)
+        self.assertEqual(self.run_command("backup", "b.zip").returncode, 1)  # never over another
+        import zipfile
+        with zipfile.ZipFile(self.dir / "b.zip") as archive:
+            self.assertEqual(archive.read(".env"), b"GREETING=hi\n")
+        self.write("v1/hello", "def main(request): return 'new'")
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
+            db.execute("DELETE FROM mine")
+        damaged = bytearray((self.dir / "b.zip").read_bytes())
+        damaged[60] ^= 255
+        (self.dir / "bad.zip").write_bytes(damaged)
+        for bad in ("bad.zip", "fnone.zip", ".env"):
+            answer = self.run_command("restore", bad)
+            self.assertIn(answer.returncode, (1, 2), bad)
+            self.assertNotIn("Traceback", answer.stderr)
+        self.assertIn("new", (self.dir / "functions" / "v1" / "hello.py").read_text())
+        done = self.run_command("restore", "b.zip")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("old", (self.dir / "functions" / "v1" / "hello.py").read_text())
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db:
+            self.assertEqual(db.execute("SELECT x FROM mine").fetchall(), [(7,)])
+        self.assertIn("new", next(self.dir.glob("functions.*/v1/hello.py")).read_text())
+
+    def test_deploy(self):
+        server = Server(self.dir, "--workers", "1", FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k")
+        self.addCleanup(server.kill_all)
+        path = self.dir / "fresh.py"
+        for text in ("one", "two"):
+            path.write_text(f"def main(request): return '{text}'")
+            done = self.run_command("deploy", "fresh.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(server.get("/function/fresh")[2], text.encode())
+        path.write_text("def main(")
+        done = self.run_command("deploy", "fresh.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("line", done.stderr)
+
+    def test_next(self):
+        answer = self.run_command("next", "30 3 * * *", "-n", "2", "--from", "2026-01-01T00:00:00", "--timezone", "Asia/Taipei")
+        self.assertEqual(answer.stdout, "2026-01-01T03:30:00+08:00\n2026-01-02T03:30:00+08:00\n")
+        answer = self.run_command("next", '{"day": "last fri", "hour": 6}', "-n", "1", "--from", "2026-01-01", "--timezone", "UTC")
+        self.assertEqual(answer.stdout, "2026-01-30T06:00:00+00:00\n")
+        self.assertEqual(self.run_command("next", "0 0 31 2 *").stdout, "never\n")
+        for wrong in ("99 * * * *", "{bad", "often"):
+            answer = self.run_command("next", wrong)
+            self.assertEqual((answer.returncode, "Traceback" in answer.stderr), (2, False), wrong)
 
     def test_one_module_when_it_is_the_script(self):
         self.write("f", "import fnserve, sys\ndef main(request):\n"
