@@ -4088,6 +4088,8 @@ def resolve(app: Any, call: Call) -> Union[Route, Function]:
             call.request.view_args = {"func_name": function.name, "subpath": subpath}
             return function
     label = path if path in app.routes else path[:path.find("/", 1) + 1] + "*"
+    if path.startswith("/admin/data/"):
+        label = "/admin/data/*"
     route = app.routes.get(label)
     if route is not None and (app.settings.ADMIN or not route.admin):
         call.route = call.request.endpoint = label
@@ -5256,7 +5258,10 @@ TEXTS = {  # key: (Traditional Chinese, English)
               "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
     "failed": ("請求無法完成。", "The request could not be completed."),
     "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
-    "settings": ("設定", "Settings"), "docs": ("函式說明", "Functions"), "value": ("值", "Value"), "source": ("來源", "Source"),
+    "data": ("資料", "Data"), "rows": ("列數", "Rows"), "read_only": ("唯讀", "Read only"),
+    "no_rows": ("沒有資料。", "There are no rows."),
+    "add_row": ("新增一列", "Add a row"), "settings": ("設定", "Settings"),
+    "docs": ("函式說明", "Functions"), "value": ("值", "Value"), "source": ("來源", "Source"),
     "help": ("說明", "What for"), "restart": ("改動在重新啟動後生效。", "A change takes effect after a restart."),
     "dashboard": ("監控", "Monitoring"), "cpu_percent": ("CPU", "CPU"), "memory_rss_mb": ("記憶體", "Memory"),
     "memory_percent": ("記憶體 %", "Memory %"), "threads": ("執行緒", "Threads"), "uptime_seconds": ("運行時間", "Uptime"),
@@ -5306,7 +5311,7 @@ PAGE_HEADERS = {  # of every page: no foreign or injected script runs, no foreig
 LIST = "/function/list_functions"
 MENU = {"functions": LIST, "add": "/function/add_function", "stats": "/function/show_stats", "logs": "/admin/logs",
         "jobs": "/admin/jobs", "queue": "/admin/queue", "dashboard": "/monitoring/dashboard",
-        "settings": "/admin/settings", "docs": "/docs", "logout": "/logout"}
+        "data": "/admin/data", "settings": "/admin/settings", "docs": "/docs", "logout": "/logout"}
 _VOID = ("input", "meta", "link", "rect")
 
 
@@ -6038,6 +6043,212 @@ def act_on_call(app: Any, call: Call) -> Response:
     return done(call, action, "/admin/queue", id=number)
 
 
+def quote_name(name: str) -> str:
+    """Write a table's or column's name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def is_ours(name: Optional[str]) -> bool:
+    """Tell whether a table is fnserve's own, to be read only."""
+    return (name or "").lower() == "call_stats" or (name or "").lower().startswith("fn_")
+
+
+def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
+    """Let SQL do everything but write to fnserve's tables, attach files and set pragmas (sqlite3_set_authorizer)."""
+    written = {1: second, 2: first, 7: second, 9: first, 10: second, 11: first, 16: second, 18: first, 23: first, 26: second}
+    denied = action in (24, 25) or action == 19 and first not in ("table_info", "index_list") or is_ours(written.get(action))
+    return 1 if denied else 0
+
+
+@contextlib.contextmanager
+def user_data(app: Any) -> Iterator[sqlite3.Connection]:
+    """Open the database for the data browser: fnserve's tables can't be written to, and nothing takes longer than 5 s."""
+    until = time.monotonic() + SQL_SECONDS
+    with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5)) as connection:
+        connection.set_authorizer(_authorize)
+        connection.set_progress_handler(lambda: time.monotonic() > until, 10_000)
+        try:
+            with connection:
+                yield connection
+        except sqlite3.Error as error:
+            text = "the statement took longer than 5 s" if "interrupted" in str(error) else str(error)
+            raise HTTPException(403 if "prohibited" in text or "authorized" in text else 400, text) from None
+
+
+SQL_SECONDS, SQL_ROWS = 5.0, 1000
+
+
+class Table(NamedTuple):
+    """A table as the data browser sees it: `key` is what tells its rows apart."""
+    name: str
+    columns: list[dict[str, Any]]
+    key: list[str]
+
+
+def read_table(connection: sqlite3.Connection, name: str) -> Table:
+    """Look at a table; 404 where there is none."""
+    rows = connection.execute(f"PRAGMA table_info({quote_name(name)})").fetchall()
+    if not rows:
+        raise HTTPException(404, f"There is no table {name[:100]}")
+    columns = [{"name": row[1], "type": row[2], "pk": row[5]} for row in rows]
+    try:
+        connection.execute(f"SELECT rowid FROM {quote_name(name)} LIMIT 0")
+        return Table(name, columns, ["rowid"])
+    except sqlite3.OperationalError:  # WITHOUT ROWID
+        return Table(name, columns, [row["name"] for row in sorted(columns, key=lambda row: row["pk"]) if row["pk"]])
+
+
+def view_data(app: Any, call: Call) -> Response:
+    """/admin/data : the tables, and a box for SQL; POST does what `action` says."""
+    if call.request.method == "POST":
+        return change_data(app, call)
+    with user_data(app) as connection:
+        names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        data = [{"name": name, "rows": connection.execute(f"SELECT count(*) FROM {quote_name(name)}").fetchone()[0],
+                 "read_only": is_ours(name)} for name in names if not name.startswith("sqlite_")]
+    if wants_json(call):
+        return as_json({"tables": data})
+    t = Texts(call)
+    shown = table(t, {"name": None, "rows": "n", "read_only": None}, "none", (
+        (link(row["name"], "/admin/data/" + quote(row["name"], safe="")), row["rows"], "✓" if row["read_only"] else "")
+        for row in data))
+    return page(call, t("data"), shown, sql_form(t, ""))
+
+
+def sql_form(t: Texts, text: str) -> Markup:
+    """Make the box that takes SQL."""
+    box = tag("textarea", "\n" + text, name="sql", rows="4", spellcheck="false", aria_label="SQL")
+    return tag("div", form("/admin/data", box, tag("p", tag("button", t("run"))), action="sql"), class_="card")
+
+
+def fetch_rows(app: Any, name: str, after: Any, limit: int) -> tuple[Table, list[Any], list[Any]]:
+    """Return a table, the keys and the rows that follow the key `after`: by the key, so as fast in a million as in ten."""
+    with user_data(app) as connection:
+        found = read_table(connection, name)
+        keys = ", ".join(name if name == "rowid" else quote_name(name) for name in found.key)
+        where = f"WHERE ({keys}) > ({', '.join('?' * len(found.key))})" if after else ""
+        rows = connection.execute(f"SELECT {keys}, * FROM {quote_name(name)} {where} ORDER BY {keys} LIMIT ?",
+                                  (*(after or ()), limit)).fetchall()
+    width = len(found.key)
+    return found, [list(row[:width]) for row in rows], [row[width:] for row in rows]
+
+
+def view_rows(app: Any, call: Call) -> Response:
+    """/admin/data/<table>?after=&limit=&format=csv : a page of rows, or all of them as CSV."""
+    name, args = call.request.path[len("/admin/data/"):], call.request.args
+    limit = max(1, min(SQL_ROWS, args.get("limit", 50, type=int)))
+    found, keys, rows = fetch_rows(app, name, args.get("after", type=json.loads), limit)
+    names = [column["name"] for column in found.columns]
+    if args.get("format") == "csv":
+        return csv_response(name, csv_pages(app, name, names))
+    following = keys[-1] if len(rows) == limit else None
+    data = [{"key": key, "values": dict(zip(names, map(shown_value, row)))} for key, row in zip(keys, rows)]
+    if wants_json(call):
+        return as_json({"table": name, "columns": found.columns, "read_only": is_ours(name), "rows": data, "next": following})
+    return rows_page(call, found, data, following)
+
+
+def shown_value(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else value
+
+
+def csv_pages(app: Any, name: str, columns: list[str]) -> Iterator[str]:
+    """Yield a table as CSV, page by page, with the byte order mark by which Excel knows UTF-8."""
+    import csv
+    after, rows = None, [columns]  # type: Any, list[Any]
+    mark = "\ufeff"
+    while rows:
+        out = io.StringIO()
+        csv.writer(out).writerows(rows)
+        yield mark + out.getvalue()
+        mark = ""
+        _, keys, rows = fetch_rows(app, name, after, SQL_ROWS)
+        after = keys[-1] if keys else None
+
+
+def csv_response(name: str, pages: Iterator[str]) -> Response:
+    """Answer CSV as a file to save."""
+    response = Response(pages, headers=PAGE_HEADERS, content_type="text/csv; charset=utf-8")
+    response.headers["Content-Disposition"] = content_disposition(True, name + ".csv")
+    return response
+
+
+def rows_page(call: Call, found: Table, data: list[dict[str, Any]], following: Optional[list[Any]]) -> Response:
+    """Show rows, each with a form of its own where the table may be written to."""
+    t, url, writable = Texts(call), "/admin/data/" + quote(found.name, safe=""), not is_ours(found.name)
+
+    def buttons(row: Optional[dict[str, Any]]) -> Optional[Markup]:
+        values = {key: value for key, value in (row["values"] if row else {}).items() if value is not None}
+        inputs = (tag("label", column["name"], tag("input", name="value_" + column["name"],
+                                                   value=values.get(column["name"], ""))) for column in found.columns)
+        kept = {"table": found.name, "key": json.dumps(row["key"]) if row else ""}
+        saved = form("/admin/data", *inputs, tag("button", t("save")), action="update" if row else "insert", **kept)
+        gone = form("/admin/data", tag("button", t("delete"), class_="danger"), action="delete", **kept) if row else None
+        return tag("details", tag("summary", t("edit" if row else "add_row")), saved, gone) if writable else None
+    columns: dict[str, Optional[str]] = {**{column["name"]: None for column in found.columns}, "": None}
+    shown = table(t, columns, "no_rows", ((*row["values"].values(), buttons(row)) for row in data))
+    more = link(t("go_on"), url, "button plain", after=json.dumps(following)) if following else None
+    links = tag("p", more, link("CSV", url, "button plain", format="csv"), class_="row")
+    return page(call, found.name, shown, links, buttons(None))
+
+
+def change_data(app: Any, call: Call) -> Response:
+    """Create or drop a table, insert, update or delete one row, run SQL."""
+    sent = fields(call)
+    action, name = text_field(sent, "action"), text_field(sent, "table")
+    if action == "sql":
+        return run_sql(app, call, text_field(sent, "sql"))
+    with user_data(app) as connection:
+        if action == "create":
+            connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
+        elif action == "drop":
+            connection.execute(f"DROP TABLE {quote_name(name)}")
+        elif action in ("insert", "update", "delete"):
+            change_row(connection, read_table(connection, name), action, sent)
+        else:
+            raise HTTPException(400, "action must be create, drop, insert, update, delete or sql")
+    return done(call, action, "/admin/data" + ("/" + quote(name, safe="") if action not in ("create", "drop") else ""))
+
+
+def change_row(connection: sqlite3.Connection, found: Table, action: str, sent: Mapping[str, Any]) -> None:
+    """Write one row: `key` tells which, `values` (or value_<column> of a form) what."""
+    values = sent.get("values") or {name[6:]: value for name, value in sent.items() if name.startswith("value_")}
+    key = json.loads(sent.get("key") or "[]") if isinstance(sent.get("key"), str) else sent.get("key") or []
+    known = {column["name"] for column in found.columns}
+    if not isinstance(values, dict) or not values.keys() <= known or not isinstance(key, list):
+        raise HTTPException(400, "values must be an object of the table's columns, key a list")
+    table_name, names = quote_name(found.name), list(values)
+    where = " AND ".join(f"{quote_name(name) if name != 'rowid' else name} = ?" for name in found.key)
+    if action == "insert":
+        kept = {name: value for name, value in values.items() if value != ""}  # a blank field of a form is the default
+        marks = f"({', '.join(map(quote_name, kept))}) VALUES ({', '.join('?' * len(kept))})" if kept else "DEFAULT VALUES"
+        connection.execute(f"INSERT INTO {table_name} {marks}", tuple(kept.values()))
+    elif len(key) != len(found.key):
+        raise HTTPException(400, f"key must hold {', '.join(found.key)}")
+    else:
+        sets = ", ".join(f"{quote_name(name)} = ?" for name in names)
+        begin = f"DELETE FROM {table_name}" if action == "delete" else f"UPDATE {table_name} SET {sets}"
+        given = (*key,) if action == "delete" else (*values.values(), *key)
+        if connection.execute(f"{begin} WHERE {where}", given).rowcount != 1:
+            raise HTTPException(404, "There is no such row")
+
+
+def run_sql(app: Any, call: Call, text: str) -> Response:
+    """Run one statement: a SELECT gives its first rows, anything else the number of rows it changed."""
+    if not text.strip():
+        raise HTTPException(400, "There is no statement")
+    with user_data(app) as connection:
+        cursor = connection.execute(text)
+        rows = [list(map(shown_value, row)) for row in cursor.fetchmany(SQL_ROWS)] if cursor.description else []
+        columns, changed = [column[0] for column in cursor.description or ()], cursor.rowcount
+    if wants_json(call):
+        return as_json({"columns": columns, "rows": rows} if columns else {"rowcount": changed})
+    t = Texts(call)
+    result = table(t, dict.fromkeys(columns), "no_rows", rows) if columns else note(f"{changed}")
+    return page(call, t("data"), sql_form(t, text), result)
+
+
 def view_settings(app: Any, call: Call) -> Response:
     """/admin/settings : every setting, its value (secrets masked) and where it comes from. A change needs a restart."""
     values = {row.name: getattr(app.settings, row.name) for row in SETTINGS_TABLE}
@@ -6126,7 +6337,8 @@ ROUTES = {
     "/monitoring/stream": Route(view_stream, True, ("GET",)), "/invocations/*": Route(view_invocation, admin=False),
     "/scheduler": Route(view_scheduler, basic=True),
     "/scheduler/*": Route(view_jobs, True, ("GET", "HEAD", "POST", "PATCH", "DELETE"), basic=True),
-    "/admin/settings": Route(view_settings), "/openapi.json": Route(view_openapi, admin=False),
+    "/admin/data": Route(view_data, True, GET_POST), "/admin/data/*": Route(view_rows), "/admin/settings": Route(view_settings),
+    "/openapi.json": Route(view_openapi, admin=False),
     "/docs": Route(view_docs, admin=False), "/admin/jobs": Route(view_admin_jobs),
     "/admin/queue": Route(view_queue, True, GET_POST),
     "/admin/assets/fnserve.css": Route(view_asset, False), "/admin/assets/fnserve.js": Route(view_asset, False),

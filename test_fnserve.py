@@ -2353,6 +2353,56 @@ class AdminTest(Case):
         client.post("/function/clear_stats")
         self.assertEqual(client.get("/function/show_stats").json["stats"], {})
 
+    def test_data_browser(self):
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
+            db.execute('CREATE TABLE "x""; DROP" (id INTEGER PRIMARY KEY, "na me" TEXT, data BLOB)')
+            db.executemany('INSERT INTO "x""; DROP" VALUES (?, ?, ?)', [(n, f"<b>漢{n}", b"\xff") for n in range(1, 121)])
+            db.execute("CREATE TABLE pairs (a TEXT, b INTEGER, c, PRIMARY KEY (a, b)) WITHOUT ROWID")
+            db.execute("INSERT INTO pairs VALUES ('k', 1, 'v')")
+        self.write("f", "def main(request): return 'x'")
+        app = self.make_app()
+        self.call(app, "GET", "/function/f")
+        admin = self.admin(app)
+        tables = {row["name"]: row for row in admin.get("/admin/data").json["tables"]}
+        self.assertEqual((tables['x"; DROP']["rows"], tables["pairs"]["read_only"], tables["call_stats"]["read_only"]), (120, False, True))
+        url = "/admin/data/" + urllib.parse.quote('x"; DROP', safe="")
+        first = admin.get(url).json
+        self.assertEqual((len(first["rows"]), first["rows"][0]["values"]["na me"], first["next"]), (50, "<b>漢1", [50]))
+        self.assertEqual(len(admin.get(url, query={"after": "[100]"}).json["rows"]), 20)
+        csv = self.admin(app).get(url + "?format=csv").get_data(as_text=True)
+        self.assertTrue(csv.startswith("\ufeffid,na me,data"))
+        self.assertEqual(csv.count("\n"), 121)
+
+        def post(**sent: object):
+            return admin.post("/admin/data", json=sent)
+        self.assertEqual(post(action="update", table='x"; DROP', key=[2], values={"na me": "new"}).status_code, 200)
+        self.assertEqual(post(action="delete", table='x"; DROP', key=[3]).status_code, 200)
+        self.assertEqual(post(action="delete", table='x"; DROP', key=[3]).status_code, 404)
+        self.assertEqual(post(action="update", table="pairs", key=["k", 1], values={"c": "w"}).status_code, 200)
+        self.assertEqual(post(action="insert", table="pairs", values={"a": "l", "b": 2}).status_code, 200)
+        self.assertEqual(post(action="update", table="pairs", key=["k"], values={"c": "w"}).status_code, 400)
+        self.assertEqual(post(action="sql", sql="SELECT a, c FROM pairs ORDER BY a").json, {"columns": ["a", "c"], "rows": [["k", "w"], ["l", None]]})
+        self.assertEqual(post(action="sql", sql="UPDATE pairs SET c = 1").json, {"rowcount": 2})
+        self.assertEqual(post(action="create", table="made", columns="x INTEGER").status_code, 200)
+        self.assertEqual(post(action="drop", table="made").status_code, 200)
+        for sql in ("DROP TABLE call_stats", "DELETE FROM fn_versions", "INSERT INTO call_stats VALUES ('x', 1)", "UPDATE FN_META SET value = 1",
+                    "CREATE TABLE fn_x (a)", "ALTER TABLE call_stats ADD COLUMN x", "ATTACH '/etc/passwd' AS p", "PRAGMA journal_mode=DELETE",
+                    "CREATE TRIGGER t AFTER INSERT ON call_stats BEGIN SELECT 1; END", "SELEC 1", "SELECT 1; SELECT 2", "", "DROP TABLE nope"):
+            with self.subTest(sql=sql):
+                self.assertIn(post(action="sql", sql=sql).status_code, (400, 403))
+        self.assertEqual(post(action="drop", table="call_stats").status_code, 403)
+        seconds, fnserve.SQL_SECONDS = fnserve.SQL_SECONDS, .2
+        self.addCleanup(setattr, fnserve, "SQL_SECONDS", seconds)
+        endless = post(action="sql", sql="WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n")
+        self.assertEqual((endless.status_code, endless.json["error"]), (400, "the statement took longer than 5 s"))
+        fnserve.SQL_SECONDS = seconds
+        self.assertEqual(len(post(action="sql", sql="WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 1000000) SELECT x FROM n")
+                             .json["rows"]), fnserve.SQL_ROWS)
+        page = fnserve.Client(app, headers={"Authorization": "Bearer " + TOKEN, "Accept": "text/html"}).get(url).text
+        self.assertIn("&lt;b&gt;漢1", page)
+        self.assertNotIn("<b>漢", page)
+        self.assertEqual(admin.get("/function/show_stats").json["stats"], {"f": 1})
+
     def test_settings_page(self):
         app = self.make_app(METRICS_TOKEN="hidden", PORT=8123)
         found = {row["name"]: row for row in self.admin(app).get("/admin/settings").json["settings"]}
