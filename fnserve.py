@@ -5356,10 +5356,10 @@ class Texts:
         return TEXTS[key][self.lang == "en"].format(*values)
 
 
-def table(t: Texts, columns: dict[str, Optional[str]], empty: str, rows: Iterable[Iterable[Any]]) -> Markup:
-    """Make a table of cells, or a note where there are none; `columns` are headings and the class of their cells."""
+def table(t: Texts, columns: dict[str, Optional[str]], empty: str, rows: Iterable[Iterable[Any]], ours: bool = True) -> Markup:
+    """Make a table of cells, or a note; `columns` are headings, keys of TEXTS where they are `ours`, and their cells' class."""
     body = [tag("tr", *(tag("td", cell, class_=kind) for cell, kind in zip(row, columns.values()))) for row in rows]
-    heads = (tag("th", t(key) if key in TEXTS else key, class_=kind) for key, kind in columns.items())
+    heads = (tag("th", t(key) if ours and key in TEXTS else key, class_=kind) for key, kind in columns.items())
     shown = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body))
     return tag("div", shown, class_="card scroll") if body else note(t(empty))
 
@@ -6187,7 +6187,7 @@ def rows_page(call: Call, found: Table, data: list[dict[str, Any]], following: O
         gone = form("/admin/data", tag("button", t("delete"), class_="danger"), action="delete", **kept) if row else None
         return tag("details", tag("summary", t("edit" if row else "add_row")), saved, gone) if writable else None
     columns: dict[str, Optional[str]] = {**{column["name"]: None for column in found.columns}, "": None}
-    shown = table(t, columns, "no_rows", ((*row["values"].values(), buttons(row)) for row in data))
+    shown = table(t, columns, "no_rows", ((*row["values"].values(), buttons(row)) for row in data), False)
     more = link(t("go_on"), url, "button plain", after=json.dumps(following)) if following else None
     links = tag("p", more, link("CSV", url, "button plain", format="csv"), class_="row")
     return page(call, found.name, shown, links, buttons(None))
@@ -6245,7 +6245,7 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
     if wants_json(call):
         return as_json({"columns": columns, "rows": rows} if columns else {"rowcount": changed})
     t = Texts(call)
-    result = table(t, dict.fromkeys(columns), "no_rows", rows) if columns else note(f"{changed}")
+    result = table(t, dict.fromkeys(columns), "no_rows", rows, False) if columns else note(f"{changed}")
     return page(call, t("data"), sql_form(t, text), result)
 
 
