@@ -5261,7 +5261,7 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "data": ("資料", "Data"), "rows": ("列數", "Rows"), "read_only": ("唯讀", "Read only"),
     "no_rows": ("沒有資料。", "There are no rows."),
     "add_row": ("新增一列", "Add a row"), "settings": ("設定", "Settings"),
-    "docs": ("函式說明", "Functions"), "value": ("值", "Value"), "source": ("來源", "Source"),
+    "docs": ("API 說明", "API"), "value": ("值", "Value"), "source": ("來源", "Source"),
     "help": ("說明", "What for"), "restart": ("改動在重新啟動後生效。", "A change takes effect after a restart."),
     "dashboard": ("監控", "Monitoring"), "cpu_percent": ("CPU", "CPU"), "memory_rss_mb": ("記憶體", "Memory"),
     "memory_percent": ("記憶體 %", "Memory %"), "threads": ("執行緒", "Threads"), "uptime_seconds": ("運行時間", "Uptime"),

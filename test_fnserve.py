@@ -1345,7 +1345,10 @@ class TriggerTest(Case):
         import zoneinfo
         count = 0
         generated = random.Random(20260501)
-        lines = [line.strip() for line in self.CRONTABS] + [self.generated_crontab(generated) for _ in range(200)]
+        days = [(day, "*") for day in ("*", "1", "15,28")] + [("*", weekday) for weekday in ("mon-fri", "0,6")]
+        table = [f"{minute} {hour} {day} {month} {weekday}" for minute in ("0", "*/10", "5-55/25", "7,37") for hour in ("*", "3", "8-18/5")
+                 for day, weekday in days for month in ("*", "1-3", "dec")]
+        lines = [line.strip() for line in self.CRONTABS] + table + [self.generated_crontab(generated) for _ in range(200)]
         for index, line in enumerate(lines):
             zones = self.ZONES if index < len(self.CRONTABS) else [self.ZONES[index % 5]]
             for name in zones:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from run import Candidate
+from run import HERE, Candidate
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 PLAIN = 'def main(request):\n    return "x"\n'
@@ -52,6 +52,24 @@ def call_seconds(port: int, path: str) -> float:
     return statistics.median(times)
 
 
+def accept_seconds(directory: Path) -> float:
+    """Return the median time of an acknowledged call without a server in front: the pipeline and the commit."""
+    (directory / "functions").mkdir(parents=True)
+    (directory / "functions" / "hello.py").write_text(FUNCTION)
+    sys.path.insert(0, str(HERE.parent))
+    import fnserve
+    app = fnserve.App(fnserve.Settings({"SECRET_TOKEN": "x", "SECRET_KEY": "y", "QUEUE_MAX": 10 ** 7}, str(directory)))
+    app.runner.poke = lambda: None
+    client, times = fnserve.Client(app), []
+    for _ in range(150):
+        time.sleep(.01)
+        began = time.perf_counter()
+        client.post("/function/hello", data="{}")
+        times.append(time.perf_counter() - began)
+    app.background.stop()
+    return statistics.median(times)
+
+
 def rate(port: int, clients: str) -> float:
     """Return acknowledged calls per second."""
     out = subprocess.run(["wrk", "-t1", "-c" + clients, "-d2", f"http://127.0.0.1:{port}/function/hello"], capture_output=True,
@@ -67,13 +85,15 @@ def main() -> None:
         found = []
         try:
             for _ in range(ROUNDS):
-                found.append((commit_seconds(Path(name) / "plain.db"), call_seconds(server.port, "/function/plain"),
+                found.append((commit_seconds(Path(name) / "plain.db"), accept_seconds(Path(name) / f"in-process-{len(found)}"),
+                              call_seconds(server.port, "/function/plain"),
                               call_seconds(server.port, "/function/hello"), rate(server.port, "1"), rate(server.port, "16")))
         finally:
             server.stop()
-    commit, plain, durable, one, many = (statistics.median(column) for column in zip(*found))
+    commit, accept, plain, durable, one, many = (statistics.median(column) for column in zip(*found))
     print("| what | median |\n|---|---|")
     print(f"| a SQLite commit with fsync | {commit * 1e3:.2f} ms |")
+    print(f"| accepting a call, without the server in front | {accept * 1e3:.2f} ms, {accept / commit:.2f} commits |")
     print(f"| a call of a function | {plain * 1e3:.2f} ms |")
     print(f"| an acknowledged call | {durable * 1e3:.2f} ms, {(durable - plain) / commit:.2f} commits more |")
     print(f"| acknowledged and run, one client, 16 clients at once | {one:.0f}/s, {many:.0f}/s |")
