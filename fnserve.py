@@ -6070,7 +6070,7 @@ def user_data(app: Any) -> Iterator[sqlite3.Connection]:
         try:
             with connection:
                 yield connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, sqlite3.Warning) as error:  # until Python 3.11 a second statement is a Warning
             text = "the statement took longer than 5 s" if "interrupted" in str(error) else str(error)
             raise HTTPException(403 if "prohibited" in text or "authorized" in text else 400, text) from None
 
