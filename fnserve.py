@@ -4184,7 +4184,7 @@ def accept(app: Any, call: Call) -> Response:
         whose = "\n".join((request.method, request.path, request.headers.get("Authorization", "")))
         mark = f"{hashlib.sha256(whose.encode('utf-8', 'replace')).hexdigest()[:32]}:{mark}"
     stored = {"method": request.method, "path": request.path, "query": request.environ.get("QUERY_STRING", ""),
-              "headers": [pair for pair in request.headers if not app.is_admins(pair[1])], "host": request.host,
+              "headers": [pair for pair in request.headers if not app.is_admins(*pair)], "host": request.host,
               "scheme": request.scheme, "client": request.remote_addr}
     number = app.put(Queued(call.function or "", dump_json(stored), request.get_data(), key=mark and f"{call.function}:{mark}"))
     call.run, call.trigger = _QUEUED, "queued"  # its record is not a run of the function
@@ -6416,9 +6416,10 @@ class App:
             self.background.start()
             self._started = os.getpid()
 
-    def is_admins(self, value: str) -> bool:
+    def is_admins(self, name: str, value: str) -> bool:
         """Tell whether a header carries the admin's token or login, which a queued call must not keep on disk."""
-        return bool(self.settings.SECRET_TOKEN) and self.settings.SECRET_TOKEN in value or "session=" in value
+        is_token = name == "Authorization" and value.endswith(f" {self.settings.SECRET_TOKEN}")
+        return is_token or name == "Cookie" and "session=" in value
 
     def _read_schedule(self, value: Any) -> Any:
         try:
