@@ -7504,7 +7504,7 @@ def make_parser() -> Any:
 
 def serve_from_module() -> None:
     """Start anew as an imported module: a script's syntax tree stays in memory while it runs, 18 MB in each process."""
-    if __name__ == "__main__" and __spec__ is None and os.name == "posix":
+    if __name__ == "__main__" and __spec__ is None and os.name == "posix" and sys.executable:
         sys.stdout.flush()
         os.execv(sys.executable, import_command())
 
