@@ -2610,6 +2610,7 @@ class CurrentApp:
     """`current_app`: .config holds the settings and .env's values, .logger logs for the call."""
 
     logger, name, debug, testing = logging.getLogger("functions"), "fnserve", False, False
+    app_context = staticmethod(contextlib.nullcontext)  # there is always one
 
     @property
     def config(self) -> dict[str, Any]:
@@ -2839,9 +2840,9 @@ def _jinja(app: Any) -> Any:
     return app.templates
 
 
-def render_template(name: Any, **values: Any) -> str:
+def render_template(template_name_or_list: Any, **values: Any) -> str:
     """Render templates/<name>, beside functions/, with Jinja2."""
-    return _jinja(serving().app).get_or_select_template(name).render(**values)
+    return _jinja(serving().app).get_or_select_template(template_name_or_list).render(**values)
 
 
 def render_template_string(source: str, **values: Any) -> str:
@@ -6513,7 +6514,7 @@ class Background:
 
     def start(self) -> None:
         """Run the loop in a thread of its own."""
-        self._handle, self._stopping = -1, threading.Event()
+        self._handle, self._stopping, self._summed = -1, threading.Event(), self._app.clock()
         for loop in (self._run, self._watch):
             threading.Thread(target=loop, args=(self._stopping,), name="fnserve background", daemon=True).start()
 

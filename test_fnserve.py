@@ -563,6 +563,7 @@ ANSWERS = {
     "return send_from_directory(os.path.dirname(__file__), '../../etc/passwd')", "directory_none":
     "return send_from_directory(os.path.dirname(__file__), 'nope.txt')", "escaped": "return escape('<a href=\\'x\\'>&\"</a>')",
     "markup": "return Markup('<b>') + escape('<') if True else ''", "template": "return render_template_string('{{ a }}{{ request.path }}', a='<x>')",
+    "template_file": "return render_template('hello.html', name='<Tony>')",
     "globals_": "g.a = 1; return [g.a, g.get('b', 2), 'a' in g, g.pop('a'), hasattr(g, 'a')]", "stream_ctx":
     "return Response(stream_with_context(request.path[i] for i in range(4)), mimetype='text/plain')",
     "not_found": "raise NotFound()", "exc_str": "\n    try:\n        abort(400, 'no')\n    except BadRequest as e:\n        return str(e)",
@@ -572,7 +573,7 @@ ANSWERS = {
 }
 HEAD = """import datetime, decimal, io, json, os, uuid, dataclasses
 from flask import (request, session, g, jsonify, abort, redirect, Response, make_response, send_file, send_from_directory,
-                   stream_with_context, after_this_request, render_template_string, flash, get_flashed_messages)
+                   stream_with_context, after_this_request, render_template, render_template_string, flash, get_flashed_messages)
 from markupsafe import escape, Markup
 from werkzeug.exceptions import NotFound, Conflict, BadRequest
 from werkzeug.utils import secure_filename
@@ -596,7 +597,9 @@ class FlaskTest(Case):
         super().setUp()
         flask, self.loaded = module("flask"), {}
         module("jinja2")
-        self.flask = flask.Flask("platform")
+        (self.dir / "templates").mkdir()
+        (self.dir / "templates" / "hello.html").write_text("<h1>{{ name }} {{ request.method }} {{ session.get('a') }}</h1>")
+        self.flask = flask.Flask("platform", template_folder=str(self.dir / "templates"))
         self.flask.secret_key = "k"
         self.flask.config["MAX_CONTENT_LENGTH"] = 16 << 20
         methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
