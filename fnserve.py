@@ -4341,10 +4341,13 @@ class Watch:
         if places is not None:
             places.append(None)
         if self._lines.get(call.function or ""):
+            woken, now = [], time.perf_counter()  # type: list[tuple[float, Any]], float
             with self._lock:
                 line = self._lines[call.function or ""]
-                following = line.pop(0)[1] if line else None
-            self._wake(following)
+                while line and (not woken or woken[-1][0] < now):  # who has waited too long has no use for the place
+                    woken.append(line.pop(0))
+            for _, place in woken:
+                self._wake(place)
 
     def _wake(self, waiting: Any) -> None:
         if isinstance(waiting, threading.Event):
@@ -4453,13 +4456,17 @@ def call_entry(app: Any, call: Call, entry: Entry) -> Any:
     """Call an entry point with what it takes."""
     keywords = {word: app.keyword(word, call) for word in entry.wants} if entry.wants else {}
     if entry.kind == "cloud_event":
-        value = entry.function(read_event(call.request), **keywords)
-        return value if isinstance(value, types.CoroutineType) else "OK"
-    value = entry.function(call.request, **keywords) if entry.takes_request else entry.function(**keywords)
-    if isinstance(value, types.CoroutineType):
-        import asyncio  # only for async functions
-        value = asyncio.run(value)
-    return value
+        finish_coroutine(entry.function(read_event(call.request), **keywords))
+        return "OK"
+    return finish_coroutine(entry.function(call.request, **keywords) if entry.takes_request else entry.function(**keywords))
+
+
+def finish_coroutine(value: Any) -> Any:
+    """Run what an `async def` has returned to its end; return anything else as it is."""
+    if not isinstance(value, types.CoroutineType):
+        return value
+    import asyncio  # only for async functions
+    return asyncio.run(value)
 
 
 def call_job(call: Call) -> Any:
@@ -4467,10 +4474,7 @@ def call_job(call: Call) -> Any:
     function = getattr(call.code.module, call.run.entry, None) if call.code else None
     if not callable(function):
         raise LoadError(f"the file has no function {call.run.entry!r}")
-    value = function(*call.run.args, **call.run.kwargs)
-    if isinstance(value, types.CoroutineType):
-        import asyncio
-        value = asyncio.run(value)
+    value = finish_coroutine(function(*call.run.args, **call.run.kwargs))
     try:
         return make_response(value)
     except TypeError:
@@ -6058,6 +6062,8 @@ def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any
     """Let SQL do everything but write to fnserve's tables, attach files and set pragmas (sqlite3_set_authorizer)."""
     written = {1: second, 2: first, 7: second, 9: first, 10: second, 11: first, 16: second, 18: first, 23: first, 26: second}
     denied = action in (24, 25) or action == 19 and first not in ("table_info", "index_list") or is_ours(written.get(action))
+    if action == 20 and first == "fn_queue" and second in ("request", "headers", "body", "answer"):
+        return 2  # reads as NULL: they hold the callers' secrets
     return 1 if denied else 0
 
 

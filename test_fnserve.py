@@ -879,6 +879,13 @@ class FrameworkTest(Case):
                     self.assertEqual(answer.data, b"OK")
                     self.assertEqual(self.admin(app).get("/admin/logs?limit=1").json["invocations"][0]["output"], printed)
 
+    def test_async_cloud_events(self):
+        self.write("event", "import functions_framework\n@functions_framework.cloud_event\nasync def main(event): print('ran', event['id'])")
+        app = self.make_app()
+        answer = self.call(app, "POST", "/function/event", data=b"{}", headers={"ce-id": "1", "ce-type": "t", "ce-source": "s"})
+        self.assertEqual((answer.status_code, answer.data), (200, b"OK"))
+        self.assertEqual(self.admin(app).get("/admin/logs?limit=1").json["invocations"][0]["output"], "ran 1\n")
+
     def test_several_functions_and_error_handlers(self):
         self.write("many", "import functions_framework\n@functions_framework.http\ndef one(request): return request.view_args['subpath']\n"
                            "@functions_framework.http\ndef two(request): raise KeyError('k')\n"
@@ -1637,6 +1644,7 @@ class QueueTest(QueueCase):
         self.drain(app)
         shown = self.admin(app).get(f"/admin/queue?id={number}").text
         self.assertNotIn("hidden", shown)
+        self.assertNotIn("hidden", self.admin(app).get("/admin/data/fn_queue").text)
         self.assertIn("X-Shopify-Hmac-Sha256", shown)
         self.assertNotIn(TOKEN.encode(), b"".join(path.read_bytes() for path in self.dir.glob("serverless.db*")))
         self.assertEqual((self.dir / "serverless.db").stat().st_mode & 0o077, 0)
