@@ -5851,7 +5851,7 @@ def chart(app: Any, t: Texts, column: str, first: int, step: int) -> Markup:
         if 0 <= at < 60:
             values[at] = values[at] + value if column in ("calls", "errors") else max(values[at], value)
     label = f"{t(column)}, {t('hour' if step == 1 else 'one_day')}"
-    head = tag("div", f"{label} · max {max(values):.4g}", class_="soft")
+    head = tag("div", f"{label} · max {round(max(values), 1):,}", class_="soft")
     return tag("div", head, bars(values, 300, 60, label), class_="card")
 
 
