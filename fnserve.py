@@ -936,13 +936,15 @@ class _Input(io.RawIOBase):
 class Request:
     """One HTTP request, with Flask's names; each part is parsed when it is first asked for."""
 
+    endpoint: Optional[str] = None
+
     def __init__(self, environ: dict[str, Any], max_content_length: int = 16 * 1024 * 1024) -> None:
         self.environ, self.max_content_length = environ, max_content_length  #: bounds the body, in bytes
         self.method: str = environ["REQUEST_METHOD"]
-        self.path: str = "/" + decode_wsgi(environ.get("PATH_INFO", "")).lstrip("/")
-        self.view_args: dict[str, Any] = {}  #: func_name and subpath
-        self.endpoint: Optional[str] = None
+        path: str = environ.get("PATH_INFO", "")
+        self.path = "/" + (path if path.isascii() else decode_wsgi(path)).lstrip("/")
 
+    view_args = lazy(lambda self: {}, "func_name and subpath, where a function serves.")
     headers = lazy(lambda self: RequestHeaders(self.environ), "The header fields.")
     args = lazy(lambda self: MultiDict(parse_query(self.environ.get("QUERY_STRING", ""))), "The query's parameters.")
     cookies = lazy(lambda self: parse_cookies(self.environ.get("HTTP_COOKIE", "")), "The cookies.")
@@ -1165,13 +1167,14 @@ class Response:
     """An HTTP response, with Flask's names: a body (str, bytes or an iterable of them), a status and headers."""
 
     default_mimetype = "text/html"
+    code, _status, _on_close = 200, "200 OK", ()  # type: int, str, tuple[Callable[[], Any], ...]
 
     def __init__(self, response: Any = None, status: Any = 200, headers: Any = None, mimetype: Optional[str] = None,
                  content_type: Optional[str] = None, direct_passthrough: bool = False) -> None:
         self.headers = Headers(headers or ())
-        self.status = status if status is not None else 200
         self.direct_passthrough = direct_passthrough
-        self._on_close: list[Callable[[], Any]] = []
+        if status is not None and status != 200:
+            self.status = status
         if content_type is not None:
             self.headers["Content-Type"] = content_type
         elif mimetype is None and not headers and self.default_mimetype == "text/html":
@@ -1303,7 +1306,7 @@ class Response:
 
     def call_on_close(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """Have `function` called once the answer was sent."""
-        self._on_close.append(function)
+        self._on_close += (function,)
         return function
 
     def close(self) -> None:
@@ -1311,7 +1314,7 @@ class Response:
         for function in [getattr(self._body, "close", None), *self._on_close]:
             if function is not None:
                 function()
-        self._on_close = []
+        self._on_close = ()
 
     def __repr__(self) -> str:
         return f"<Response [{self.status}]>"
@@ -1617,12 +1620,16 @@ class Journal:
         line = f"\n{record}\n".encode()  # a break on both sides: what a short write leaves never spoils the next record
         try:
             self._count += 1
-            if self._count & 63 == 1 or self._handle < 0 or self._owner != os.getpid():
+            if self._count & 63 == 1 or self._handle < 0:
                 self.refresh()
             if os.write(self._handle, line) != len(line):
                 raise OSError("the disk is full")
         except OSError as error:
             self._complain(error)
+
+    def begin(self) -> None:
+        """Let the next record open a segment for this process: the one it was forked from holds its own."""
+        self._count = 0
 
     def in_use(self) -> bool:
         """Tell whether this process has a segment open."""
@@ -1998,6 +2005,7 @@ class Entry(NamedTuple):
     takes_request: bool
     wants: tuple[str, ...]  #: which of config, protected, context it takes
     kind: str = "http"  #: http or cloud_event
+    plain: bool = False  #: it takes the request and nothing else
 
 
 class CallSettings(NamedTuple):
@@ -2102,7 +2110,8 @@ class Functions:
     def resolve(self, path: str) -> tuple[Optional[Function], str]:
         """Find the function for ``hello/sub/path`` and the rest of the path; the first segment that is a file wins."""
         self._watch()
-        if path in self._known and "/" not in path and (known := self.get(path)):
+        known = self._known.get(path)
+        if known is not None and "/" not in path and known.stamp == file_stamp(known.path):
             return known, ""
         parts = path.split("/")
         for count in range(1, min(len(parts), GROUP_DEPTH) + 1):
@@ -2464,7 +2473,8 @@ def make_entry(entry: Callable[..., Any]) -> Entry:
     else:
         first, every, names = _inspect_callable(entry)
     wants = KEYWORDS if every else tuple(word for word in KEYWORDS if word in names)
-    return Entry(entry, first, wants, getattr(entry, "_fnserve_entry", ("", "http"))[1])
+    kind = getattr(entry, "_fnserve_entry", ("", "http"))[1]
+    return Entry(entry, first, wants, kind, first and not wants and kind == "http")
 
 
 def _inspect_callable(entry: Callable[..., Any]) -> tuple[bool, bool, tuple[str, ...]]:
@@ -2499,6 +2509,7 @@ class Call:
     function: Optional[str] = None  #: name of the function, once it is known
     route = "(unknown)"  #: label of what answered, where no function did
     code: Optional[Code] = None  #: the version of the function that serves
+    queued = False  #: to be put into the queue, not run
     runs = False  #: past the gate: from here on the function's own error handlers are asked
     holds: Optional[list[None]] = None  #: the share of its function that it holds a place of
     interrupted = 0  #: how often its thread was told that it is late
@@ -2513,13 +2524,15 @@ class Call:
         self.app, self.run = app, environ.get("fnserve.run", _HTTP)
         if self.run is not _HTTP:
             self.run.call = self
-        self.trigger, self.attempt = self.run.trigger, self.run.attempt
         self.request = Request(environ, app.settings.MAX_BODY)
         self.id, self.started, self.clock = app.new_id(), app.clock(), time.perf_counter()
         self.after: list[Callable[[Response], Any]] = []
         self.hooks: list[types.ModuleType] = []
         self.output: list[str] = []
         self.metrics: list[list[Any]] = []  #: what the function counted
+
+    trigger = property(lambda self: self.run.trigger, doc="http, async, schedule or cli; queued: this one does not run.")
+    attempt = property(lambda self: self.run.attempt, doc="Which run of a queued call this is, from 1.")
 
     @property
     def session(self) -> Session:
@@ -4070,7 +4083,7 @@ def handle(app: Any, call: Call) -> Response:
     try:
         target = resolve(app, call)
         gate(app, call, target)
-        response = accept(app, call) if wants_queue(call) else make_response(run(app, call, target))
+        response = accept(app, call) if call.queued else make_response(run(app, call, target))
     except Parked:
         raise
     except BaseException as error:  # SystemExit and the like too: a function must not be able to end its worker
@@ -4119,14 +4132,14 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
         limit = settings.timeout or app.settings.TIMEOUT
         call.deadline, call.until = call.started + limit, call.clock + limit
         app.watch.enter(call, target, settings.concurrency)
-        if settings is not PLAIN:
+        if settings is not PLAIN or "HTTP_PREFER" in request.environ:
             gate_function(app, call, settings)
+            call.queued = code is not None and wants_queue(call, settings)
         if call.function in app.protected and call.trigger not in ("async", "schedule"):
             if not app.settings.ADMIN:
                 raise HTTPException(404, f'Function "{call.function}" not found')
             require_admin(app, call)
-    length = request.content_length
-    if length is not None and length > request.max_content_length:
+    if "CONTENT_LENGTH" in request.environ and (request.content_length or 0) > request.max_content_length:
         raise HTTPException(413)
 
 
@@ -4165,14 +4178,11 @@ def check_signature(app: Any, call: Call, scheme: Any) -> None:
         raise HTTPException(200, response=make_response(answer))
 
 
-def wants_queue(call: Call) -> bool:
+def wants_queue(call: Call, settings: CallSettings) -> bool:
     """Tell whether a call is to be queued: SETTINGS["async"], or the client's Prefer (RFC 7240) where that says nothing."""
-    prefers = call.request.environ.get("HTTP_PREFER")
-    if call.code is None or prefers is None and call.code.settings.async_ is None:
-        return False
-    if call.trigger != "http" or call.code.settings.async_ is False or not call.app.queues:
-        return False
-    return call.code.settings.async_ is True or "respond-async" in re.split(r"[\s,;]+", (prefers or "").lower())
+    if call.trigger != "http" or settings.async_ is not None or not call.app.queues:
+        return call.trigger == "http" and bool(settings.async_) and call.app.queues
+    return "respond-async" in re.split(r"[\s,;]+", call.request.environ.get("HTTP_PREFER", "").lower())
 
 
 def accept(app: Any, call: Call) -> Response:
@@ -4188,7 +4198,7 @@ def accept(app: Any, call: Call) -> Response:
               "headers": [pair for pair in request.headers if not app.is_admins(*pair)], "host": request.host,
               "scheme": request.scheme, "client": request.remote_addr}
     number = app.put(Queued(call.function or "", dump_json(stored), request.get_data(), key=mark and f"{call.function}:{mark}"))
-    call.run, call.trigger = _QUEUED, "queued"  # its record is not a run of the function
+    call.run = _QUEUED  # its record is not a run of the function
     answer = {"id": number, "status_url": f"{request.url_root}invocations/{number}"}
     return Response(dump_json(answer) + "\n", 202, mimetype="application/json", headers={
         "Location": f"/invocations/{number}", "Preference-Applied": "respond-async"})
@@ -4303,7 +4313,7 @@ class Watch:
         A share is a list of as many Nones as there are places: taking one and giving it back are single steps of CPython,
         so no lock is needed (0.1 instead of 1 us).
         """
-        limit = min(concurrency or self._most, self._most)
+        limit = concurrency if 0 < concurrency < self._most else self._most
         if function.limit != limit:
             function.limit, function.places = limit, [None] * limit
         try:
@@ -4340,12 +4350,14 @@ class Watch:
         places, call.holds = call.holds, None
         if places is not None:
             places.append(None)
-        if self._lines.get(call.function or ""):
+        if self._lines:
             woken, now = [], time.perf_counter()  # type: list[tuple[float, Any]], float
             with self._lock:
-                line = self._lines[call.function or ""]
+                line = self._lines.get(call.function or "", [])
                 while line and (not woken or woken[-1][0] < now):  # who has waited too long has no use for the place
                     woken.append(line.pop(0))
+                if not line:
+                    self._lines.pop(call.function or "", None)
             for _, place in woken:
                 self._wake(place)
 
@@ -4426,10 +4438,10 @@ def run(app: Any, call: Call, target: Union[Route, Function]) -> Any:
     if code is None:
         raise target.error or LoadError("it could not be loaded")
     call.hooks, call.runs = app.functions.hooks(target.name), True
-    return app.watch.run(call, run_function, app, call, target, code)
+    return app.watch.run(call, run_function, call, code)
 
 
-def run_function(app: Any, call: Call, target: Function, code: Code) -> Any:
+def run_function(call: Call, code: Code) -> Any:
     """Run the hooks that come before, then the function."""
     for hook in call.hooks:
         value = hook.before_request(call.request) if hasattr(hook, "before_request") else None
@@ -4437,28 +4449,30 @@ def run_function(app: Any, call: Call, target: Function, code: Code) -> Any:
             return value
     if call.run.entry:
         return call_job(call)
-    return call_entry(app, call, code.entries[""] if "" in code.entries else choose_entry(call, target, code))
+    entry = code.entries.get("") or choose_entry(call, code)
+    value = entry.function(call.request) if entry.plain else call_entry(call, entry)
+    return finish_coroutine(value) if value.__class__ is types.CoroutineType else value
 
 
-def choose_entry(call: Call, function: Function, code: Code) -> Entry:
+def choose_entry(call: Call, code: Code) -> Entry:
     """Take the next part of the path as the name of one of several entry points."""
     if not code.entries:
-        raise HTTPException(400, f'Module "{function.name}" has no main()')
+        raise HTTPException(400, f'Module "{call.function}" has no main()')
     name, _, rest = call.request.view_args["subpath"].partition("/")
     if name not in code.entries:
-        raise HTTPException(404, f'Module "{function.name}" has these functions', functions=[
-            f"/function/{function.name}/{known}" for known in code.entries])
+        raise HTTPException(404, f'Module "{call.function}" has these functions', functions=[
+            f"/function/{call.function}/{known}" for known in code.entries])
     call.request.view_args["subpath"] = rest
     return code.entries[name]
 
 
-def call_entry(app: Any, call: Call, entry: Entry) -> Any:
+def call_entry(call: Call, entry: Entry) -> Any:
     """Call an entry point with what it takes."""
-    keywords = {word: app.keyword(word, call) for word in entry.wants} if entry.wants else {}
+    keywords = {word: call.app.keyword(word, call) for word in entry.wants}
     if entry.kind == "cloud_event":
         finish_coroutine(entry.function(read_event(call.request), **keywords))
         return "OK"
-    return finish_coroutine(entry.function(call.request, **keywords) if entry.takes_request else entry.function(**keywords))
+    return entry.function(call.request, **keywords) if entry.takes_request else entry.function(**keywords)
 
 
 def finish_coroutine(value: Any) -> Any:
@@ -4625,19 +4639,18 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
     """Start the response and return its body; the record is written before the last byte is handed over."""
     if call._session is not None:
         save_session(call._session, call.request, response, app.signer, call.started)
-    body, headers = response.response, response.headers.to_wsgi_list()
-    bare = response.code in (204, 304) or response.code < 200
-    if bare or isinstance(body, bytes):
+    body, headers, code = response._body, response.headers.to_wsgi_list(), response.code
+    bare = code == 204 or code == 304 or code < 200
+    if bare or body.__class__ is bytes and headers != [_HTML]:
         unwanted = ("content-length", "content-type") if bare else ("content-length",)
         headers = [pair for pair in headers if pair[0].lower() not in unwanted]
-    if isinstance(body, bytes):
-        if not bare:
-            headers.append(("Content-Length", str(len(body))))
-        headers.append(("X-Request-Id", call.id))
+    if body.__class__ is bytes:
+        body = b"" if bare else body
+        headers += [("X-Request-Id", call.id)] if bare else [("Content-Length", str(len(body))), ("X-Request-Id", call.id)]
         call.responding = True
-        record(app, call, response.code, 0 if bare else len(body))
-        start_response(response.status, headers)
-        return [b"" if bare or call.request.method == "HEAD" else body]
+        record(app, call, code, len(body))
+        start_response(response._status, headers)
+        return [b"" if call.request.method == "HEAD" else body]
     try:
         chunks = iter(() if bare or call.request.method == "HEAD" else response.response)
         chunk = next_chunk(app, call, chunks)  # before the headers go out, so that what fails at once is a proper 500
@@ -4709,9 +4722,11 @@ def record(app: Any, call: Call, status: int, size: int) -> None:
         return
     call.recorded = True
     environ = call.request.environ
-    where, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
+    where, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING")
     if query:
         where = f"{where}?{scrub(query)}"
+    if not where.isascii():
+        where = decode_wsgi(where)
     taken = (time.perf_counter() - call.clock) * 1e6
     more = ""
     if call.output or call.error or call.run is not _HTTP or call.metrics:
@@ -4719,8 +4734,8 @@ def record(app: Any, call: Call, status: int, size: int) -> None:
     name = f'"f":{quote_json(call.function)}' if call.function is not None else f'"r":{quote_json(call.route)}'
     app.journal.append(
         f'{{"t":{call.started:.6f},"id":"{call.id}",{name},"m":{quote_json(call.request.method[:20])},'
-        f'"p":{quote_json(decode_wsgi(where)[:500])},"s":{status},"us":{taken:.0f},"n":{size},'
-        f'"c":{quote_json(call.request.remote_addr or "")}{more}}}')
+        f'"p":{quote_json(where[:500])},"s":{status},"us":{taken:.0f},"n":{size},'
+        f'"c":{quote_json(environ.get("REMOTE_ADDR") or "")}{more}}}')
 
 
 def record_details(call: Call) -> str:
@@ -6417,6 +6432,7 @@ class App:
             if self._started == os.getpid():
                 return
             self._ids = []  # none that another process of the same origin has too
+            self.journal.begin()
             self.functions.install()
             self.config.current()
             capture_output(self.settings)
