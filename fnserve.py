@@ -1041,7 +1041,7 @@ class Request:
                 return None
             raise HTTPException(400, "The body is not valid JSON") from None
 
-    @property
+    @lazy
     def host(self) -> str:
         """The Host header, a standard port left out; the server's name where the client sent none, or nonsense."""
         host = self.environ.get("HTTP_HOST", "")
@@ -1106,6 +1106,8 @@ def parse_query(text: str) -> list[tuple[str, str]]:
 
 def dump_json(value: Any, **options: Any) -> str:
     """Write JSON as Flask's jsonify does, but for the line end: sorted keys, datetimes as HTTP dates."""
+    if not options:
+        return _ENCODER.encode(value)
     return json.dumps(value, default=_json_default, **{"sort_keys": True, "separators": (",", ":"), **options})
 
 
@@ -1120,6 +1122,9 @@ def _json_default(value: Any) -> Any:
     if hasattr(value, "__html__"):
         return str(value.__html__())
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+_ENCODER = json.JSONEncoder(default=_json_default, sort_keys=True, separators=(",", ":"))  # json.dumps makes one a time
 
 
 _HTML = ("Content-Type", "text/html; charset=utf-8")
@@ -1492,7 +1497,7 @@ class Store:
         #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
         self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
-        self._owner = 0
+        self._owner, self._durable = 0, False
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
 
@@ -1516,8 +1521,9 @@ class Store:
         """
         with self._lock:
             connection = self._open()
-            if durable:
-                connection.execute("PRAGMA synchronous=FULL")
+            if durable is not self._durable:
+                connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
@@ -1526,9 +1532,6 @@ class Store:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
                 raise
-            finally:
-                if durable:
-                    connection.execute("PRAGMA synchronous=NORMAL")
 
     def check(self) -> None:
         """Open the database; StoreError where it can't be used. A lock held by somebody else is not an error."""
@@ -1568,7 +1571,7 @@ class Store:
             except BaseException:
                 connection.close()
                 raise
-            self._connection, self._owner = connection, os.getpid()
+            self._connection, self._owner, self._durable = connection, os.getpid(), False
         return self._connection
 
 # == 06 JOURNAL ===========================================================
@@ -3636,6 +3639,7 @@ class Queue:
         self._waiting: list[_Ticket] = []
         self._adding, self._committing = threading.Lock(), threading.Lock()
         self._owner, self._handle = "", -1
+        self._room, self._counted = 0, 0.0  #: how many more calls may wait, as of when
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._disown)
 
@@ -3656,17 +3660,22 @@ class Queue:
     def _commit(self, batch: list[_Ticket]) -> None:
         try:
             with self._store.write(durable=True) as connection:
-                waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
-                room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
-                for ticket in batch:
-                    if room > 0:
-                        ticket.id = self.insert(connection, ticket.call)
-                        room -= 1
-                    else:
-                        ticket.error = QueueFull()
+                if self._room < len(batch) or not 0 <= time.monotonic() - self._counted < 1:
+                    self._count(connection)
+                for ticket in batch[:max(0, self._room)]:
+                    ticket.id = self.insert(connection, ticket.call)
+                for ticket in batch[max(0, self._room):]:
+                    ticket.error = QueueFull()
+                self._room -= len(batch)
         except BaseException as error:
             for ticket in batch:
                 ticket.id, ticket.error = "", error
+
+    def _count(self, connection: sqlite3.Connection) -> None:
+        """See how many calls may still wait; once a second will do, since of a full queue it takes 2 ms."""
+        waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
+        self._room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
+        self._counted = time.monotonic()
 
     def insert(self, connection: sqlite3.Connection, call: Queued) -> str:
         """Add a call within somebody's transaction; return its id, or the first one's where the key is known."""
@@ -4197,7 +4206,8 @@ def accept(app: Any, call: Call) -> Response:
     stored = {"method": request.method, "path": request.path, "query": request.environ.get("QUERY_STRING", ""),
               "headers": [pair for pair in request.headers if not app.is_admins(*pair)], "host": request.host,
               "scheme": request.scheme, "client": request.remote_addr}
-    number = app.put(Queued(call.function or "", dump_json(stored), request.get_data(), key=mark and f"{call.function}:{mark}"))
+    key = mark and f"{call.function}:{mark}"
+    number = app.put(Queued(call.function or "", json.dumps(stored), request.get_data(), key=key))
     call.run = _QUEUED  # its record is not a run of the function
     answer = {"id": number, "status_url": f"{request.url_root}invocations/{number}"}
     return Response(dump_json(answer) + "\n", 202, mimetype="application/json", headers={
