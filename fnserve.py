@@ -4411,8 +4411,7 @@ class Watch:
     def _end_waiting(self, now: float) -> None:
         with self._lock:
             ended = [place for line in self._lines.values() for until, place in line if until < now]
-            for line in self._lines.values():
-                line[:] = [row for row in line if row[0] >= now]
+            self._lines = {name: left for name, line in self._lines.items() if (left := [row for row in line if row[0] >= now])}
         for place in ended:
             self._wake(place)
 
