@@ -1583,7 +1583,8 @@ class Store:
 # its last line has been written, and it is done with after one more read.
 
 SEGMENT_BYTES = 8 * 1024 * 1024
-FOLD_BYTES = 256 * 1024  # read per transaction: bounds memory, and how long others wait for the write lock
+FOLD_BYTES = 512 * 1024  # read per transaction: bounds memory, and how long others wait for the write lock
+RECORD_BYTES = 384 * 1024  # no record is longer: output, traceback, series
 OUTPUT_BYTES = 8 * 1024
 MOST_SERIES = 1000  # of one metric of a function's own
 BUCKETS = (.005, .01, .025, .05, .075, .1, .25, .5, .75, 1.0, 2.5, 5.0, 7.5, 10.0)  # prometheus_client's defaults
@@ -1694,7 +1695,7 @@ class Tally:
         self.calls: list[dict[str, Any]] = []
         #: (function or None, endpoint, method, status, minute) -> [count, microseconds, last time, buckets]
         self.groups: dict[tuple[Optional[str], str, str, int, int], list[Any]] = {}
-        self.metrics: list[list[Any]] = []  #: what functions counted: name, labels, kind, help, value, bounds
+        self.metrics: list[list[Any]] = []  #: what functions counted: name, labels, kind, help, sum, bounds, buckets
 
     def add(self, lines: list[bytes]) -> None:
         """Add lines of the journal. All at once where they are sound: 0.6 s instead of 1.3 s for 100,000."""
@@ -1721,7 +1722,7 @@ class Tally:
         group[2] = max(group[2], moment)
         group[3][bisect_left(BUCKETS, taken / 1e6)] += 1
         self.calls.append(record)
-        self.metrics += [row for row in record.get("mx", ()) if len(row) == 6]
+        self.metrics += record.get("mx", ())
 
 
 def sql_value(value: Any) -> Any:
@@ -1729,8 +1730,6 @@ def sql_value(value: Any) -> Any:
     if isinstance(value, int) and abs(value) < 1 << 62 or value is None or isinstance(value, float):
         return value
     return str(value).encode("utf-8", "replace").decode()
-
-
 
 
 def quantile(buckets: list[int], q: float) -> float:
@@ -1756,6 +1755,14 @@ def read_from(path: str, position: int) -> bytes:
                 file.seek(position)
                 return file.read(FOLD_BYTES)
     return b""
+
+
+def read_lines(path: str, position: int) -> tuple[list[bytes], int]:
+    """Return a segment's lines from a position on, as many as are read at once, and how many bytes they are."""
+    data = read_from(path, position)
+    # the last line may be half written yet; one longer than all that is read at once is none of ours
+    ready = len(data) if len(data) == FOLD_BYTES and b"\n" not in data else data.rfind(b"\n") + 1
+    return [line for line in data[:ready].split(b"\n") if line], ready
 
 
 class Folder:
@@ -1794,13 +1801,11 @@ class Folder:
             path = segment_path(self._directory, number)
             with contextlib.suppress(FileNotFoundError):  # power loss can leave less than what was folded
                 done[number] = min(done.get(number, 0), os.path.getsize(path))
-            data = read_from(path, done.get(number, 0))
-            # the last line may be half written yet; one longer than all that is read at once is none of ours
-            ready = len(data) if len(data) == FOLD_BYTES and b"\n" not in data else data.rfind(b"\n") + 1
-            tally.add([line for line in data[:ready].split(b"\n") if line])
+            lines, ready = read_lines(path, done.get(number, 0))
+            tally.add(lines)
             if ready:
                 connection.execute("REPLACE INTO fn_journal VALUES (?, ?)", (number, done.get(number, 0) + ready))
-            if len(data) == FOLD_BYTES:
+            if ready > FOLD_BYTES - RECORD_BYTES:
                 return tally, True
         return tally, False
 
@@ -1828,11 +1833,12 @@ class Folder:
             connection.execute("INSERT INTO fn_meta VALUES ('torn_lines', ?) ON CONFLICT (key) DO UPDATE"
                                " SET value = value + excluded.value", (tally.torn,))
         for metric in tally.metrics:
-            self._add_metric(connection, *metric)
+            with contextlib.suppress(TypeError, ValueError, sqlite3.IntegrityError):  # a row that no call of ours wrote
+                self._add_metric(connection, *metric)
         self._keep(connection, tally.calls[-self._keep_calls:] if self._keep_calls else [])
 
     def _add_metric(self, connection: sqlite3.Connection, name: str, labels: str, kind: str, text: str, value: float,
-                    bounds: list[float]) -> None:
+                    bounds: list[float], counts: list[int]) -> None:
         """Add to a counter, or to a histogram with its first bounds; series beyond MOST_SERIES are left out."""
         row = connection.execute("SELECT value, bounds, buckets FROM fn_metrics WHERE name = ? AND labels = ?",
                                  (name, labels)).fetchone()
@@ -1841,8 +1847,9 @@ class Folder:
             if series >= MOST_SERIES:
                 return
             row = (0.0, json.dumps(bounds), json.dumps([0] * (len(bounds) + 1)))
-        buckets = json.loads(row[2])
-        buckets[bisect_left(json.loads(row[1]), value) if kind == "histogram" else 0] += 1
+        buckets, first = json.loads(row[2]), json.loads(row[1])
+        for bound, count in zip([*bounds, float("inf")], counts):
+            buckets[bisect_left(first, bound)] += count
         connection.execute("REPLACE INTO fn_metrics VALUES (?, ?, ?, ?, ?, ?, ?)",
                            (name, labels, kind, text, row[0] + value, row[1], json.dumps(buckets)))
 
@@ -2532,7 +2539,7 @@ class Call:
         self.after: list[Callable[[Response], Any]] = []
         self.hooks: list[types.ModuleType] = []
         self.output: list[str] = []
-        self.metrics: list[list[Any]] = []  #: what the function counted
+        self.metrics: dict[tuple[str, str], list[Any]] = {}  #: what it counted: (name, labels) -> rest of Tally.metrics' row
 
     trigger = property(lambda self: self.run.trigger, doc="http, async, schedule or cli; queued: this one does not run.")
     attempt = property(lambda self: self.run.attempt, doc="Which run of a queued call this is, from 1.")
@@ -2700,6 +2707,9 @@ def enqueue(name: str, json: Any = None, data: Any = None, query: Optional[Mappi
     return serving().app.enqueue(name, json, data, query, headers, delay)
 
 
+_COUNTING = threading.Lock()  # a call's own threads may count together
+
+
 class Metric:
     """A counter or histogram of a function's own, shown at /metrics: counted with its call's record, so exact over workers.
 
@@ -2712,7 +2722,7 @@ class Metric:
         for label in labels:
             if not re.fullmatch(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*", label) or label == "le":
                 raise ValueError(f"{label!r} is no name for a label")
-        self._name, self._help, self._kind, self._bounds, self._labels = name, help, kind, list(bounds), dict(labels)
+        self._name, self._help, self._kind, self._bounds, self._labels = name, str(help), kind, list(bounds), dict(labels)
 
     def labels(self, **labels: Any) -> Metric:
         """Return the series of these labels."""
@@ -2726,9 +2736,15 @@ class Metric:
 
     def observe(self, value: float, **labels: Any) -> None:
         """Count one value in a histogram."""
-        named = self.labels(**labels)._labels
-        shown = json.dumps({key: str(item)[:200] for key, item in sorted(named.items())}, ensure_ascii=False)
-        serving().metrics.append([self._name, shown, self._kind, self._help, float(value), self._bounds])
+        if not abs(value) < float("inf"):
+            raise ValueError(f"{value!r} can't be counted")
+        named = sorted(self.labels(**labels)._labels.items())
+        shown = json.dumps({key: sql_value(str(item)[:200]) for key, item in named}, ensure_ascii=False)
+        with _COUNTING:
+            row = serving().metrics.setdefault((self._name, shown), [
+                self._kind, self._help, 0.0, self._bounds, [0] * (len(self._bounds) + 1)])
+            row[2] += float(value)
+            row[4][bisect_left(self._bounds, value)] += 1
 
 
 def counter(name: str, help: str = "", **labels: Any) -> Metric:
@@ -4751,8 +4767,12 @@ def record_details(call: Call) -> str:
     """Return the rare fields of a record: trigger, attempt, captured output, traceback."""
     dropped = call.printed - OUTPUT_BYTES
     output = "".join(call.output) + (f"\n... {dropped} more characters" if dropped > 0 else "")
+    counted = [[*key, *row] for key, row in call.metrics.items()]
+    if counted and len(json.dumps(counted)) > RECORD_BYTES // 3:
+        log.error("%s: %d series are too many to be counted in one call", call.function, len(counted))
+        counted = []
     fields = {"via": call.trigger if call.trigger != "http" else None, "try": call.attempt if call.attempt > 1 else None,
-              "out": output or None, "err": call.error[-OUTPUT_BYTES:] or None, "mx": call.metrics or None}
+              "out": output or None, "err": call.error[-OUTPUT_BYTES:] or None, "mx": counted or None}
     return "".join(f",{quote_json(key)}:{json.dumps(value)}" for key, value in fields.items() if value is not None)
 
 
@@ -5087,9 +5107,7 @@ class Loki:
         done, directory = self.position(), self._app.journal.directory
         kept = segments(directory)
         for number in kept:
-            data = read_from(segment_path(directory, number), done.get(number, 0))
-            ready = data.rfind(b"\n") + 1
-            lines = [line for line in data[:ready].split(b"\n") if line]
+            lines, ready = read_lines(segment_path(directory, number), done.get(number, 0))
             if lines:
                 self._send(lines)
             if ready:

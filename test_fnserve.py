@@ -2145,6 +2145,23 @@ class MonitoringTest(Case):
             self.assertEqual(self.call(app, "GET", f"/function/f?n={name}&v={value}&l={label}").status_code, 500)
         self.assertNotIn("\nx_total", self.metrics(app))
 
+    def test_no_counted_value_stops_the_counting(self):
+        self.write("f", "from fnserve import counter, histogram\ndef main(request):\n"
+                        "    counter('c', {'a': 1}).inc(user=request.json['user'])\n    histogram('h').observe(float(request.json['v']))\n    return 'x'")
+        self.write("many", "from fnserve import counter\ndef main(request):\n    [counter('pages').inc() for _ in range(9000)]\n    return 'x'")
+        self.write("wide", "from fnserve import counter\ndef main(request):\n    [counter('w').inc(a=str(n) * 200) for n in range(900)]\n    return 'x'")
+        app = self.make_app()
+        for user, value, status in (("\ud800", 1, 200), ("a", "nan", 500), ("a", "inf", 500), ("a", "1e308", 200), ("b", "1e308", 200)):
+            self.assertEqual(self.call(app, "POST", "/function/f", json={"user": user, "v": value}).status_code, status)
+        for name in ("many", "wide"):
+            self.assertEqual(self.call(app, "GET", f"/function/{name}").status_code, 200)
+        text = self.metrics(app)
+        self.assertRegex(text, r"(?m)^c_total\{user=.\?.\} 1(\.0)?$")
+        self.assertRegex(text, r"(?m)^pages_total 9000(\.0)?$")
+        self.assertNotIn("\nw_total{", text)
+        self.assertIn(" series are too many", (self.dir / "serverless_error.log").read_text())
+        self.assertEqual(self.admin(app).get("/function/show_stats", headers={"Accept": "application/json"}).json["stats"], {"f": 5, "many": 1, "wide": 1})
+
     def test_series_are_bounded(self):
         self.write("f", "from fnserve import counter\ndef main(request):\n    [counter('c').inc(n=n) for n in range(1200)]\n    return 'x'")
         app = self.make_app()
