@@ -4093,6 +4093,8 @@ NAMES_OF_ADMIN_FUNCTIONS = frozenset(
     "list_functions add_function save_function edit_function update_function delete_function show_stats clear_stats"
     " list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
 FAILURES, FAILURE_SECONDS = 5, 300
+HOP_BY_HOP = frozenset(  # RFC 9110 7.6.1; PEP 3333 forbids them to applications
+    "connection keep-alive proxy-authenticate proxy-authorization te trailer trailers transfer-encoding upgrade".split())
 
 
 class Route(NamedTuple):
@@ -4666,9 +4668,8 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
         save_session(call._session, call.request, response, app.signer, call.started)
     body, headers, code = response._body, response.headers.to_wsgi_list(), response.code
     bare = code == 204 or code == 304 or code < 200
-    if bare or body.__class__ is bytes and headers != [_HTML]:
-        unwanted = ("content-length", "content-type") if bare else ("content-length",)
-        headers = [pair for pair in headers if pair[0].lower() not in unwanted]
+    if bare or headers != [_HTML]:
+        headers = clean_headers(headers, bare, body.__class__ is bytes)
     if body.__class__ is bytes:
         body = b"" if bare else body
         headers += [("X-Request-Id", call.id)] if bare else [("Content-Length", str(len(body))), ("X-Request-Id", call.id)]
@@ -4688,6 +4689,13 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
     body = stream(app, call, response, chunks, chunk)
     next(body)  # from here on its close() records the call, however it ends
     return body
+
+
+def clean_headers(headers: list[tuple[str, str]], bare: bool, whole: bool) -> list[tuple[str, str]]:
+    """Leave out what the server says itself, which a function that hands on another server's answer has, and nonsense."""
+    unwanted = ("content-length", "content-type") if bare else ("content-length",) if whole else ()
+    return [pair for pair in headers if (name := pair[0].lower()) not in HOP_BY_HOP and name not in unwanted
+            and (name != "content-length" or re.fullmatch("[0-9]+", pair[1]))]
 
 
 def next_chunk(app: Any, call: Call, chunks: Iterator[Any]) -> bytes:
@@ -6435,23 +6443,22 @@ class App:
         """Serve one request (PEP 3333)."""
         if self._started != os.getpid():
             self.start()
-        call = Call(self, environ)
+        call, body = Call(self, environ), None  # type: Call, Optional[Iterable[bytes]]
         token = current_call.set(call)
         try:
-            try:
-                body = respond(self, call, handle(self, call), start_response)
-            except Parked:
-                raise
-            except BaseException as error:  # an answer that can't be sent: a session or a body that is none
-                call._session = None
-                body = respond(self, call, answer_failure(self, call, error), start_response)
-            if isinstance(body, list):
+            body = respond(self, call, handle(self, call), start_response)
+        except Parked:
+            raise
+        except BaseException as error:  # an answer that can't be sent: a session or a body that is none
+            call._session, why = None, sys.exc_info()
+            body = respond(self, call, answer_failure(self, call, error), lambda *started: start_response(*started, why))
+        finally:
+            if body.__class__ is list or body is None:
                 call.request.close()
                 if call.holds is not None:
                     self.watch.leave(call)
-            return body
-        finally:
             current_call.reset(token)
+        return body
 
     def start(self) -> None:
         """Prepare this process: imports under functions/, captured output, the background loop."""

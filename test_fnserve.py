@@ -1926,6 +1926,30 @@ class PipelineTest(Case):
         self.assertIn(row["id"], log)
         self.assertIn("secret detail", log)
 
+    def test_headers_that_are_the_servers_are_left_out(self):
+        self.write("proxy", "from fnserve import Response\ndef main(request):\n"
+                            "    return Response(iter(['x']) if request.args else 'x', 200, {'Connection': 'keep-alive', 'transfer-encoding': 'chunked',\n"
+                            "        'Content-Length': 'abc', 'Trailer': 'a', 'X-Own': '1', 'Upgrade': 'h2c'})")
+        for path in ("/function/proxy", "/function/proxy?stream=1"):
+            answer = self.call(self.make_app(), "GET", path)
+            self.assertEqual((answer.status_code, answer.text, answer.headers["X-Own"]), (200, "x", "1"))
+            self.assertEqual({name.lower() for name in answer.headers.keys()} - {"content-length"}, {"x-own", "content-type", "x-request-id"})
+
+    def test_a_refused_answer_gives_its_place_back(self):
+        self.write("f", "SETTINGS = {'concurrency': 2}\ndef main(request):\n    return 'x'")
+        app, taken = self.make_app(), []
+
+        def refuse(status, headers, exc_info=None):
+            taken.append(status)
+            if exc_info is None or "often" in environ:
+                raise ValueError("a header that this server does not take")
+        for environ in ({}, {}, {}, {"often": 1}, {"often": 1}, {"often": 1}):
+            environ.update(REQUEST_METHOD="GET", PATH_INFO="/function/f", **{"wsgi.input": io.BytesIO()})
+            with contextlib.suppress(ValueError):
+                list(app(environ, refuse))
+        self.assertEqual(taken, ["200 OK", "500 Internal Server Error"] * 6)
+        self.assertEqual(self.call(app, "GET", "/function/f").status_code, 200)
+
     def test_answers_that_cannot_be_sent_are_500_and_recorded(self):
         app = self.make_app()
         for number, code in enumerate((
