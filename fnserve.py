@@ -187,7 +187,7 @@ SETTINGS_TABLE = (
     Setting("HOST", str, "127.0.0.1", "address to listen on"),
     Setting("PORT", whole(0, 65535), "8000", "port to listen on; 0 takes a free one"),
     Setting("WORKERS", workers, "auto", "processes; auto is one per core, 0 one process without a supervisor"),
-    Setting("THREADS", whole(1, 256), "8", "threads in each process"),
+    Setting("THREADS", whole(1, 256), "8", "calls of functions at once in each process"),
     Setting("FUNCTIONS_DIR", str, "functions", "directory of the function files"),
     Setting("DB_PATH", str, "serverless.db", "SQLite database"),
     Setting("LOG_FILE", str, "serverless_error.log", "error log"),
@@ -2117,33 +2117,36 @@ class Functions:
             raise ValueError(f"{name!r} is no function name")
         return os.path.join(self.root, *name.split("/")) + ".py"
 
-    def resolve(self, path: str) -> tuple[Optional[Function], str]:
-        """Find the function for ``hello/sub/path`` and the rest of the path; the first segment that is a file wins."""
+    def resolve(self, path: str) -> tuple[Optional[Function], str, bool]:
+        """Find the function for ``hello/sub/path`` and the rest of the path; the first segment that is a file wins.
+
+        The third is whether it is loaded as its file says now; where not, `refresh` it before its code is used.
+        """
         self._watch()
         known = self._known.get(path)
         if known is not None and "/" not in path and known.stamp == file_stamp(known.path):
-            return known, ""
+            return known, "", True
         parts = path.split("/")
         for count in range(1, min(len(parts), GROUP_DEPTH) + 1):
             name = parts[0] if count == 1 else "/".join(parts[:count])
             if not parts[count - 1].isidentifier() or parts[count - 1][0] == "_":
                 break
-            function = self.get(name)
-            if function is not None:
-                return function, "/".join(parts[count:])
-        return None, ""
+            function = self._known.get(name) or self._discover(name)
+            stamp = file_stamp(function.path) if function is not None else None
+            if function is not None and stamp is not None:
+                return function, "/".join(parts[count:]), stamp == function.stamp
+            self._known.pop(name, None)
+        return None, "", False
 
     def get(self, name: str) -> Optional[Function]:
         """Return a function as its file says now, or None where there is no file. One stat where nothing changed."""
-        function = self._known.get(name)
-        if function is None:
-            return self._discover(name)
-        stamp = file_stamp(function.path)
-        if stamp is None:
+        function = self._known.get(name) or self._discover(name)
+        stamp = file_stamp(function.path) if function is not None else None
+        if function is None or stamp is None:
             self._known.pop(name, None)
             return None
         if stamp != function.stamp:
-            self._load(function)
+            self.refresh(function)
         return function
 
     def hooks(self, name: str) -> list[types.ModuleType]:
@@ -2236,30 +2239,35 @@ class Functions:
             self._warned.add(name)
             return None
         with self._adding:
-            function = self._known.setdefault(name, Function(name, path))
-        self._load(function)
-        return function
+            return self._known.setdefault(name, Function(name, path))
+
+    def refresh(self, function: Function) -> None:
+        """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
+        while not function.lock.acquire(timeout=.1):  # not for ever at once: who waits can be interrupted in between
+            pass
+        try:
+            self._load(function)
+        finally:
+            function.lock.release()
 
     def _load(self, function: Function) -> None:
-        """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
-        with function.lock:
-            stamp, generation = file_stamp(function.path), self._generation
-            if stamp is None or stamp == function.stamp:
-                return
-            try:
-                source = read_source(function.path)
-                retry = isinstance(function.error, LoadError) and not isinstance(function.error, NoEntry) \
-                    and time.monotonic() - function.tried > 1
-                if source != function.source or retry:
-                    self._swap(function, source)
-            except LoadError as error:
-                self._fail(function, error)
-            # A second edit within the clock's tick would leave the same stamp, so a young file is read again
-            tick = 2e9 if stamp[0] % 1_000_000_000 == 0 else 2e7
-            young = abs(time.time_ns() - stamp[0]) < tick
-            function.stamp = () if young or function.error else stamp
-            if generation != self._generation and function.uses_helpers:  # a helper changed while this was loading
-                function.stamp, function.source = (), None
+        stamp, generation = file_stamp(function.path), self._generation
+        if stamp is None or stamp == function.stamp:
+            return
+        try:
+            source = read_source(function.path)
+            retry = isinstance(function.error, LoadError) and not isinstance(function.error, NoEntry) \
+                and time.monotonic() - function.tried > 1
+            if source != function.source or retry:
+                self._swap(function, source)
+        except LoadError as error:
+            self._fail(function, error)
+        # A second edit within the clock's tick would leave the same stamp, so a young file is read again
+        tick = 2e9 if stamp[0] % 1_000_000_000 == 0 else 2e7
+        young = abs(time.time_ns() - stamp[0]) < tick
+        function.stamp = () if young or function.error else stamp
+        if generation != self._generation and function.uses_helpers:  # a helper changed while this was loading
+            function.stamp, function.source = (), None
 
     def _swap(self, function: Function, source: bytes) -> None:
         broken, function.source, function.tried = function.error is not None, source, time.monotonic()
@@ -4123,10 +4131,12 @@ def resolve(app: Any, call: Call) -> Union[Route, Function]:
     path = call.request.path
     of_function = path.startswith("/function/")
     if of_function:
-        function, subpath = app.functions.resolve(path[10:])
+        function, subpath, is_fresh = app.functions.resolve(path[10:])
         if function is not None:
             call.function = call.request.endpoint = function.name
             call.request.view_args = {"func_name": function.name, "subpath": subpath}
+            if not is_fresh:
+                load(app, call, function)
             return function
     label = path if path in app.routes else path[:path.find("/", 1) + 1] + "*"
     if path.startswith("/admin/data/"):
@@ -4141,6 +4151,14 @@ def resolve(app: Any, call: Call) -> Union[Route, Function]:
     if first in app.protected and app.settings.ADMIN:  # like the others, so that names can't be probed
         require_admin(app, call)
     raise HTTPException(404, f'Function "{first[:100]}" not found')
+
+
+def load(app: Any, call: Call, function: Function) -> None:
+    """Load a file within its function's share and under a deadline: what it does when it is imported may hang too."""
+    call.until = call.clock + app.settings.TIMEOUT
+    app.watch.enter(call, function, function.code.settings.concurrency if function.code is not None else 0)
+    app.watch.run(call, app.functions.refresh, function)
+    app.watch.leave(call)  # the gate takes a place again, as the new version's SETTINGS say
 
 
 def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
@@ -4323,32 +4341,42 @@ class Parked(BaseException):
 class Watch:
     """Bulkhead and deadlines: how many calls of each function run here, which thread is in which function, since when.
 
-    A function holds at most all threads but one. A call that finds its function's share taken is parked: waitress's connection
-    waits in line without a thread, and is handed back through `resume`. `step` interrupts calls that are late.
+    All functions together hold THREADS places, each of them all but one; the platform's own pages need none. A call that finds
+    none left is parked: waitress's connection waits in line without a thread, and is handed back through `resume`. `step`
+    interrupts calls that are late.
     """
 
     def __init__(self, app: Any) -> None:
         self._app, self._most = app, max(1, app.settings.THREADS - 1)
+        self._places: list[None] = [None] * app.settings.THREADS
         self._lock = threading.Lock()
         self._late: dict[int, Call] = {}  #: thread -> the call whose function it runs
-        self._lines: dict[str, list[tuple[float, Any]]] = {}  #: function -> (until when, connection or Event) in line
+        self._lines: dict[Function, list[tuple[float, Any]]] = {}  #: (until when, connection or Event) in line
         self.resume: Callable[[Any], Any] = lambda connection: None
         self.retire: Optional[Callable[[], Any]] = None  #: ends this process once it has finished what else it has
 
     def enter(self, call: Call, function: Function, concurrency: int) -> None:
-        """Take a place in the function's share; Parked, or 503 where the line is absurdly long or took too long.
-
-        A share is a list of as many Nones as there are places: taking one and giving it back are single steps of CPython,
-        so no lock is needed (0.1 instead of 1 us).
-        """
+        """Take a place in the function's share; Parked, or 503 where the line is absurdly long or took too long."""
         limit = concurrency if 0 < concurrency < self._most else self._most
         if function.limit != limit:
             function.limit, function.places = limit, [None] * limit
-        try:
-            function.places.pop()
-            call.holds = function.places
-        except IndexError:
+        if not self._take(call, function.places):
             self._wait(call, function)
+
+    def _take(self, call: Call, places: list[None]) -> bool:
+        """Take one of the function's places and one of all; they are lists of as many Nones as there are places, because
+        pop and append are single steps of CPython, so that no lock is needed (0.1 instead of 1 us)."""
+        try:
+            places.pop()
+        except IndexError:
+            return False
+        try:
+            self._places.pop()
+        except IndexError:
+            places.append(None)
+            return False
+        call.holds = places
+        return True
 
     def _wait(self, call: Call, function: Function) -> None:
         connection: Any = call.request.environ.get("fnserve.connection")
@@ -4357,14 +4385,12 @@ class Watch:
         place = (until, threading.Event() if connection is None else connection)
         while until > time.perf_counter():
             with self._lock:
-                line = self._lines.setdefault(function.name, [])
+                line = self._lines.setdefault(function, [])
                 if len(line) >= MOST_WAITING:
                     break
                 line.insert(len(line) if waited is None else 0, place)
-                if function.places:  # given back just now, by somebody who did not see this line yet
+                if self._take(call, function.places):  # given back just now, by somebody who did not see this line yet
                     line.remove(place)
-                    function.places.pop()
-                    call.holds = function.places
                     return
             if connection is not None:
                 connection.requests[0].waits_until = until
@@ -4378,21 +4404,27 @@ class Watch:
         places, call.holds = call.holds, None
         if places is not None:
             places.append(None)
-        if self._lines:
-            woken, now = [], time.perf_counter()  # type: list[tuple[float, Any]], float
-            with self._lock:
-                line = self._lines.get(call.function or "", [])
-                while line and (not woken or woken[-1][0] < now):  # who has waited too long has no use for the place
-                    woken.append(line.pop(0))
-                if not line:
-                    self._lines.pop(call.function or "", None)
-            for _, place in woken:
-                self._wake(place)
+            self._places.append(None)
+            if self._lines:
+                self._call_next(time.perf_counter())
+
+    def _call_next(self, now: float) -> None:
+        """Wake who has waited longest of those whose function has room; who has waited too long has no use for the place."""
+        woken: list[tuple[float, Any]] = []
+        with self._lock:
+            while not woken or woken[-1][0] < now:
+                ready = [line for function, line in self._lines.items() if line and function.places]
+                if not ready:
+                    break
+                woken.append(min(ready, key=lambda line: line[0][0]).pop(0))
+            self._lines = {function: line for function, line in self._lines.items() if line}
+        for _, place in woken:
+            self._wake(place)
 
     def _wake(self, waiting: Any) -> None:
         if isinstance(waiting, threading.Event):
             waiting.set()
-        elif waiting is not None:
+        else:
             self.resume(waiting)
 
     def run(self, call: Call, function: Callable[..., Any], *args: Any) -> Any:
@@ -4429,7 +4461,7 @@ class Watch:
     def _end_waiting(self, now: float) -> None:
         with self._lock:
             ended = [place for line in self._lines.values() for until, place in line if until < now]
-            self._lines = {name: left for name, line in self._lines.items() if (left := [row for row in line if row[0] >= now])}
+            self._lines = {key: left for key, line in self._lines.items() if (left := [row for row in line if row[0] >= now])}
         for place in ended:
             self._wake(place)
 
@@ -4464,12 +4496,12 @@ def run(app: Any, call: Call, target: Union[Route, Function]) -> Any:
     code = call.code
     if code is None:
         raise target.error or LoadError("it could not be loaded")
-    call.hooks, call.runs = app.functions.hooks(target.name), True
-    return app.watch.run(call, run_function, call, code)
+    return app.watch.run(call, run_function, app, call, code)
 
 
-def run_function(call: Call, code: Code) -> Any:
+def run_function(app: Any, call: Call, code: Code) -> Any:
     """Run the hooks that come before, then the function."""
+    call.hooks, call.runs = app.functions.hooks(call.function), True
     for hook in call.hooks:
         value = hook.before_request(call.request) if hasattr(hook, "before_request") else None
         if value is not None:
@@ -6735,6 +6767,7 @@ app = LazyApp()
 # core, which costs more than the work: pinned to one core it serves about twice as many requests (bench/).
 
 BACKLOG = 1024
+SPARE_THREADS = 1 + MOST_VIEWERS  # for the platform itself, whatever functions do
 STARTED_IN = os.getcwd()  # where the command line's paths begin, for a SIGHUP
 BIRTH_SECONDS, MAX_BACKOFF = 1.0, 30.0
 FIRST_REQUEST_SECONDS = 1.0  # that a draining worker waits for what a new connection has to say
@@ -6769,7 +6802,7 @@ def waitress_server(app: Callable[..., Any], opened: Any, settings: Settings) ->
         believe_proxy(app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
         max_request_body_size=settings.MAX_BODY, expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
         clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=1000,
-        channel_timeout=75, _dispatcher=Dispatcher(settings.THREADS))
+        channel_timeout=75, _dispatcher=Dispatcher(settings.THREADS + SPARE_THREADS))
     made.channel_class = json_error_channel(copy.copy(made.adj))
     made.adj.send_bytes = 18_000  # by default headers and body are two packets: 6,400 requests/s instead of 9,000
     return made

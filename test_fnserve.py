@@ -2904,6 +2904,37 @@ scrape_configs:
         self.assertEqual([row["function"] for row in logs["invocations"]], ["blocked", "stubborn", "spin"])
         self.assertEqual(server.stop(), 0)
 
+    def test_the_platform_answers_whatever_functions_do(self):
+        begun = self.dir / "begun"
+        self.write("imports", "import time\nfor _ in range(300): time.sleep(.01)\ndef main(request): return 'late'")
+        self.write("_hooks", "import time\ndef before_request(request):\n    while 'hooked' in request.path: time.sleep(.01)")
+        self.write("hooked", "def main(request): return 'never'")
+        for name in ("one", "two"):
+            self.write(name, f"import time\ndef main(request):\n    open({str(begun)!r}, 'a').write('x')\n    while True: time.sleep(.01)")
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "1", "--threads", "3", "--timeout", "2")
+        answers: list[tuple[str, int]] = []
+
+        def ask(name: str) -> None:
+            answers.append((name, server.get(f"/function/{name}")[0]))
+        for names, others in ((["imports"] * 6, ["/function/hello", "/health"]), (["hooked"] * 6, ["/function/hello", "/health"]),
+                              (["one"] * 5 + ["two"] * 5, ["/health", "/metrics"])):
+            answers.clear()
+            senders = [threading.Thread(target=ask, args=(name,)) for name in names]
+            for sender in senders:
+                sender.start()
+            if "one" in names:
+                wait_until(lambda: begun.exists() and begun.stat().st_size == 3)  # all places are taken
+            for path in others:
+                began = time.monotonic()
+                self.assertEqual(server.get(path)[0], 200)
+                self.assertLess(time.monotonic() - began, 1.5)
+            for sender in senders:
+                sender.join()
+            self.assertLessEqual({status for _, status in answers}, {503, 504})
+            self.assertIn(504, {status for _, status in answers})
+        self.assertEqual(server.get("/function/hello")[0], 200)
+
     def test_a_stuck_worker_is_replaced(self):
         self.write("stuck", "import time\nSETTINGS = {'timeout': 0.2}\ndef main(request): time.sleep(60)")
         self.write("hello", "import os\ndef main(request): return str(os.getpid())")
