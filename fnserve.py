@@ -6767,6 +6767,7 @@ app = LazyApp()
 # core, which costs more than the work: pinned to one core it serves about twice as many requests (bench/).
 
 BACKLOG = 1024
+STALLED_SECONDS = 60.0
 SPARE_THREADS = 1 + MOST_VIEWERS  # for the platform itself, whatever functions do
 STARTED_IN = os.getcwd()  # where the command line's paths begin, for a SIGHUP
 BIRTH_SECONDS, MAX_BACKOFF = 1.0, 30.0
@@ -6802,10 +6803,21 @@ def waitress_server(app: Callable[..., Any], opened: Any, settings: Settings) ->
         believe_proxy(app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
         max_request_body_size=settings.MAX_BODY, expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
         clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=1000,
-        channel_timeout=75, _dispatcher=Dispatcher(settings.THREADS + SPARE_THREADS))
+        channel_timeout=75, cleanup_interval=10, _dispatcher=Dispatcher(settings.THREADS + SPARE_THREADS))
     made.channel_class = json_error_channel(copy.copy(made.adj))
     made.adj.send_bytes = 18_000  # by default headers and body are two packets: 6,400 requests/s instead of 9,000
+    made.maintenance = functools.partial(end_stalled, made, made.maintenance)
     return made
+
+
+def end_stalled(server: Any, maintenance: Callable[[float], Any], now: float) -> None:
+    """Disconnect clients that have taken nothing of their answer for long, which waitress lets hold a thread for ever."""
+    maintenance(now)
+    for channel in list(server.active_channels.values()):
+        if channel.total_outbufs_len and channel.last_activity < now - STALLED_SECONDS:
+            channel.will_close = True
+            with contextlib.suppress(OSError):
+                channel.socket.shutdown(2)  # or the loop, which waits for room to write, would not look at it
 
 
 def json_error_channel(settings: Any) -> Any:
@@ -6844,7 +6856,8 @@ def json_error_channel(settings: Any) -> Any:
         def give_up(self, data: bytes) -> None:
             """Send what there is to say in place of a thread that is stuck, and close; its own answer will fail."""
             with contextlib.suppress(OSError):
-                self.socket.send(data)
+                if not self.total_outbufs_len:  # else it would land within the answer to an earlier request
+                    self.socket.send(data)
             self.connected, self.will_close = False, True
             self.server.pull_trigger()
 

@@ -2935,6 +2935,23 @@ scrape_configs:
             self.assertIn(504, {status for _, status in answers})
         self.assertEqual(server.get("/function/hello")[0], 200)
 
+    def test_who_does_not_read_is_disconnected(self):
+        need("waitress", module("waitress"))
+        self.write("big", "def main(request): return iter([b'x' * 1000000] * 60)")
+        app = self.make_app()
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listening:
+            server = fnserve.waitress_server(app, listening, app.settings)
+            threading.Thread(target=server.run, daemon=True).start()
+            self.addCleanup(server.close)
+            with contextlib.closing(socket.create_connection(listening.getsockname())) as client:
+                client.sendall(b"GET /function/big HTTP/1.1\r\nHost: x\r\n\r\n")
+                wait_until(lambda: any(channel.total_outbufs_len > 16_000_000 for channel in list(server.active_channels.values())))
+                server.maintenance(time.time() + 30)
+                self.assertTrue(server.active_channels)
+                server.maintenance(time.time() + 61)
+                wait_until(lambda: not server.active_channels)
+        wait_until(lambda: self.admin(app).get("/admin/logs").json["invocations"])  # its thread is free, and it was recorded
+
     def test_a_stuck_worker_is_replaced(self):
         self.write("stuck", "import time\nSETTINGS = {'timeout': 0.2}\ndef main(request): time.sleep(60)")
         self.write("hello", "import os\ndef main(request): return str(os.getpid())")
