@@ -82,6 +82,9 @@ class NoEntry(LoadError):
 
 
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+REASONS.update({413: "Request Entity Too Large", 414: "Request URI Too Long", 416: "Requested Range Not Satisfiable",
+                418: "I'm a teapot", 422: "Unprocessable Entity"})  # Werkzeug's; Python has changed its own
+STATUS_LINES = {code: f"{code} {reason.upper()}" for code, reason in REASONS.items()}  # as Flask has them
 
 
 class HTTPException(Exception):
@@ -90,6 +93,8 @@ class HTTPException(Exception):
     def __init__(self, code: int, description: Any = None, headers: Iterable[tuple[str, str]] = (),
                  response: Optional[Response] = None, **fields: Any) -> None:
         super().__init__(code, description)
+        if type(self) is HTTPException:  # so that `except BadRequest` catches what the platform raises, too
+            self.__class__ = EXCEPTIONS.get(code, HTTPException)
         self.code, self.headers, self.response = code, list(headers), response
         self.name = REASONS.get(code, "Error")
         self.description = description if description is not None else self.name
@@ -99,19 +104,27 @@ class HTTPException(Exception):
         return f"{self.code} {self.name}: {self.description}"
 
 
+_KEYWORDS = {"valid_methods": "Allow", "retry_after": "Retry-After", "www_authenticate": "WWW-Authenticate"}
+
+
 def _named(name: str, code: int) -> type[HTTPException]:
     """Make the exception that Werkzeug has for a status: ``NotFound("why")``."""
     def __init__(self: Any, description: Any = None, response: Optional[Response] = None, **more: Any) -> None:
-        HTTPException.__init__(self, code, description, more.get("headers") or (), response)
+        headers = [(_KEYWORDS[key], ", ".join(value) if isinstance(value, (list, tuple, set)) else str(value))
+                   for key, value in more.items() if value is not None]
+        HTTPException.__init__(self, code, description, headers, response)
     return type(name, (HTTPException,), {"__init__": __init__, "code": code})
 
 
-EXCEPTIONS = {code: _named(name, code) for code, name in {
+EXCEPTIONS: dict[int, Any] = {code: _named(name, code) for code, name in {
     400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed",
-    406: "NotAcceptable", 408: "RequestTimeout", 409: "Conflict", 410: "Gone", 412: "PreconditionFailed",
-    413: "RequestEntityTooLarge", 415: "UnsupportedMediaType", 418: "ImATeapot", 422: "UnprocessableEntity",
-    423: "Locked", 429: "TooManyRequests", 500: "InternalServerError", 501: "NotImplemented", 502: "BadGateway",
-    503: "ServiceUnavailable", 504: "GatewayTimeout"}.items()}
+    406: "NotAcceptable", 408: "RequestTimeout", 409: "Conflict", 410: "Gone", 411: "LengthRequired",
+    412: "PreconditionFailed", 413: "RequestEntityTooLarge", 414: "RequestURITooLarge", 415: "UnsupportedMediaType",
+    416: "RequestedRangeNotSatisfiable", 417: "ExpectationFailed", 418: "ImATeapot", 421: "MisdirectedRequest",
+    422: "UnprocessableEntity", 423: "Locked", 424: "FailedDependency", 428: "PreconditionRequired",
+    429: "TooManyRequests", 431: "RequestHeaderFieldsTooLarge", 451: "UnavailableForLegalReasons",
+    500: "InternalServerError", 501: "NotImplemented", 502: "BadGateway", 503: "ServiceUnavailable",
+    504: "GatewayTimeout", 505: "HTTPVersionNotSupported"}.items()}
 
 # == 02 SETTINGS ==========================================================
 # What can be set, and where each value came from. Uses 01. The one table below makes the parsing, the --help text
@@ -390,11 +403,11 @@ def _read(value: Any, cast: Optional[Callable[[Any], Any]], default: Any) -> Any
         return default
 
 
-class BadRequestKeyError(HTTPException, KeyError):
+class BadRequestKeyError(EXCEPTIONS[400], KeyError):  # type: ignore[misc, valid-type]
     """A key that the client had to send is missing: a 400, and a KeyError for who catches that."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(400, f"Missing key: {key}"[:200])
+        super().__init__(f"Missing key: {key}"[:200])
 
 
 class MultiDict(dict):  # a dict of lists inside, of first values outside
@@ -436,14 +449,33 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
         """Yield (key, first value), or every pair with `multi`."""
         return ((key, value) for key, values in super().items() for value in (values if multi else values[:1]))
 
-    def update(self, pairs: Any = (), **more: Any) -> None:  # type: ignore[override]
+    def update(self, pairs: Any = ()) -> None:  # type: ignore[override]
         """Add the values of a mapping or of pairs, as Werkzeug's does."""
-        for key, value in [*MultiDict(pairs).items(multi=True), *more.items()]:
+        for key, value in MultiDict(pairs).items(multi=True):
             self.add(key, value)
+
+    def __ior__(self, other: Any) -> MultiDict:
+        self.update(other)
+        return self
+
+    def __or__(self, other: Any) -> MultiDict:
+        return self.copy().__ior__(other)
 
     def lists(self) -> Iterator[tuple[str, list[Any]]]:
         """Yield (key, all values)."""
         return ((key, list(values)) for key, values in super().items())
+
+    def listvalues(self) -> Iterator[list[Any]]:
+        """Yield all values of each key."""
+        return (values for _, values in self.lists())
+
+    def setlist(self, key: str, values: Iterable[Any]) -> None:
+        """Replace the values of `key`."""
+        super().__setitem__(key, list(values))
+
+    def poplist(self, key: str) -> list[Any]:
+        """Take `key` out and return all its values."""
+        return super().pop(key, [])
 
     def values(self) -> Any:
         """Yield the first value of every key."""
@@ -458,6 +490,11 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
         if key not in self and default is _MISSING:
             raise BadRequestKeyError(key)
         return super().pop(key)[0] if key in self else default
+
+    def popitem(self) -> tuple[str, Any]:
+        """Take a key out and return it with its first value."""
+        key, values = super().popitem()
+        return key, values[0]
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """Return the first value of `key`, set to the default where it is missing."""
@@ -520,6 +557,19 @@ class Headers(MutableMapping[str, str]):
         """Return the first value of a field, made by `type`."""
         return _read(self[name], type, default) if name in self else default
 
+    def setlist(self, name: str, values: Iterable[Any]) -> None:
+        """Replace a field by several."""
+        del self[name]
+        self.extend((name, value) for value in values)
+
+    def update(self, pairs: Any = (), **more: Any) -> None:  # type: ignore[override]
+        """Set the fields of a mapping or of pairs."""
+        for name, value in [*(pairs.items() if hasattr(pairs, "items") else pairs), *more.items()]:
+            self.setlist(name, value if isinstance(value, (list, tuple)) else [value])
+
+    def clear(self) -> None:
+        """Take all fields out."""
+        self._list = []
 
     def __getitem__(self, name: str) -> str:
         for value in self.getlist(name):
@@ -535,6 +585,8 @@ class Headers(MutableMapping[str, str]):
 
     def __delitem__(self, name: str) -> None:
         self._list = [pair for pair in self._list if pair[0].lower() != name.lower()]
+
+    remove, add_header = __delitem__, add
 
     def __contains__(self, name: object) -> bool:
         return bool(self.getlist(str(name)))
@@ -585,7 +637,7 @@ class RequestHeaders(Headers):
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("the headers of a request can't be changed")
 
-    __setitem__ = __delitem__ = add = extend = set = _refuse
+    __setitem__ = __delitem__ = add = extend = set = setlist = clear = remove = add_header = pop = popitem = _refuse
 
 
 def decode_text(data: bytes, charset: str = "utf-8") -> str:
@@ -619,6 +671,11 @@ def parse_options(value: str) -> tuple[str, dict[str, str]]:
     return main.strip().lower(), options
 
 
+def is_json_type(mimetype: str) -> bool:
+    """Tell whether a media type is JSON's."""
+    return mimetype.startswith("application/") and mimetype.endswith(("/json", "+json"))
+
+
 _COOKIE_QUOTED = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")
 _COOKIE_UNSAFE = re.compile(rb"[^\w!#$%&'()*+\-./:<=>?@\[\]^`{|}~]", re.ASCII)
 
@@ -647,6 +704,8 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
                        "\\" + chr(byte) if byte in b'"\\' else chr(byte) for byte in raw)
         value = f'"{text}"'
     parts = [f"{key}={value}"]
+    path = quote(path, safe="%!$&'()*+,/:=@") if path is not None else None
+    domain = domain.lstrip(".").encode("idna").decode() if domain else None
     if max_age is not None:
         max_age = int(max_age.total_seconds() if hasattr(max_age, "total_seconds") else max_age)
         expires = time.time() + max_age if expires is None else expires
@@ -737,6 +796,7 @@ class FileStorage:
     content_type = property(lambda self: self.headers.get("Content-Type"), doc="The part's Content-Type, or None.")
     content_length = property(lambda self: self.headers.get("Content-Length", 0, type=int), doc="As sent, or 0.")
     mimetype = property(lambda self: parse_options(self.content_type or "")[0], doc="The type without parameters.")
+    mimetype_params = property(lambda self: parse_options(self.content_type or "")[1], doc="The parameters of the type.")
 
     def save(self, destination: Any, buffer_size: int = CHUNK) -> None:
         """Write the file to a path or an open file."""
@@ -753,6 +813,9 @@ class FileStorage:
 
     def __bool__(self) -> bool:
         return bool(self.filename)
+
+    def __repr__(self) -> str:
+        return f"<FileStorage: {self.filename!r} ({self.content_type!r})>"
 
 
 class _Parts:
@@ -887,6 +950,7 @@ class UserAgent(str):
     """The User-Agent header; `.string` as in Flask."""
 
     string = property(lambda self: str(self), doc="The header as it is.")
+    browser = platform = version = language = None  # nor does Flask tell any longer
 
 
 class lazy:
@@ -1024,7 +1088,7 @@ class Request:
         form = self.form.items(multi=True) if self.method not in ("GET", "HEAD") else ()
         return MultiDict([*self.args.items(multi=True), *form])
 
-    is_json = property(lambda self: bool(re.fullmatch(r"application/(.*\+)?json", self.mimetype)), doc="Whether it is JSON's.")
+    is_json = property(lambda self: is_json_type(self.mimetype), doc="Whether the content type is JSON's.")
     json = property(lambda self: self.get_json(), doc="The parsed JSON body: 415 for another content type, 400 for bad JSON.")
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
@@ -1111,6 +1175,11 @@ def dump_json(value: Any, **options: Any) -> str:
     return json.dumps(value, default=_json_default, **{"sort_keys": True, "separators": (",", ":"), **options})
 
 
+def dumps(value: Any, **options: Any) -> str:
+    """Write JSON as flask.json does, with spaces."""
+    return dump_json(value, **{"separators": None, **options})
+
+
 def _json_default(value: Any) -> Any:
     if hasattr(value, "timetuple"):  # date and datetime
         return http_date(value)
@@ -1149,7 +1218,7 @@ class HeaderSet(list):
 
     def add(self, value: str) -> None:
         """Add a value, unless it is there in any case."""
-        if value.lower() not in map(str.lower, self):
+        if value not in self:
             self.append(value)
             self._changed(str(self))
 
@@ -1157,6 +1226,9 @@ class HeaderSet(list):
         """Take a value out."""
         self[:] = [item for item in self if item.lower() != value.lower()]
         self._changed(str(self))
+
+    def __contains__(self, value: object) -> bool:
+        return str(value).lower() in map(str.lower, self)
 
     def __str__(self) -> str:
         return ", ".join(self)
@@ -1203,15 +1275,15 @@ class Response:
     response = property(lambda self: self._body, set_data, doc="The body: bytes, or an iterable that is sent as it is made.")
 
     def _set_status(self, value: Any) -> None:
-        if value.__class__ is int and value in REASONS:
-            self.code, self._status = value, f"{value} {REASONS[value]}"
+        if value.__class__ is int and value in STATUS_LINES:
+            self.code, self._status = value, STATUS_LINES[value]
             return
         text = str(int(value)) if not isinstance(value, str) else value
         code, _, reason = text.partition(" ")
         if not code.isdigit() or not 100 <= int(code) <= 999 or not _HEADER_VALUE.fullmatch(reason):
             raise ValueError(f"status {value!r} is not an HTTP status")
         self.code = int(code)
-        self._status = f"{code} {reason or REASONS.get(self.code, 'Unknown')}"
+        self._status = f"{code} {reason}" if reason else STATUS_LINES.get(self.code, f"{code} UNKNOWN")
 
     def _set_mimetype(self, value: str) -> None:
         textual = value.startswith("text/") or value.endswith(("/xml", "+xml", "/javascript"))
@@ -1220,7 +1292,7 @@ class Response:
     status = property(lambda self: self._status, _set_status, doc='``"200 OK"``; set by a number or such a text.')
     status_code = property(lambda self: self.code, _set_status, doc="The status as a number.")
     _content = property(lambda self: parse_options(self.headers.get("Content-Type", "")))
-    mimetype = property(lambda self: self._content[0], _set_mimetype, doc="The type alone; text gets a charset when set.")
+    mimetype = property(lambda self: self._content[0] or None, _set_mimetype, doc="The type alone; text is given a charset.")
     mimetype_params = property(lambda self: self._content[1], doc="The parameters of the content type.")
     content_type, location = _header("Content-Type"), _header("Location", dump=iri_to_uri)
     content_encoding = _header("Content-Encoding")
@@ -1246,15 +1318,20 @@ class Response:
     data = property(get_data, set_data)
     json = property(lambda self: self.get_json(), doc="The body parsed as JSON, None where it isn't JSON.")
     text = property(lambda self: self.get_data(as_text=True), doc="The body as text.")
-    is_json = property(lambda self: "json" in self.mimetype, doc="Whether the content type is JSON's.")
+    is_json = property(lambda self: is_json_type(self._content[0]), doc="Whether the content type is JSON's.")
 
     def get_json(self, force: bool = False, silent: bool = False) -> Any:
-        """Return the body parsed as JSON."""
-        return json.loads(self.get_data()) if force or self.is_json else None
+        """Return the body parsed as JSON; ValueError for bad JSON, None where `silent`."""
+        try:
+            return json.loads(self.get_data()) if force or self.is_json else None
+        except ValueError:
+            if silent:
+                return None
+            raise
 
-    def set_cookie(self, key: str, value: str = "", **options: Any) -> None:
-        """Add a Set-Cookie header; options are `dump_cookie`'s."""
-        self.headers.add("Set-Cookie", dump_cookie(key, value, **options))
+    def set_cookie(self, key: str, value: str = "", *arguments: Any, **options: Any) -> None:
+        """Add a Set-Cookie header; the arguments are `dump_cookie`'s."""
+        self.headers.add("Set-Cookie", dump_cookie(key, value, *arguments, **options))
 
     def delete_cookie(self, key: str, path: Optional[str] = "/", domain: Optional[str] = None, **options: Any) -> None:
         """Make the browser forget a cookie."""
@@ -1344,6 +1421,8 @@ def make_response(*values: Any) -> Response:
     value = values[0] if len(values) == 1 else values
     if value.__class__ is str:
         return Response(value)
+    if not values:
+        return Response()
     status, headers = None, None  # type: Any, Any
     if isinstance(value, tuple):
         if len(value) == 3:
@@ -1432,22 +1511,21 @@ def _base64url(data: bytes) -> str:
 class Session(dict):
     """The session: a dict that goes into the cookie as JSON when it has changed; `permanent` keeps it 31 days."""
 
-    modified = False
+    new, accessed = False, True  # as Flask's are for whoever can ask
 
     def __init__(self, payload: Optional[str]) -> None:
         super().__init__(json.loads(payload) if payload else {})
-        self.new = not payload
-        self._before = dump_json(self)
+        self._before, self._marked = dump_json(self), False
+
+    modified = property(lambda self: self._marked or dump_json(self) != self._before,
+                        lambda self, value: setattr(self, "_marked", value), doc="Whether it has changed, or was said to have.")
 
     permanent = property(lambda self: bool(self.get("_permanent")), lambda self, value: self.update(_permanent=bool(value)),
                          doc="Whether the cookie outlives the browser.")
 
     def changed_payload(self) -> Optional[str]:
         """Return the JSON to store, or None where the cookie may stay as it is; `permanent` renews it every time."""
-        payload = dump_json(self)
-        return payload if payload != self._before or self.modified or (self.permanent and self) else None
-
-
+        return dump_json(self) if self.modified or self.permanent else None
 
 
 def save_session(session: Session, request: Request, response: Response, signer: Signer, now: float) -> None:
@@ -2614,11 +2692,11 @@ def _forward(operation: Callable[..., Any]) -> Any:
 class Proxy:
     """Stands for an object of the current call, as Flask's `request` and `session` do."""
 
-    __slots__ = ("_find", "_name")
+    __slots__ = ("_find", "_kind")
 
-    def __init__(self, name: str, find: Callable[[], Any]) -> None:
+    def __init__(self, kind: type, find: Callable[[], Any]) -> None:
         object.__setattr__(self, "_find", find)
-        object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "_kind", kind)
 
     _get_current_object = property(lambda self: self._find)  # werkzeug.local's
 
@@ -2628,13 +2706,14 @@ class Proxy:
     __setattr__, __delattr__ = _forward(setattr), _forward(delattr)
     __getitem__, __setitem__, __delitem__ = _forward(operator.getitem), _forward(operator.setitem), _forward(operator.delitem)
     __contains__, __iter__, __len__ = _forward(operator.contains), _forward(iter), _forward(len)
-    __eq__, __hash__ = _forward(operator.eq), _forward(hash)
+    __eq__, __hash__, __or__ = _forward(operator.eq), _forward(hash), _forward(operator.or_)
+    __class__ = property(lambda self: self._kind)  # what isinstance() asks; it must not look at the session
 
     def __bool__(self) -> bool:
         return _MISSING is not current_call.get(_MISSING) and bool(self._find())
 
     def __repr__(self) -> str:
-        return repr(self._find()) if current_call.get(None) else f"<{self._name} outside of a call>"
+        return repr(self._find()) if current_call.get(None) else f"<{self._kind.__name__} outside of a call>"
 
 
 class CurrentApp:
@@ -2650,9 +2729,9 @@ class CurrentApp:
         return {**{row.name: getattr(app.settings, row.name) for row in SETTINGS_TABLE}, **app.config.current()}
 
 
-request: Any = Proxy("request", lambda: serving().request)
-session: Any = Proxy("session", lambda: serving().session)
-g: Any = Proxy("g", lambda: serving().g)
+request: Any = Proxy(Request, lambda: serving().request)
+session: Any = Proxy(Session, lambda: serving().session)
+g: Any = Proxy(Globals, lambda: serving().g)
 current_app = CurrentApp()
 
 
@@ -2664,19 +2743,17 @@ def jsonify(*args: Any, **kwargs: Any) -> Response:
     return Response(dump_json(value) + "\n", mimetype="application/json")
 
 
-def abort(code: Any, description: Any = None, *_: Any, response: Optional[Response] = None) -> Any:
-    """Answer with this status: `description` is the JSON's "error"; a Response is sent as it is."""
+def abort(code: Any, description: Any = None, response: Optional[Response] = None, **more: Any) -> Any:
+    """Answer with this status: `description` is the JSON's "error"; a Response is sent as it is. LookupError for no error."""
     if isinstance(code, Response):
         raise HTTPException(code.status_code, response=code)
-    if int(code) in EXCEPTIONS:
-        raise EXCEPTIONS[int(code)](description, response)
-    raise HTTPException(int(code), description, response=response)
+    if code not in EXCEPTIONS:
+        raise LookupError(f"there is no exception for {code!r}")
+    raise EXCEPTIONS[code](description, response, **more)
 
 
 def redirect(location: str, code: int = 302, Response: type[Response] = Response) -> Response:
     """Return a redirect to `location`."""
-    if code not in (300, 301, 302, 303, 305, 307, 308):
-        raise ValueError(f"{code} is not a redirect")
     shown = escape(location)
     response = Response(f"<!doctype html>\n<title>Redirecting...</title>\n<a href=\"{shown}\">{shown}</a>\n", code)
     response.headers["Location"] = iri_to_uri(location)
@@ -2684,11 +2761,15 @@ def redirect(location: str, code: int = 302, Response: type[Response] = Response
 
 
 def url_for(endpoint: str, *, _external: bool = False, _anchor: Optional[str] = None, _scheme: Optional[str] = None,
-            subpath: str = "", **values: Any) -> str:
-    """Return the URL of a function; `subpath` follows its name, other values become the query."""
-    path = "/function/" + quote(endpoint) + ("/" + quote(subpath.lstrip("/")) if subpath else "")
-    query = urlencode({key: value for key, value in values.items() if value is not None}, doseq=True)
-    path += ("?" + query if query else "") + ("#" + quote(_anchor) if _anchor else "")
+            _method: Any = None, func_name: str = "", subpath: str = "", **values: Any) -> str:
+    """Return the URL of a function; `subpath` follows its name, other values become the query.
+
+    `func_name` is the name whatever the endpoint is: ``url_for(request.endpoint, **request.view_args)`` is this page.
+    """
+    name, safe = func_name or endpoint, "!$'()*,/:;?@"
+    path = "/function/" + quote(name) + ("/" + quote(subpath.lstrip("/"), safe="!$&'()*+,/:;=@") if subpath else "")
+    query = urlencode({key: value for key, value in values.items() if value is not None}, doseq=True, safe=safe)
+    path += ("?" + query if query else "") + ("#" + quote(_anchor, safe=safe + "%#&+=") if _anchor else "")
     if not (_external or _scheme):
         return path
     current = serving().request
@@ -2766,10 +2847,35 @@ def histogram(name: str, help: str = "", buckets: Iterable[float] = BUCKETS, **l
 
 
 class Markup(str):
-    """Text that is HTML already, so `escape` leaves it alone."""
+    """Text that is HTML already: `escape` leaves it alone and escapes what is put into it by +, %, format and join."""
 
     def __html__(self) -> str:
         return self
+
+    def __add__(self, other: Any) -> Markup:
+        return Markup(str.__add__(self, escape(other)))
+
+    def __radd__(self, other: Any) -> Markup:
+        return Markup(str.__add__(escape(other), self))
+
+    def __mod__(self, values: Any) -> Markup:
+        return Markup(str.__mod__(self, _escape_each(values)))
+
+    def format(self, *values: Any, **named: Any) -> Markup:
+        """Put values in, escaped."""
+        return Markup(str.format(self, *_escape_each(values), **_escape_each(named)))
+
+    def join(self, parts: Iterable[Any]) -> Markup:
+        """Put this between the parts, which are escaped."""
+        return Markup(str.join(self, map(escape, parts)))
+
+
+def _escape_each(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_escape_each, value))
+    if isinstance(value, dict):
+        return {key: _escape_each(item) for key, item in value.items()}
+    return value if isinstance(value, (int, float)) else escape(value)
 
 
 def escape(value: Any) -> Markup:
@@ -2801,15 +2907,16 @@ def send_file(path_or_file: Any, mimetype: Optional[str] = None, as_attachment: 
         file, start = path_or_file, path_or_file.tell()
         length = file.seek(0, 2) - start
         file.seek(start)
-    if mimetype is None and download_name is None:
-        raise TypeError("send_file() needs a mimetype or a download_name for a file without a name")
+    if download_name is None and (mimetype is None or as_attachment):
+        raise TypeError("send_file() needs a download_name, or a mimetype, for a file without a name")
     response = Response(FileBody(file), mimetype=mimetype or guess_type(download_name or ""))
     response.content_length = length
     if as_attachment or download_name:
         response.headers["Content-Disposition"] = content_disposition(as_attachment, download_name or "")
     if last_modified is not None:
         response.last_modified = last_modified
-    response.headers["Cache-Control"] = "no-cache" if max_age is None else f"public, max-age={int(max_age)}"
+    age = max_age(path_or_file) if callable(max_age) else max_age
+    response.headers["Cache-Control"] = ("public" if age else "no-cache") + ("" if age is None else f", max-age={int(age)}")
     if tag or isinstance(etag, str):
         response.set_etag(tag or etag)
     if conditional and has_request_context():
@@ -2873,9 +2980,12 @@ def _jinja(app: Any) -> Any:
     except ImportError:
         raise RuntimeError("render_template needs Jinja2: pip install jinja2") from None
     if app.templates is None:
-        environment = jinja2.Environment(loader=jinja2.FileSystemLoader(os.path.join(app.settings.directory, "templates")),
-                                         autoescape=True, auto_reload=True)
-        environment.globals.update(request=request, session=session, g=g, url_for=url_for, config=current_app.config)
+        loader = jinja2.FileSystemLoader(os.path.join(app.settings.directory, "templates"))
+        environment = jinja2.Environment(loader=loader, auto_reload=True, autoescape=jinja2.select_autoescape(
+            ("html", "htm", "xml", "xhtml", "svg")))
+        environment.globals.update(request=request, session=session, g=g, url_for=url_for, config=Proxy(
+            dict, lambda: current_app.config), get_flashed_messages=get_flashed_messages)
+        environment.policies["json.dumps_function"] = dumps
         app.templates = environment
     return app.templates
 
@@ -2985,15 +3095,16 @@ def make_api() -> dict[str, types.ModuleType]:
         made[name].__dict__.update(values, __getattr__=functools.partial(_missing_name, name))
         return made[name]
     public = {name: getattr(here, name) for name in PUBLIC}
-    module("flask", **public, has_app_context=has_request_context, json=json,
-           typing=module("flask.typing", ResponseReturnValue=Any))
-    made.update({"flask.json": json, "flask.globals": made["flask"], "flask.helpers": made["flask"],
+    module("flask", **public, has_app_context=has_request_context, typing=module("flask.typing", ResponseReturnValue=Any),
+           json=module("flask.json", **{**vars(json), "dumps": dumps, "jsonify": jsonify}))
+    made.update({"flask.globals": made["flask"], "flask.helpers": made["flask"],
                  "flask.wrappers": made["flask"]})
     module("functions_framework", http=mark("_fnserve_entry", "http"), cloud_event=mark("_fnserve_entry", "cloud_event"),
            errorhandler=functools.partial(mark, "_fnserve_handles"))
     made["fnserve"] = here
     errors = {kind.__name__: kind for kind in EXCEPTIONS.values()}
-    module("werkzeug.exceptions", HTTPException=HTTPException, BadRequestKeyError=BadRequestKeyError, abort=abort, **errors)
+    module("werkzeug.exceptions", HTTPException=HTTPException, BadRequestKeyError=BadRequestKeyError, abort=abort,
+           default_exceptions=EXCEPTIONS, **errors)
     if importlib.machinery.PathFinder.find_spec("werkzeug") is None:
         module("werkzeug", utils=module("werkzeug.utils", secure_filename=secure_filename),
                exceptions=made["werkzeug.exceptions"])
@@ -4588,10 +4699,10 @@ def find_handlers_of(call: Call, error: BaseException) -> Iterator[Callable[[Any
 
 
 def finish(app: Any, call: Call, response: Response) -> Response:
-    """Let what was left for the end see the response: after_this_request, CORS, the hooks; the innermost first."""
+    """Let what was left for the end see the response: after_this_request, then the hooks, the innermost first."""
     failed: Optional[BaseException] = None
     try:
-        for function in reversed(call.after):
+        for function in call.after:
             response = make_response(function(response) or response)
         for hook in reversed(call.hooks):
             if hasattr(hook, "after_request"):
@@ -5475,7 +5586,7 @@ def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 20
     news = note(t(last)) if menu and last in ("saved", "deleted", "restored", "cleared") else None
     content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), news, *body),
                   tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
-    return Response("<!doctype html>\n" + tag("html", head, content, lang=t.lang), status, PAGE_HEADERS, "text/html")
+    return Response(Markup("<!doctype html>\n") + tag("html", head, content, lang=t.lang), status, PAGE_HEADERS, "text/html")
 
 
 def wants_json(call: Call) -> bool:

@@ -569,13 +569,27 @@ ANSWERS = {
     "not_found": "raise NotFound()", "exc_str": "\n    try:\n        abort(400, 'no')\n    except BadRequest as e:\n        return str(e)",
     "secure": "return secure_filename('../../My résumé (1).txt')", "empty": "return ''", "nothing_204": "return '', 204",
     "head_none": "return 'x', None, {'X-A': 'b'}", "session_set": "session['a'] = {'b': [1, 'ü']}; session.permanent = False; return dict(session)",
+    "after_several": "after_this_request(lambda r: Response(r.data + b'1')); after_this_request(lambda r: Response(r.data + b'2')); return 'x'",
+    "after_failed": "after_this_request(lambda r: (r.headers.add('X-A', 'b'), r)[1]); 1/0", "after_decorator":
+    "\n    @after_this_request\n    def add(response):\n        response.set_cookie('a', 'b')\n        return response\n    return 'x'",
+    "abort_405": "abort(405, valid_methods=['GET', 'PUT'])", "abort_429": "abort(429, retry_after=5)", "abort_unknown": "abort(299)",
+    "abort_redirect": "abort(redirect('/x'))", "abort_status": "abort(http.HTTPStatus.GONE)", "caught_json":
+    "\n    try:\n        return request.get_json(force=True)\n    except BadRequest as e:\n        return [type(e).__name__, e.code]",
+    "caught_type": "\n    try:\n        return request.json\n    except (BadRequest, UnsupportedMediaType) as e:\n        return [type(e).__name__, e.code]",
+    "caught_key": "\n    try:\n        return request.form['nope']\n    except BadRequest as e:\n        return [type(e).__name__, isinstance(e, KeyError)]",
+    "caught_all": "\n    try:\n        abort(404, 'why')\n    except HTTPException as e:\n        return [e.code, e.name, e.description, str(e), e.response]",
+    "stream_decorator": "\n    @stream_with_context\n    def made(n):\n        yield from request.path[:n]\n    return Response(made(5))",
+    "stream_own": "\n    def made():\n        session.get('a')\n        for line in request.stream: yield line\n        yield g.get('x', 'end')"
+                  "\n    return Response(stream_with_context(made()), mimetype='text/plain')",
+    "in_thread": "seen = []; t = threading.Thread(target=copy_current_request_context(lambda: seen.append(request.path))); t.start(); t.join(); return seen",
     "flashes": "flash('one'); flash('two', 'bad'); return [get_flashed_messages(with_categories=True), get_flashed_messages()]",
 }
-HEAD = """import datetime, decimal, io, json, os, uuid, dataclasses
+HEAD = """import datetime, decimal, http, io, json, os, threading, uuid, dataclasses
 from flask import (request, session, g, jsonify, abort, redirect, Response, make_response, send_file, send_from_directory,
-                   stream_with_context, after_this_request, render_template, render_template_string, flash, get_flashed_messages)
+                   stream_with_context, after_this_request, render_template, render_template_string, flash, get_flashed_messages,
+                   copy_current_request_context)
 from markupsafe import escape, Markup
-from werkzeug.exceptions import NotFound, Conflict, BadRequest
+from werkzeug.exceptions import HTTPException, NotFound, Conflict, BadRequest, UnsupportedMediaType
 from werkzeug.utils import secure_filename
 @dataclasses.dataclass
 class D:
@@ -584,10 +598,260 @@ class D:
 def main(request_):
     """
 COMPARED = ("Content-Type", "Location", "Content-Disposition", "Content-Range", "Accept-Ranges", "ETag", "Cache-Control",
-            "Last-Modified", "Vary", "X-A", "X-B", "Link", "Content-Length", "Age", "Retry-After")
+            "Last-Modified", "Vary", "X-A", "X-B", "Link", "Content-Length", "Age", "Retry-After", "Allow")
 #: what differs on purpose stands in the README; here: which parts of which answers
 ERRORS_ARE_JSON = {"teapot", "forbidden", "raised", "missing_form", "missing_arg", "need_json", "directory_out",
-                   "directory_none", "not_found"}
+                   "directory_none", "not_found", "after_failed", "abort_405", "abort_429", "abort_unknown", "abort_status"}
+
+
+#: SPEC 3's names, by what they are names of. Each of them, and whatever else fnserve's classes have, must be asked for in PROBES.
+SPEC_NAMES = {
+    "": "request session g current_app jsonify abort redirect url_for Response Request make_response send_file send_from_directory"
+        " stream_with_context after_this_request render_template render_template_string escape Markup",
+    "request": "method args form files values json is_json get_json data get_data headers cookies view_args path full_path url base_url"
+               " url_root root_url host host_url scheme is_secure remote_addr access_route query_string environ endpoint content_type"
+               " mimetype mimetype_params content_length stream user_agent authorization referrer accept_mimetypes max_content_length",
+    "m": "get getlist to_dict", "file": "filename name content_type stream read save", "headers": "get getlist", "accept": "best_match",
+    "r": "status status_code headers data get_data set_data json mimetype content_type content_length set_cookie delete_cookie"}
+BEYOND_FLASK = {"enqueue", "counter", "histogram", "Client", "CloudEvent"}
+#: What Werkzeug's classes have and fnserve's have not: rare, inner or outdated.
+ABSENT = {
+    "request": "access_control_request_headers access_control_request_method application blueprint blueprints content_md5"
+               " dict_storage_class form_data_parser_class from_values if_range input_stream is_multiprocess is_multithread is_run_once"
+               " json_module list_storage_class make_form_data_parser max_form_memory_size max_form_parts max_forwards"
+               " on_json_loading_failed parameter_storage_class pragma range routing_exception server shallow trusted_hosts url_rule user_agent_class"
+               " want_form_data_parsed",
+    "r": "access_control_allow_credentials access_control_allow_headers access_control_allow_methods"
+                " access_control_expose_headers access_control_max_age autocorrect_location_header automatically_set_content_length"
+                " calculate_content_length content_md5 content_range content_security_policy content_security_policy_report_only"
+                " cross_origin_embedder_policy cross_origin_opener_policy default_status force_type freeze from_app get_app_iter"
+                " get_wsgi_headers get_wsgi_response implicit_sequence_conversion is_sequence iter_encoded json_module make_sequence"
+                " max_cookie_size stream www_authenticate",
+    "m": "deepcopy popitemlist setlistdefault", "headers": "copy setlistdefault", "file": "close", "accept": "accept_xhtml find provided to_header", "session": "on_update"}
+INHERITED = {"accept": dir([]), "session": ["fromkeys"]}  # and of no use there
+#: Probes, evaluated in a call on both sides: one a line or between ||, statements and then the value compared.
+PROBES = {
+    "request": """
+        request.method || request.args || request.form || request.files || request.values || request.json || request.is_json
+        request.data || request.headers || request.cookies || request.path || request.full_path || request.url || request.base_url
+        request.url_root || request.root_url || request.host || request.host_url || request.scheme || request.is_secure
+        request.remote_addr || request.access_route || request.query_string || request.content_type || request.mimetype
+        request.mimetype_params || request.content_length || request.user_agent || request.referrer || request.accept_mimetypes
+        request.max_content_length || request.accept_charsets || request.accept_encodings || request.accept_languages
+        request.cache_control.max_age, request.cache_control.no_cache || request.content_encoding || request.date
+        request.if_modified_since || request.if_unmodified_since || 'a' in request.if_none_match, bool(request.if_match)
+        request.origin || request.remote_user || request.root_path || request.script_root || request.close() || repr(request)
+        request.get_json(force=True) || request.get_json(silent=True) || request.get_json(True, True)
+        request.get_json(cache=False), request.get_data() || request.get_data(as_text=True) || request.get_data(parse_form_data=True)
+        request.get_data(cache=False); request.get_data() || request.get_data(); request.form, request.get_json(silent=True)
+        request.form; request.get_data() || request.data; request.stream.read() || request.stream.read(3), request.stream.read()
+        request.stream.readline() || list(request.stream) || request.stream.read(); request.data
+        request.stream.read(); request.form || request.environ['PATH_INFO'], request.environ.get('HTTP_X_ONE'), type(request.environ).__name__
+        request.environ['wsgi.input'].read(2) || bool(request.endpoint) || request.view_args || request.view_args['func_name']
+        url_for(request.endpoint, **request.view_args) || dict(request.headers) || request.headers['content-TYPE'] || request.headers['Nope']
+        request.user_agent.string, str(request.user_agent), request.user_agent.browser || bool(request.user_agent)
+        request.cookies.get('a', type=int), request.cookies['b'] || request.authorization is None
+        request.authorization.username, request.authorization.password || request.authorization.type, request.authorization.token
+        isinstance(request, Request), isinstance(request_, Request), request == request_, bool(request), hasattr(request, 'nope')
+        request.nope || request.mark = 1; request.mark || request.form['nope'] || request.args['nope'] || request.files['nope']""",
+    "headers": """
+        headers['content-TYPE'] || headers['Nope'] || sorted(headers.keys()) || sorted(headers.values()) || sorted(headers.items())
+        headers.getlist('x-one'), headers.get_all('X-One') || headers.get('X-One', type=int), headers.get('Nope', 5), headers.get('Nope')
+        sorted(headers) || 'x-one' in headers, 'nope' in headers, 5 in headers || len(headers) || sorted(headers.to_wsgi_list())
+        headers.set('X-One', '2') || headers['X-One'] = '2'; 0 || del headers['X-One']; 0 || headers.add('X-One', '2')
+        headers.add_header('A', 'b') || headers.setlist('A', ['b']) || headers.remove('X-One') || headers.pop('X-One')
+        headers.extend({'A': 'b'}) || headers.update({'A': 'b'}) || headers.setdefault('A', 'b') || headers.popitem()""",
+    "accept": """
+        accept.best_match(['application/json', 'text/html']) || accept.best_match(['text/plain', 'image/png'], 'none')
+        accept.best_match([]) || accept.best || accept.accept_html, accept.accept_json || accept.quality('text/html'), accept['image/png']
+        list(accept.values()) || list(accept) || str(accept) || 'text/html' in accept, 'x/y' in accept, bool(accept), len(accept)""",
+    "file": """
+        file.filename, file.name, file.content_type, file.mimetype, file.mimetype_params, file.content_length, bool(file)
+        file.read(2), file.stream.read(), file.read() || list(file) || sorted(file.headers) || repr(file) || file.close()
+        file.seek(0, 2); file.tell(), file.seek(1), file.stream.tell(), file.readline() || request.files.getlist('f')[1].filename
+        file.save(PATH); open(PATH, 'rb').read() || file.save(pathlib.Path(PATH)); open(PATH, 'rb').read() || file.save('/no/such/path')
+        out = io.BytesIO(); file.save(out, buffer_size=2); out.getvalue(), file.read() || out = io.BytesIO(); file.save(out, 3); out.tell()""",
+    "m": """
+        m || m['a'] || m['nope'] || m.get('a'), m.get('nope'), m.get('nope', 1), m.get('b', type=int), m.get('n', 0, int), m.get('b', -1, int)
+        m.getlist('a'), m.getlist('n', int), m.getlist('nope'), m.getlist('b', type=int) || m.to_dict(), m.to_dict(flat=False)
+        list(m), len(m), bool(m) || list(m.keys()), list(m.values()), list(m.items()), list(m.items(multi=True)), list(m.lists())
+        list(m.listvalues()) || dict(m) || {**m} || m.add('a', 9); m.getlist('a') || m['a'] = 9; m.getlist('a')
+        m.pop('a'), m.getlist('a') || m.pop('nope') || m.pop('nope', 5) || m.poplist('a'), m.poplist('nope'), list(m) || m.popitem()
+        m.setlist('a', [7, 8]); m.getlist('a') || m.setdefault('a', 5), m.setdefault('new', 6), m.getlist('new')
+        m.update({'a': 9, 'z': [1, 2]}); m || m.update([('a', 8)]); m || m.update([], z=3) || m | {'z': 1, 'a': [2]} || m |= {'z': 1}; m
+        c = m.copy(); c.add('a', 9); m.getlist('a') || m == m.copy(), m == {}, m != request.args || del m['a']; 'a' in m, m.getlist('a')
+        m.clear(); m || m.fromkeys(['k'], 1)['k'] || repr(m) || sorted(m.items()) || json.dumps(m) || [f'{k}={v}' for k, v in m.items(True)]
+        type(m)([('x', 1), ('x', 2)]) || type(m)({'x': [1, 2], 'y': 3}) || request.args.pop('a') || request.form.add('a', 1)
+        request.values.getlist('a') || request.args.to_dict() || 'nope' in m""",
+    "r": """
+        r.status, r.status_code, r.data, r.get_data(), r.get_data(as_text=True), r.mimetype, r.mimetype_params, r.content_type
+        r.content_length || r.status = 404; r.status, r.status_code || r.status = '418 Odd'; r.status, r.status_code
+        r.status_code = 503; r.status || r.status = '201'; r.status || r.status_code = 299; r.status || r.status = http.HTTPStatus.GONE; r.status
+        r.data = 'é'; r.data || r.data = b'x'; r || r.set_data('y'); r || r.json || r.get_json() || r.get_json(silent=True)
+        r.get_json(force=True) || r.is_json || r.mimetype = 'application/json'; r || r.mimetype = 'text/x'; r || r.content_type = 'a/b'; r
+        r.content_length = 5; r.headers['Content-Length'] || r.response = ['a', b'b']; r.data || r.is_streamed
+        r.direct_passthrough || r.default_mimetype || 'Content-Type' in r.headers || r.headers['X-A'] = 5; r.headers['x-a'] || r.headers['Nope']
+        r.headers.add('X-A', 'b', c='d e'); r.headers.add('X-A', 2); r.headers.getlist('x-A') || r.headers.extend({'X-A': ['b', 'c']}); r
+        r.headers.update({'X-A': 'b', 'content-type': 'a/b'}); r || r.headers.update(Response('x', headers={'X-B': 'c'}).headers); r
+        r.headers.set('X-A', 'b'); r.headers.pop('X-A'), r.headers.get('X-A', 5), 'X-A' in r.headers || r.headers.clear(); len(r.headers)
+        r.headers.setdefault('X-A', 'b'), r.headers.setdefault('X-A', 'c') || r.headers.remove('Content-Type'); r.content_type, r.mimetype
+        del r.headers['content-type']; r || r.headers.setlist('X-A', ['b', 'c']); r.headers.get_all('X-A') || r.headers['X-A'] = 'b\\r\\nc'; 0
+        r.headers['X-A'] = 'é'; r.headers['X-A'] || r.headers.add_header('X-A', 'b'); r || r.headers.get('X-A', type=int)
+        r.location = '/x?a=b'; r.location, r.headers['Location'] || r.location = '/ü'; r.location || r.content_encoding = 'gzip'; r.content_encoding
+        r.content_language = 'de'; r.content_language.add('en'); r || r.content_location = '/a'; r.content_location, r || r.vary = 'A'; r
+        r.accept_ranges = 'bytes'; r.accept_ranges || r.age = 5; r || r.age = 5; r.age || r.retry_after = 7; r.retry_after || r.allow = ['GET', 'PUT']; r.allow.discard('get'); r || r.age, r.retry_after
+        r.vary.add('Cookie'); r.vary.add('cookie'); r.headers['Vary'], 'COOKIE' in r.vary, 'x' in r.vary || r.retry_after = 7; r
+        r.date = datetime.datetime(2020, 1, 2); r.date, r || r.expires = 0; r.expires, r || r.last_modified
+        r.last_modified = datetime.datetime(2020, 1, 2); r.last_modified, r || r.cache_control.max_age = 5; r.cache_control.public = True; r
+        r.cache_control.no_cache = True; bool(r.cache_control.no_cache), r || r.set_etag('a'); r.get_etag() || r.set_etag('a', weak=True); r
+        r.get_etag() || r.add_etag(); r || r.access_control_allow_origin = '*'; r || r.call_on_close(len) is len || r.close()
+        r.make_conditional(request) is r || isinstance(r, Response) || repr(r).startswith('<Response') || r.get_json(True, True)
+        r.set_cookie('a'); r || r.set_cookie('a', 'b'); r || r.set_cookie('a', 'b c,d;e"f\\\\'); r || r.set_cookie('a', '漢'); r
+        r.set_cookie('a', 'b', max_age=0); r || r.set_cookie('a', 'b', 60); r || r.set_cookie('a', 'b', datetime.timedelta(days=1)); r
+        r.set_cookie('a', 'b', expires=0); r || r.set_cookie('a', 'b', expires=datetime.datetime(2020, 1, 2)); r
+        r.set_cookie('a', 'b', expires='Thu, 01 Jan 1970 00:00:00 GMT'); r || r.set_cookie('a', 'b', path='/x'); r
+        r.set_cookie('a', 'b', path=None); r || r.set_cookie('a', 'b', path='/ü?;'); r || r.set_cookie('a', 'b', domain='example.com'); r
+        r.set_cookie('a', 'b', domain='.example.com'); r || r.set_cookie('a', 'b', domain='é.example'); r
+        r.set_cookie('a', 'b', secure=True, httponly=True); r || r.set_cookie('a', 'b', samesite='strict'); r
+        r.set_cookie('a', 'b', samesite='None', secure=True, partitioned=True); r || r.set_cookie('a', 'b', partitioned=True); r
+        r.set_cookie('a', 'b', samesite='odd') || r.set_cookie('a b', 'c') || r.set_cookie('a', 'x=y&z+/'); r
+        r.set_cookie('a', 'b', None, None, '/p', None, True, True, 'Lax'); r || r.set_cookie('a', 'b\\nc'); r || r.delete_cookie('a'); r
+        r.delete_cookie('a', '/p', 'example.com', secure=True, httponly=True, samesite='Lax', partitioned=True); r
+        r.set_cookie('a', '1'); r.set_cookie('b', '2'); r.headers.getlist('Set-Cookie') || r = jsonify(a=1); r.json, r.get_json(), r.is_json
+        r = Response('{bad', mimetype='application/json'); r.get_json(silent=True) || r = Response('{', mimetype='application/json'); r.json
+        r = Response(c for c in 'ab'); r.is_streamed, r.data, r.is_streamed || r.content_length = None; r""",
+    "": """
+        Response() || Response('x', 404) || Response(b'x', '299 Odd') || Response(['a', b'b']) || Response(c for c in 'ab')
+        Response('x', headers={'X-A': 'b'}) || Response('x', headers=[('X-A', 'b'), ('X-A', 'c')]) || Response('x', mimetype='text/plain')
+        Response('{}', mimetype='application/json') || Response('x', content_type='text/x; a=b') || Response('x', 200, {'Content-Type': 'a/b'})
+        Response('x', mimetype='image/svg+xml') || Response('x', headers={'Content-Type': 'a/b'}, mimetype='text/css') || Response(None, 204)
+        Response('x', status=http.HTTPStatus.CREATED) || Response(5) || Response({'a': 1}) || Response('x', mimetype='application/javascript')
+        Response('x', headers={'X-A': 'b\\nc'}) || Response('x', 'nonsense') || Response.__name__, Request.__name__
+        Request({**request.environ, 'QUERY_STRING': 'q=1', 'REQUEST_METHOD': 'PUT'}).args['q']
+        abort(404) || abort(404, 'why') || abort(404, description='why') || abort(Response('no', 409)) || abort(make_response(jsonify(e=1), 422))
+        abort(jsonify(e=1)) || abort(401, response=Response('x', 402)) || abort(499) || abort(200) || abort(302) || abort(99) || abort('404')
+        abort(http.HTTPStatus.GONE) || abort(405, valid_methods=['GET', 'PUT']) || abort(429, retry_after=5) || abort(400, {'a': 1})
+        abort(None) || abort() || abort(500) || abort(503, 'later') || abort(451)
+        sorted(default_exceptions), [default_exceptions[code]().name for code in sorted(default_exceptions)]
+        redirect('/x').status, redirect('/x').mimetype, redirect('/x').location || redirect('/x', 301).status || redirect('/x', code=308).status
+        redirect('/x', 200).status || redirect(location='//x').headers['Location'] || redirect('/x', 302, Response).status
+        url_for('hello') || url_for('hello', subpath='a/b') || url_for('hello', a=1, b='x y&', c=None) || url_for('hello', a=[1, 2])
+        url_for('hello', _external=True) || url_for('hello', _external=False) || url_for('hello', _anchor='x y', q=1) || url_for('v1', subpath='us:e@r')
+        url_for('hello', _external=True, _scheme='https') || url_for('hello', _scheme='https') || url_for('hello', q='ü', subpath='漢 字')
+        url_for('hello', _method='GET') || url_for('hello', b=2, a=1) || url_for('hello', q=True, r='') || url_for('hello', q='/:@!$()*,;?~\\'')
+        url_for('hello', subpath='a?b#c%') || url_for('any', func_name='hello') || url_for()
+        jsonify({'b': 1, 'a': 2}) || jsonify([]) || jsonify(a=1, b=[2]) || jsonify(1, 2) || jsonify({'a': 1}, b=2) || jsonify(object())
+        jsonify(datetime.datetime(2020, 1, 2)) || jsonify({1: 2, 'a': 3}) || jsonify(float('nan')) || jsonify({'x'}) || jsonify(Markup('<b>'))
+        jsonify('漢') || jsonify({2: 1, 1: 2}) || jsonify((1, 2)) || jsonify(decimal.Decimal('1.10'), uuid.UUID(int=1)) || jsonify(b'x')
+        jsonify({(1, 2): 3}) || jsonify(r=D(1, 'x')) || jsonify(datetime.time(1, 2)) || jsonify(datetime.timedelta(1)) || jsonify(PATH)
+        flask.json.dumps({'b': datetime.date(2020, 1, 2), 'a': 'ü'}) || flask.json.loads('[1]') || flask.json.jsonify(1) || flask.request is request
+        has_request_context(), flask.has_app_context() || make_response() || make_response('x') || make_response('x', 201)
+        make_response('x', 201, {'X-A': 'b'}) || make_response('x', {'X-A': 'b'}) || make_response(('x', 404)) || make_response({'a': 1}, 201)
+        make_response([1]) || make_response(Response('x'), 404) || make_response(b'x', [('X-A', 'b')]) || make_response(5)
+        make_response(c for c in 'ab') || make_response('x', '201 Odd') || make_response('x', 200, {'Content-Type': 'a/b'})
+        g.a = 1; g.a, g.get('a'), g.get('b'), g.get('b', 2), 'a' in g, 'b' in g, list(g) || g.nope || g.pop('nope') || g.pop('nope', 3)
+        g.setdefault('a', 4), g.a || g.a = 1; del g.a; hasattr(g, 'a') || getattr(g, 'x', 5) || 'request' in g || isinstance(g, str)
+        current_app.config['SECRET_KEY'] || current_app.config.get('NOPE', 1), 'NOPE' in current_app.config || current_app.config['NOPE']
+        dict(current_app.config)['SECRET_KEY'] || type(current_app.logger).__name__ || current_app.logger.info('x %s', 1) || bool(current_app)
+        current_app.logger.warning('x'), current_app.logger.exception('x') || current_app.debug, current_app.testing || current_app.nope
+        current_app.config.get('TESTING')
+        escape('<&>"\\'') || escape(5) || escape(None) || escape(Markup('<b>')) || isinstance(escape('x'), Markup) || escape()
+        Markup('<b>') + '<' || '<' + Markup('<b>') || Markup('<b>%s</b>%d') % ('<', 5) || Markup('%s') % '<' || Markup('%(a)s') % {'a': '<'}
+        Markup('{}{a}').format('<', a='>') || Markup('{0[x]}|{1:.2f}').format({'x': '<'}, 1.5) || Markup('<br>').join(['<', Markup('<i>')])
+        Markup('a') * 2 || type(Markup('a') + 'b') is Markup, type('a' + Markup('b')) is Markup || Markup('a').__html__() || Markup(5)
+        type(Markup('a').upper()) is Markup || f'{Markup("<b>")}', str(Markup('<')), Markup('<') == '<' || Markup('%s%s') % (Markup('<b>'), 1.5)
+        render_template('hello.html', name='<b>') || render_template(['none.html', 'hello.html'], name=Markup('<b>')) || render_template('none.html')
+        render_template('text.txt', name='<b>') || render_template('child.html', name='n') || render_template_string('{{ a }}', a='<')
+        render_template_string('{{ request.args.a }}{{ g.x }}{{ session.y }}{{ config.SECRET_KEY }}') || render_template_string('{{ a')
+        render_template_string('{{ url_for("hello", a=1) }}{{ get_flashed_messages() }}{{ request.path }}') || render_template_string('{{ nope }}')
+        render_template_string('{{ x|tojson }}', x={'d': datetime.date(2020, 1, 2), 'a': '<'}) || render_template_string('{{ nope.more }}')
+        g.x = 1; render_template_string('{{ g.x }}{{ "x" in g }}') || session['y'] = 2; render_template_string('{{ session.y }}{{ session["y"] }}')
+        render_template_string('{% for k, v in request.args.items() %}{{ k }}={{ v }}{% endfor %}') || render_template_string('{{ config.x }}', config={'x': 1})
+        send_from_directory(HERE, 'probe.txt').status || send_from_directory(HERE, '../x') || send_from_directory(HERE, 'nope')
+        send_from_directory(HERE, '/etc/passwd') || send_from_directory(HERE, '.') || send_from_directory(directory=HERE, path='probe.txt').mimetype
+        send_from_directory(HERE, 'probe.txt', as_attachment=True, download_name='ü.txt', mimetype='text/x').headers['Content-Disposition']
+        send_from_directory(pathlib.Path(HERE), 'probe.txt').status_code || send_file(os.path.join(HERE, 'nope')) || send_file(io.BytesIO(b'x'))
+        send_file(pathlib.Path(HERE) / 'probe.txt').mimetype || send_file(io.BytesIO(b'x'), 'a/b', etag='t').headers['ETag']
+        send_file(io.BytesIO(b'x'), 'a/b', True) || send_file(io.BytesIO(b'x'), 'a/b', True, 'n').headers['Content-Disposition']
+        send_file(io.BytesIO(b'x'), 'a/b', max_age=5).headers['Cache-Control'] || send_file(io.BytesIO(b'x'), 'a/b', max_age=0).headers['Cache-Control']
+        send_file(io.BytesIO(b'x'), 'a/b', max_age=lambda n: 7).headers['Cache-Control'] || send_file(io.BytesIO(b'x'), 'a/b').headers['Cache-Control']
+        list(stream_with_context(c for c in request.path)) || [*stream_with_context(lambda n: iter(request.path[:n]))(3)]
+        ''.join(stream_with_context(iter(['a', 'b']))) || callable(after_this_request(lambda response: response))
+        copy_current_request_context(lambda: request.path)() || flash('a'); get_flashed_messages()
+        session['a'] = 1; session['a'], session.get('b'), 'a' in session, len(session), dict(session), session.modified, session.accessed
+        session.new, session.permanent, session.modified, bool(session) || session.permanent = True; dict(session) || session['nope']
+        session.update(a=1); session.pop('a'), session.modified || session.pop('nope', 3), session.pop('nope') || session.update(a=1); session.pop('a'), dict(session) || session.clear(); dict(session)
+        session.setdefault('a', []).append(1); dict(session), session.modified || session | {'b': 1} || isinstance(session, dict)
+        del session['nope']; 0 || session['a'] = 1; del session['a']; 'a' in session || list(session.items()), list(session.keys()), list(session.values()) || session.nope
+        session.popitem() || session.copy() == {}""",
+}
+PREFIXES = {"m": "m = request.args.copy()", "r": "r = Response('héllo')", "file": "file = request.files['f']",
+            "headers": "headers = request.headers", "accept": "accept = request.accept_mimetypes"}
+#: Those that differ, and how the row of the README's table begins that says so.
+DIFFERENT = {
+    "request.view_args": "`view_args", "request.stream.read(); request.form": "a multipart body without its end",
+    "request.stream.read(); request.data": "a multipart body without its end",
+    "bool(request.user_agent)": "`bool(request.user_agent)`", "request.args.pop('a')": "`request.args`", "request.form.add('a', 1)": "`request.args`",
+    "r.headers['Nope']": "a wrong status", "r.set_cookie('a b', 'c')": "a wrong status", "Response('x', 'nonsense')": "a wrong status",
+    "r.age = 5; r.age": "`response.age`", "r.retry_after = 7; r.retry_after": "`response.age`", "r.location = '/ü'; r.location": "`Location` is encoded", "type(Markup('a').upper()) is Markup": "`Markup`'s",
+    "current_app.config.get('TESTING')": "`current_app.config`", "session.update(a=1); session.pop('a'), session.modified": "`session`",
+}
+PROBE = """
+import dataclasses, datetime, decimal, flask, http, io, os, pathlib, uuid
+from flask import (request, session, g, current_app, jsonify, abort, redirect, url_for, Response, Request, make_response, send_file,
+                   send_from_directory, stream_with_context, after_this_request, render_template, render_template_string, json,
+                   flash, get_flashed_messages, copy_current_request_context, has_request_context)
+from werkzeug.exceptions import HTTPException, default_exceptions
+try:
+    from flask import Markup, escape  # fnserve's own
+except ImportError:
+    from markupsafe import Markup, escape
+HERE = os.path.dirname(__file__)
+PATH = os.path.join(HERE, "saved.txt")
+@dataclasses.dataclass
+class D:
+    a: int
+    b: str
+def show(value):
+    if isinstance(value, Response):  # a Content-Length is added when it is sent, see the README
+        return [value.status, show(value.get_data()), sorted(list(pair) for pair in value.headers if pair[0] != "Content-Length")]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, bytes):
+        return "b" + value.decode("latin-1")
+    if hasattr(value, "lists"):
+        return {key: show(items) for key, items in value.lists()}
+    if hasattr(value, "to_wsgi_list"):
+        return sorted(list(pair) for pair in value if pair[0] != "X-Probe")
+    if isinstance(value, dict):
+        return {str(key): show(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "best_match") or hasattr(value, "__next__"):
+        return [show(item) for item in value]
+    return str(value)
+def main(request_):
+    try:
+        found = show(globals()["probe_" + request.headers["X-Probe"]](request_))
+    except HTTPException as error:
+        found = ["HTTPException", error.response and show(error.response) or error.code]
+    except Exception as error:
+        found = type(error).__name__
+    return {"found": found}
+"""
+#: One visitor's calls, in this order, with the cookies that came of those before.
+VISITS = {
+    "new": "return [dict(session), session.new, bool(session), session.modified]",
+    "set": "session['a'] = {'b': [1, 'ü']}; session['n'] = None; return [session.modified, session.permanent]",
+    "read": "return [dict(session), session.modified]", "inside": "session['a']['b'].append(2); session.modified = True; return 'x'",
+    "template": "return render_template_string('{{ session.a.b }}{{ session.get(\"n\") }}')", "again": "return dict(session)",
+    "untouched": "return 'x'", "permanent": "session.permanent = True; return [session.permanent, session.modified]",
+    "renewed": "return [session.permanent, dict(session), session.modified]", "for_now": "session.permanent = False; return dict(session)",
+    "pop": "return [session.pop('a'), session.setdefault('c', 1), session.get('zz', 5), list(session)]", "popped": "return dict(session)",
+    "flash": "flash('one'); flash('two', 'bad'); return 'x'", "flashed": "return [get_flashed_messages(True), get_flashed_messages()]",
+    "flashed_again": "return get_flashed_messages(category_filter=['bad'])", "odd": "session['k\"\\n'] = '\\x00<漢>'; return 'x'",
+    "odd_read": "return dict(session)", "failed": "session['lost'] = 1; 1/0", "after_failure": "return session.get('lost')",
+    "aborted": "session['kept'] = 1; abort(409)", "after_abort": "return session.get('kept')",
+    "late": "after_this_request(lambda r: (session.update(late=1), r)[1]); return 'x'", "was_late": "return session.get('late')",
+    "clear": "session.clear(); return [dict(session), bool(session)]", "cleared": "return dict(session)", "FORGED": "return dict(session)"}
 
 
 class FlaskTest(Case):
@@ -598,9 +862,14 @@ class FlaskTest(Case):
         flask, self.loaded = module("flask"), {}
         module("jinja2")
         (self.dir / "templates").mkdir()
-        (self.dir / "templates" / "hello.html").write_text("<h1>{{ name }} {{ request.method }} {{ session.get('a') }}</h1>")
+        for name, text in {"hello.html": "<h1>{{ name }} {{ request.method }} {{ session.get('a') }}</h1>", "text.txt": "{{ name }}",
+                           "base.html": "<{% block b %}{% endblock %}>",
+                           "child.html": "{% extends 'base.html' %}{% block b %}{{ name }}{% endblock %}"}.items():
+            (self.dir / "templates" / name).write_text(text)
         self.flask = flask.Flask("platform", template_folder=str(self.dir / "templates"))
-        self.flask.secret_key = "k"
+        self.flask.secret_key = "k" * 32
+        self.flask.url_build_error_handlers.append(lambda error, name, values: self.flask.url_for(
+            "b" if values.get("subpath") else "a", **{"func_name": name, **values}))
         self.flask.config["MAX_CONTENT_LENGTH"] = 16 << 20
         methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
         self.flask.add_url_rule("/function/<func_name>", view_func=self.serve, methods=methods, endpoint="a",
@@ -632,14 +901,14 @@ class FlaskTest(Case):
         skipped = {"Content-Type", "Content-Length"} if name in ERRORS_ARE_JSON or theirs.status_code == 416 else set()
         if theirs.status_code in (204, 304, 412):
             skipped |= {"Content-Type", "Content-Length"}
-        if name.startswith("redirect"):
+        if "redirect" in name:
             skipped |= {"Content-Length"}  # the text of the page is ours
         if name.startswith(("file", "directory")):
             skipped |= {"ETag", "Content-Type"}  # an ETag is ours to choose; charset and type by the machine's table
         if theirs.headers.get("Content-Type") == "application/json":
             self.assertEqual(theirs.data and theirs.json, mine.data and mine.json, name)
             skipped |= {"Content-Length"}
-        elif name not in ERRORS_ARE_JSON and not name.startswith("redirect") and theirs.status_code not in (204, 304, 412, 416):
+        elif name not in ERRORS_ARE_JSON and "redirect" not in name and theirs.status_code not in (204, 304, 412, 416):
             self.assertEqual(theirs.data, mine.data, name)
         for header in COMPARED:
             if header not in skipped:
@@ -693,6 +962,83 @@ class FlaskTest(Case):
             for headers in heads:
                 count += self.compare(app, path, "GET", b"", headers)
         self.assertGreater(count, 250)
+
+    def test_names(self):
+        """All that PROBES ask is answered as by Flask, or differs as the README says."""
+        probes = [(group, probe.strip()) for group, text in PROBES.items() for probe in re.split(r"\|\||\n", text) if probe.strip()]
+        source = PROBE
+        for number, (group, probe) in enumerate(probes):
+            *before, value = filter(None, [PREFIXES.get(group), *probe.split("; ")])
+            source += f"def probe_{number}(request_): {'; '.join([*before, 'return ' + value])}\n"
+        self.write("probe", source)
+        compile(source, "probe", "exec")
+        (self.dir / "functions" / "probe.txt").write_text("probe")
+        form, jsons = {"Content-Type": "application/x-www-form-urlencoded"}, {"Content-Type": "application/json"}
+        part = '--B\r\nContent-Disposition: form-data; name="{}"'
+        upload = (f"{part.format('f')}; filename=\"a.txt\"\r\nContent-Type: text/x; a=b\r\nX-Part: 1\r\n\r\nline\r\ntwo\r\n"
+                  f"{part.format('f')}; filename=\"b.txt\"\r\n\r\n\r\n{part.format('a')}\r\n\r\n1\r\n--B--\r\n").encode()
+        heads = {"X-One": "1", "Cookie": "a=1; b=x", "Authorization": "Basic dXNlcjpwYXNz", "Accept": "text/html, application/json;q=0.5",
+                 "User-Agent": "x/1", "Referer": "http://r/", "X-Forwarded-For": "1.2.3.4, 5.6.7.8", "Origin": "http://o",
+                 "If-None-Match": '"a"', "Cache-Control": "no-cache, max-age=5"}
+        requests = [("GET", "?a=1&a=2&b=x&n=7", b"", heads), ("POST", "/sub/p%C3%A4th", b'{"a": [1]}', jsons), ("POST", "?a=1", b"{bad", jsons),
+                    ("POST", "?a=3", b"a=1&a=2&b=%E6%BC%A2", form), ("PUT", "", upload, self.MULTIPART),
+                    ("DELETE", "", b"one\ntwo\n\xff", {"Content-Type": "text/plain", "Authorization": "Bearer x.y"}),
+                    ("PATCH", "", b"raw", {"Host": "example.com:8080", "Accept": "*/*;q=0.1, image/*"})]
+        app, count = self.make_app(), 0
+        for number, (group, probe) in enumerate(probes):
+            agreed = True
+            for method, path, body, headers in requests if group in ("request", "headers", "accept", "file") else requests[:1]:
+                headers, count = {**headers, "X-Probe": str(number)}, count + 1
+                theirs, mine = self.both(app, "/function/probe" + path, method, data=body, headers=headers)
+                self.assertEqual((theirs.status_code, mine.status_code, "NameError" in theirs.text), (200, 200, False), app.functions.get("probe").error)
+                with self.subTest(probe=probe, method=method, path=path):
+                    agreed = agreed and theirs.json == mine.json
+                    if probe not in DIFFERENT:
+                        self.assertEqual(theirs.json["found"], mine.json["found"])
+            with self.subTest(probe=probe):
+                self.assertEqual(agreed, probe not in DIFFERENT)
+        self.assertGreater(count, 1200)
+        self.assertEqual(set(DIFFERENT) - {probe for _, probe in probes}, set())
+        for row in DIFFERENT.values():
+            self.assertRegex((HERE / "README.md").read_text(encoding="utf-8"), rf"(?m)^\| {re.escape(row)}")
+
+    def test_no_name_is_left_out(self):
+        """PROBES ask for SPEC 3's names, and for whatever of Werkzeug's classes fnserve has; ABSENT says what it has not."""
+        structures, wrappers, sessions = module("werkzeug.datastructures"), module("flask.wrappers"), module("flask.sessions")
+        pairs = {"request": (wrappers.Request({}), fnserve.Request({"REQUEST_METHOD": "GET"})), "r": (wrappers.Response(), fnserve.Response()),
+                 "m": (structures.MultiDict(), fnserve.MultiDict()), "headers": (structures.Headers(), fnserve.Headers()),
+                 "file": (structures.FileStorage(), fnserve.FileStorage(io.BytesIO())), "accept": (structures.MIMEAccept(), fnserve.Accept("")),
+                 "session": (sessions.SecureCookieSession(), fnserve.Session(None)), "g": (module("flask.ctx")._AppCtxGlobals(), fnserve.Globals())}
+        text = " ".join([*PROBES.values(), *ANSWERS.values(), *VISITS.values()])
+        self.assertEqual((set(SPEC_NAMES[""].split()) | set(fnserve.PUBLIC)) - BEYOND_FLASK - set(re.findall(r"\w+", text)), set())
+        for group, (theirs, mine) in pairs.items():
+            with self.subTest(group=group):
+                theirs, mine = ({name for name in dir(one) if name[0] != "_"} - set(INHERITED.get(group, ())) for one in (theirs, mine))
+                asked = set(re.findall(rf"\b{group}\.(\w+)", text))
+                self.assertEqual((set(SPEC_NAMES.get(group, "").split()) | theirs & mine) - asked, set(), "not asked for")
+                self.assertEqual(theirs - mine, set(ABSENT.get(group, "").split()), "what fnserve has not")
+
+    def test_sessions(self):
+        for name, code in VISITS.items():
+            self.write("visit_" + name, HEAD + code + "\n")
+        app = self.make_app()
+        clients = fnserve.Client(self.flask), self.client(app)
+        for name in VISITS:
+            if name == "FORGED":
+                for client in clients:
+                    client.cookies["session"] = "eyJhIjoxfQ.aaaa.bbbb"
+            with self.subTest(visit=name):
+                theirs, mine = (client.get("/function/visit_" + name) for client in clients)
+                self.assertEqual(theirs.status_code, mine.status_code)
+                if theirs.status_code < 400:
+                    self.assertEqual(theirs.data, mine.data)
+                self.assertEqual(theirs.headers.get("Vary"), mine.headers.get("Vary"))
+                self.assertEqual(self.attributes(theirs), self.attributes(mine))
+
+    def attributes(self, response) -> list:
+        """Return the attributes of the session's cookie that both should have; a time only by its name."""
+        return [sorted(part.partition("=")[0] for part in cookie.split("; ") if not part.startswith(("SameSite", "Max-Age")))
+                + [cookie.startswith("session=;"), "Path=/" in cookie] for cookie in response.headers.getlist("Set-Cookie")]
 
     def compare(self, app, path: str, method: str, body: bytes, headers: dict) -> int:
         """Compare one request; the fields of the echo are JSON."""
