@@ -109,7 +109,9 @@ _KEYWORDS = {"valid_methods": "Allow", "retry_after": "Retry-After", "www_authen
 
 def _named(name: str, code: int) -> type[HTTPException]:
     """Make the exception that Werkzeug has for a status: ``NotFound("why")``."""
-    def __init__(self: Any, description: Any = None, response: Optional[Response] = None, **more: Any) -> None:
+    def __init__(self: Any, description: Any = None, response: Optional[Response] = None,
+                 original_exception: Optional[BaseException] = None, **more: Any) -> None:
+        self.original_exception = original_exception
         headers = [(_KEYWORDS[key], ", ".join(value) if isinstance(value, (list, tuple, set)) else str(value))
                    for key, value in more.items() if value is not None]
         HTTPException.__init__(self, code, description, headers, response)
@@ -4678,7 +4680,7 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
         return error.response
     for handler in find_handlers_of(call, error) if call.runs else ():
         try:
-            value = handler(error)
+            value = handler()
             if value is not None:
                 return make_response(value)
         except BaseException as again:
@@ -4687,15 +4689,19 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
     return answer_error(app, call, error) if isinstance(error, HTTPException) else answer_failure(app, call, error)
 
 
-def find_handlers_of(call: Call, error: BaseException) -> Iterator[Callable[[Any], Any]]:
-    """Yield the handlers of an error: functions_framework.errorhandler's, then the hooks', the innermost first."""
-    status = getattr(error, "code", 500) if isinstance(error, HTTPException) else 500
-    for handles, handler in call.code.handlers if call.code else ():
-        if isinstance(error, handles) if isinstance(handles, type) else handles == status:
-            yield handler
+def find_handlers_of(call: Call, error: BaseException) -> Iterator[Callable[[], Any]]:
+    """Yield the handlers of an error: functions_framework.errorhandler's, the most exact first as in Flask, then the hooks'."""
+    status: Any = error if isinstance(error, HTTPException) else EXCEPTIONS[500](original_exception=error)
+    kinds: list[Any] = [] if status is error else [(kind, error) for kind in type(error).__mro__]
+    exact = [status.code, type(status)]  # no more for a 500: in functions_framework, too, the platform's answer comes next
+    kinds += [(kind, status) for kind in (exact if status.code == 500 else [*exact, *type(status).__mro__[1:]])]
+    for kind, given in kinds:
+        for handles, handler in call.code.handlers if call.code else ():
+            if handles == kind:
+                yield functools.partial(handler, given)
     for hook in reversed(call.hooks):
         if hasattr(hook, "errorhandler"):
-            yield functools.partial(hook.errorhandler, call.request)
+            yield functools.partial(hook.errorhandler, call.request, error)
 
 
 def finish(app: Any, call: Call, response: Response) -> Response:

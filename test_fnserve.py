@@ -1203,6 +1203,144 @@ class FrameworkTest(Case):
                             if mine.status_code != 204:
                                 self.assertEqual(theirs.headers.get(header), mine.headers.get(header))
 
+    #: What functions-framework's own HTTP test functions do, each in a file that names no entry point: `handle` is the target.
+    FILES = {
+        "chosen": "import flask\ndef handle(request):\n    wanted = request.get_json()['wanted']\n    print('wanted: ' + wanted)\n"
+                  "    if wanted == 'good': return 'done', 201\n    if wanted == 'refused': return flask.abort(flask.Response('no', 422))\n"
+                  "    if wanted == 'crash': raise RuntimeError('boom')\n    return 'what?', 400",
+        "environment": "import os\ndef handle(request): return os.environ[request.get_json()['wanted']]",
+        "method": "def handle(request): return request.method",
+        "place": "def handle(request):\n    names = request.args.getlist('of')\n    return '|'.join(str(getattr(request, n)) for n in names) or ('none', 400)",
+        "says": "import logging, sys\ndef handle(request):\n    how = (request.get_json(silent=True) or {}).get('wanted', 'out')\n"
+                "    {'out': print, 'err': lambda t: print(t, file=sys.stderr), 'bad': logging.error}.get(how, logging.info)('said')\n    return how",
+        "logs": "import logging\ndef handle(request):\n    try: {}['x']\n    except KeyError: logging.exception('caught')\n    return 'logged'",
+        "page": "from flask import render_template\ndef handle(request):\n    text = request.args.get('message') or (request.get_json(silent=True) or {})"
+                ".get('message', 'nobody')\n    return render_template('greet.html', name=text)",
+        "sums": "from flask import Response, stream_with_context\ndef handle(request):\n    def made():\n        total = 0\n        for line in"
+                " request.stream:\n            total += int(line)\n            yield f'{total}\\n'\n    return Response(stream_with_context(made()))",
+        "imports": "from sibling import WORD\ndef handle(request): return WORD", "relative": "from .sibling import WORD\ndef handle(request): return WORD",
+        "own_types": "import os, pickle, typing\nclass Thing:\n    size: 'int' = 1\ndef handle(request):\n    here = os.path.splitext(os.path.basename(__file__))[0]"
+                     "\n    return [Thing.__module__ == __name__, here == __name__.rpartition('.')[2], list(typing.get_type_hints(Thing)), pickle.loads(pickle.dumps(Thing())).size]",
+        "early": "from flask import current_app\nwith current_app.app_context():\n    ready = True\ndef handle(request): return str(ready)",
+        "failing": "import functions_framework as f\n@f.errorhandler(Exception)\ndef any_(error): return 'any ' + type(error).__name__, 418\n"
+                   "@f.errorhandler(ArithmeticError)\ndef sums(error): return 'sums ' + type(error).__name__, 419\n@f.errorhandler(404)\n"
+                   "def gone(error): return f'gone {error.code} {error.description}', 410\n@f.errorhandler(500)\ndef never(error): return 'never'\n"
+                   "from flask import abort\ndef handle(request):\n    how = request.args.get('how')\n    if how in ('404', '409'): abort(int(how), 'why')\n"
+                   "    return {'a': lambda: 1 / 0, 'b': lambda: {}['x'], 'c': lambda: 'fine'}.get(how, lambda: 10.0 ** 1000)()",
+        "last_resort": "import functions_framework as f\n@f.errorhandler(500)\ndef last(error): return type(error).__name__ + ' ' +"
+                       " repr(error.original_exception), 500\ndef handle(request): return request.args['x'][5]",
+        "refused": "import functions_framework as f\nfrom werkzeug.exceptions import HTTPException, Conflict\n@f.errorhandler(HTTPException)\n"
+                   "def all_(error): return f'all {error.code} {error.name}', error.code\n@f.errorhandler(Conflict)\ndef one(error): return 'one', 409\n"
+                   "from flask import abort\ndef handle(request): return abort(int(request.args.get('how', 500)))",
+        "decorated": "import functions_framework\n@functions_framework.http\ndef handle(request):\n    return request.get_json()['wanted'], 202",
+        "started": "import time\nSTARTED = time.time()\ndef handle(request): return str(STARTED < time.time())", "typed": "def handle(request) -> dict: return {'b': 1, 'a': [2]}",
+        "headers": "def handle(request): return 'x', 203, {'X-A': request.headers.get('X-B', 'none'), 'Content-Type': 'text/csv'}"}
+    NOTHING = "def handle(request): return None\n", "import logging\ndef handle(request): logging.warning('said')\n"
+    BROKEN = {"no_such_file": None, "no_handle": "x = 1", "no_syntax": "def handle(request)", "no_import": "import there_is_no_such_module",
+              "no_sense": "raise ValueError('at import')", "no_function": "handle = 5"}
+
+    def google(self, framework, name: str, source: str):
+        """Return a client of the real framework, with a directory of its own as it wants it."""
+        directory = self.dir / "google" / name
+        (directory / "templates").mkdir(parents=True)
+        (directory / "templates" / "greet.html").write_text("<p>Hello {{ name }}!</p>")
+        (directory / "sibling.py").write_text("WORD = 'from beside'")
+        (directory / f"{name}.py").write_text(source)
+        for loaded in ("sibling", name):
+            self.addCleanup(sys.modules.pop, loaded, None)
+        path = list(sys.path)
+        self.addCleanup(lambda: sys.path.__setitem__(slice(None), path))
+        return framework.create_app("handle", str(directory / f"{name}.py"))
+
+    def write_for_both(self, name: str, source: str) -> None:
+        self.write(name, source + '\nSETTINGS = {"entry": "handle"}\n')
+
+    def agree(self, name: str, theirs, mine) -> None:
+        """Compare two answers; what the platforms themselves say of an error differs, and the URL that a function has."""
+        self.assertEqual(theirs.status_code, mine.status_code, mine.data)
+        if mine.status_code < 400 or mine.content_type != "application/json":
+            self.assertEqual(theirs.text, mine.text.replace(f"/function/{name}/", "/").replace(f"/function/{name}", "/"))
+            self.assertEqual([theirs.headers.get(key) for key in ("Content-Type", "X-A")], [mine.headers.get(key) for key in ("Content-Type", "X-A")])
+
+    def test_shapes_of_the_frameworks_own_tests(self):
+        framework = module("functions_framework")
+        module("jinja2")
+        os.environ["FNSERVE_TEST_WORD"] = "word"
+        (self.dir / "templates").mkdir()
+        (self.dir / "templates" / "greet.html").write_text("<p>Hello {{ name }}!</p>")
+        self.write("sibling", "WORD = 'from beside'")
+        app = self.make_app()
+        posts = [("POST", "", {"json": {"wanted": wanted}}) for wanted in ("good", "refused", "crash", "x", "FNSERVE_TEST_WORD", "err", "bad")]
+        requests = [*posts, ("GET", "", {}), ("PUT", "", {"json": {}}), ("DELETE", "", {}), ("HEAD", "", {}), ("PATCH", "", {"data": b"{bad"}),
+                    ("GET", "?message=<b>", {}), ("POST", "", {"json": {"message": "漢"}}), ("POST", "", {"data": b"1\n2\n30\n", "headers": {"X-B": "c"}}),
+                    *(("GET", f"{path}?of=path&of=url&of=base_url&of=full_path&of=query_string&of=root_path", {}) for path in ("", "/a/b%20c", "/漢")),
+                    *(("GET", f"?how={how}", {}) for how in ("a", "b", "c", "d", "404", "409", "500", "503")), ("GET", "?x=y", {}), ("OPTIONS", "", {})]
+        for name, source in self.FILES.items():
+            google = fnserve.Client(self.google(framework, name, source))
+            self.write_for_both(name, source)
+            for method, path, options in requests:
+                with self.subTest(name=name, method=method, path=path, options=options):
+                    with contextlib.redirect_stderr(io.StringIO()):
+                        mine = self.call(app, method, f"/function/{name}{path}", **options)
+                        try:
+                            theirs = google.open("/" + path.lstrip("/"), method, **options)
+                        except ValueError:  # a stream that fails at once, which its server turns into a 500
+                            theirs = fnserve.Response(status=500)
+                    self.agree(name, theirs, mine)
+
+    def test_what_differs_from_the_framework(self):
+        """None is 204, and a module is one of the package `functions`: both stand in the README."""
+        framework, app = module("functions_framework"), self.make_app()
+        name = "def handle(request): return __name__"
+        for number, (source, theirs, mine) in enumerate([*((source, (500,), (204, "")) for source in self.NOTHING),
+                                                         (name, (200, "f2"), (200, "functions.f2"))]):
+            google = fnserve.Client(self.google(framework, f"f{number}", source))
+            self.write_for_both(f"f{number}", source)
+            for answer, expected in (google.get("/"), theirs), (self.call(app, "GET", f"/function/f{number}"), mine):
+                self.assertEqual((answer.status_code, answer.text)[:len(expected)], expected)
+
+    def test_what_the_framework_refuses_to_start(self):
+        framework, app = module("functions_framework"), self.make_app()
+        for name, source in self.BROKEN.items():
+            with self.subTest(name=name):
+                if source is not None:
+                    self.write_for_both(name, source)
+                with self.assertRaises(BaseException):
+                    framework.create_app("handle", str(self.dir / "functions" / f"{name}.py"))
+                self.assertEqual(self.call(app, "GET", f"/function/{name}").status_code, 404 if source is None else 500)
+
+    def test_async_functions(self):
+        """Those that use only what Flask's and Starlette's requests have in common."""
+        aio, app = module("functions_framework.aio"), self.make_app()
+        for name, body in {"text": "return 'x'", "pair": "return 'x', 201", "dict_": "return {'b': 1, 'a': [None]}", "crash": "1/0",
+                           "waits": "await asyncio.sleep(0)\n    return request.method", "gathers": "return {'all': await asyncio.gather(*map(double, [1, 2]))}",
+                           "headers": "return request.headers.get('x-a', 'none')"}.items():
+            self.write_for_both(name, f"import asyncio\nasync def double(n): return 2 * n\nasync def handle(request):\n    {body}\n")
+            google = aio.create_asgi_app("handle", str(self.dir / "functions" / f"{name}.py"))
+            for method in ("GET", "POST"):
+                with self.subTest(name=name, method=method):
+                    status, kind, data = self.ask_asgi(google, method, [(b"x-a", b"b")])
+                    mine = self.call(app, method, f"/function/{name}", headers={"X-A": "b"})
+                    self.assertEqual(status, mine.status_code)
+                    if status < 400:
+                        self.assertEqual(*((data, mine.data) if kind != "application/json" else (json.loads(data), mine.json)))
+
+    def ask_asgi(self, app, method: str, headers: list) -> tuple:
+        """Make one call to an ASGI application: the status, the content type, the body."""
+        import asyncio
+        sent: list = []
+        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": "/", "raw_path": b"/", "root_path": "",
+                 "query_string": b"", "headers": headers, "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1)}
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+        with contextlib.suppress(ZeroDivisionError):  # Starlette answers, then raises for its server's log
+            asyncio.run(app(scope, receive, send))
+        return sent[0]["status"], dict(sent[0]["headers"]).get(b"content-type", b"").decode(), b"".join(part.get("body", b"") for part in sent[1:])
+
     EVENT = ("import functions_framework\nseen = []\n@functions_framework.cloud_event\ndef main(event):\n"
              "    print(event['id'], event['type'], event['source'], event.get('subject'), repr(event.data), sorted(event.get_attributes()))\n")
 
