@@ -1175,6 +1175,18 @@ class FrameworkTest(Case):
                            " *(n + f.filename + f.read().decode() for n, f in files.items())])",
         "hello_error_1": "return '', 418", "path_": "return request.path.rpartition('/')[2], 200", "stream": "return (c for c in 'abc')",
         "env_": "return os.environ.get('FOO', 'unset')", "header": "return request.headers.get('X-A', 'none')",
+        "hello_error_2": "import logging\n    try: raise RuntimeError('an error')\n    except RuntimeError: logging.error('caught', exc_info=True)"
+                         "\n    return abort(500)", "raises": "raise RuntimeError('not caught')",
+        "cors_with_login": "where = {'Access-Control-Allow-Origin': 'https://example.com', 'Access-Control-Allow-Credentials': 'true'}"
+                           "\n    if request.method == 'OPTIONS': return '', 204, {**where, 'Access-Control-Allow-Headers': 'Authorization'}"
+                           "\n    return 'Hello World!', 200, where",
+        "counts": "globals()['calls'] = globals().get('calls', 0) + 1\n    return f'call number {calls}'",
+        "lazy_global": "global made\n    if 'made' not in globals(): made = sum(range(10))\n    return f'lazily {made}'",
+        "parse_xml": "import xml.etree.ElementTree as tree\n    if not request.data.startswith(b'<'): return 'no XML', 415"
+                     "\n    return {part.tag: part.text for part in tree.fromstring(request.data)}",
+        "scratch_file": "import pathlib, tempfile\n    with tempfile.TemporaryDirectory() as kept:\n        path = pathlib.Path(kept, 'x')"
+                        "\n        path.write_bytes(request.get_data())\n        return [entry.name for entry in path.parent.iterdir()] + [path.stat().st_size]",
+        "own_files": "import pathlib\n    return pathlib.Path(__file__).with_name('sibling.txt').read_text()",
         "status_only": "return 'x', 404", "list_body": "return jsonify([1, {'a': None}])"}
 
     def test_http_functions(self):
@@ -1186,7 +1198,9 @@ class FrameworkTest(Case):
         requests = [("GET", "", {}), ("GET", "?name=<b>", {}), ("POST", "", {"json": {"name": "J"}}), ("PUT", "", {"json": {}}),
                     ("POST", "", {"data": b"name=F", "headers": form}), ("OPTIONS", "", {}), ("GET", "", {"headers": {"X-A": "b"}}),
                     ("POST", "", {"data": b"raw", "headers": {"Content-Type": "application/octet-stream"}}), ("DELETE", "", {}),
+                    ("POST", "", {"data": b"<a><b>1</b><c/></a>", "headers": {"Content-Type": "application/xml"}}),
                     ("POST", "", {"data": multipart, "headers": {"Content-Type": "multipart/form-data; boundary=B"}}), ("HEAD", "", {})]
+        (self.dir / "functions" / "sibling.txt").write_text("beside")
         for name, code in self.FUNCTIONS.items():
             source = ("import os\nimport functions_framework\nfrom flask import abort, jsonify\nfrom markupsafe import escape\n"
                       f"@functions_framework.http\ndef {name}(request):\n    {code}\n")
@@ -1199,8 +1213,8 @@ class FrameworkTest(Case):
                     self.assertEqual(theirs.status_code, mine.status_code)
                     if theirs.status_code < 400 and name != "path_":
                         self.assertEqual(theirs.data, mine.data)
-                        for header in ("Content-Type", "Access-Control-Allow-Origin"):
-                            if mine.status_code != 204:
+                        for header in ("Content-Type", *(f"Access-Control-Allow-{what}" for what in ("Origin", "Headers", "Credentials"))):
+                            if mine.status_code != 204 or header != "Content-Type":
                                 self.assertEqual(theirs.headers.get(header), mine.headers.get(header))
 
     #: What functions-framework's own HTTP test functions do, each in a file that names no entry point: `handle` is the target.
