@@ -2445,7 +2445,7 @@ class PipelineTest(Case):
             environ.update(REQUEST_METHOD="GET", PATH_INFO="/function/f", **{"wsgi.input": io.BytesIO()})
             with contextlib.suppress(ValueError):
                 list(app(environ, refuse))
-        self.assertEqual(taken, ["200 OK", "500 Internal Server Error"] * 6)
+        self.assertEqual(taken, ["200 OK", "500 INTERNAL SERVER ERROR"] * 6)
         self.assertEqual(self.call(app, "GET", "/function/f").status_code, 200)
 
     def test_answers_that_cannot_be_sent_are_500_and_recorded(self):
