@@ -1282,7 +1282,7 @@ class Response:
             return
         text = str(int(value)) if not isinstance(value, str) else value
         code, _, reason = text.partition(" ")
-        if not code.isdigit() or not 100 <= int(code) <= 999 or not _HEADER_VALUE.fullmatch(reason):
+        if not re.fullmatch("[1-9][0-9][0-9]", code) or not _HEADER_VALUE.fullmatch(reason):
             raise ValueError(f"status {value!r} is not an HTTP status")
         self.code = int(code)
         self._status = f"{code} {reason}" if reason else STATUS_LINES.get(self.code, f"{code} UNKNOWN")
@@ -3804,9 +3804,10 @@ class Queue:
                 for ticket in batch[max(0, self._room):]:
                     ticket.error = QueueFull()
                 self._room -= len(batch)
-        except BaseException as error:
+        except BaseException as error:  # one caller's deadline may end it; the others must not hear of that
+            shown = error if isinstance(error, sqlite3.Error) else sqlite3.OperationalError(str(error))
             for ticket in batch:
-                ticket.id, ticket.error = "", error
+                ticket.id, ticket.error = "", shown
 
     def _count(self, connection: sqlite3.Connection) -> None:
         """See how many calls may still wait; once a second will do, since of a full queue it takes 2 ms."""
@@ -7724,14 +7725,20 @@ def make_parser() -> Any:
 
 def serve_from_module() -> None:
     """Start anew as an imported module: a script's syntax tree stays in memory while it runs, 18 MB in each process."""
-    if __name__ == "__main__" and __spec__ is None and os.name == "posix" and sys.executable:
+    known = __name__ == "__main__" and __spec__ is None and os.name == "posix" and bool(sys.executable)
+    if known and re.fullmatch(r"[a-zA-Z_]\w*\.py", os.path.basename(os.path.realpath(__file__))):
         sys.stdout.flush()
         os.execv(sys.executable, import_command())
 
 
 def import_command() -> list[str]:
-    """Return the command line that serves from the imported module, whose compiled form Python keeps in __pycache__."""
-    boot = f"import sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; import fnserve; sys.exit(fnserve.main())"
+    """Return the command line that serves from the imported module, whose compiled form Python keeps in __pycache__.
+
+    The file may have another name, or be a link's target; the module is fnserve all the same.
+    """
+    directory, name = os.path.split(os.path.realpath(__file__))
+    boot = (f"import sys; sys.path[0] = {directory!r}; import {name[:-3]} as found; sys.modules['fnserve'] = found;"
+            " sys.exit(found.main())")
     return [sys.executable, *(["-B"] if sys.dont_write_bytecode else []), "-c", boot, *sys.argv[1:]]
 
 

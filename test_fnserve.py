@@ -119,13 +119,15 @@ class Case(unittest.TestCase):
 class Server:
     """A real fnserve in a process of its own, in a directory, on a free port."""
 
-    def __init__(self, directory: Path, *options: str, python: str = sys.executable, **environ: str) -> None:
-        shutil.copy(HERE / "fnserve.py", directory)
+    def __init__(self, directory: Path, *options: str, python: str = sys.executable, script: str = "fnserve.py",
+                 **environ: str) -> None:
+        if not (directory / script).is_symlink():
+            shutil.copy(HERE / "fnserve.py", directory / script)
         self.directory = directory
         env = {key: value for key, value in os.environ.items() if not key.startswith("FNSERVE_") and key != "PORT"}
         self.stderr = open(directory / "stderr.txt", "ab")
         self.process = subprocess.Popen(
-            [python, "-B", "fnserve.py", "--port", "0", *options], cwd=directory, env={**env, **environ},
+            [python, "-B", script, "--port", "0", *options], cwd=directory, env={**env, **environ},
             stdout=subprocess.PIPE, stderr=self.stderr, text=True, start_new_session=True)
         self.port = 0
         for line in self.process.stdout:
@@ -3449,6 +3451,20 @@ scrape_configs:
                 server.maintenance(time.time() + 61)
                 wait_until(lambda: not server.active_channels)
         wait_until(lambda: self.admin(app).get("/admin/logs").json["invocations"])  # its thread is free, and it was recorded
+
+    def test_the_file_may_have_another_name(self):
+        self.write("f", "import fnserve\ndef main(request): return [fnserve.__version__, fnserve.request.method]")
+        for name in ("server_2.py", "server-2.py", "link"):
+            with self.subTest(name=name), tempfile.TemporaryDirectory() as elsewhere:
+                (Path(elsewhere) / "fnserve.py").write_text((HERE / "fnserve.py").read_text().replace("__version__ = ", "__version__ = '9' + "))
+                if name == "link":
+                    (self.dir / name).symlink_to(Path(elsewhere) / "fnserve.py")
+                server = Server(self.dir, "--workers", "1", script=name)
+                self.addCleanup(server.kill_all)
+                (self.dir / "fnserve.py").write_text("raise SystemExit('the wrong one')")
+                version = ("9" if name == "link" else "") + fnserve.__version__
+                self.assertEqual(json.loads(server.get("/function/f")[2]), [version, "GET"])
+                self.assertEqual(server.stop(), 0)
 
     def test_a_stuck_worker_is_replaced(self):
         self.write("stuck", "import time\nSETTINGS = {'timeout': 0.2}\ndef main(request): time.sleep(60)")
