@@ -1561,6 +1561,7 @@ TABLES = {
                 " error TEXT)",
     "fn_versions": "(func_name TEXT, version INTEGER, saved_at REAL NOT NULL, source BLOB NOT NULL, loaded INTEGER NOT NULL,"
                    " PRIMARY KEY (func_name, version))",
+    "fn_failed_versions": "ON fn_versions (func_name, version) WHERE loaded < 0",  # so that no source is read to find them
     "fn_broken": "(func_name TEXT PRIMARY KEY, at REAL NOT NULL, error TEXT NOT NULL) WITHOUT ROWID",
     "fn_failures": "(address TEXT, at REAL)",
     "fn_metrics": "(name TEXT, labels TEXT, kind TEXT NOT NULL, help TEXT NOT NULL, value REAL NOT NULL, bounds TEXT NOT NULL,"
@@ -2031,8 +2032,8 @@ def read_schedule(source: bytes) -> Any:
 class Versions:
     """The last 50 sources of each function that were saved or served, and which are broken; a write may fail, a call not."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        self._store, self._clock = store, clock
 
     _NEWEST = "SELECT version, source, loaded FROM fn_versions WHERE func_name = ? ORDER BY version DESC LIMIT 1"
 
@@ -2043,28 +2044,29 @@ class Versions:
                 if newest == source and good >= loaded:  # the usual case needs no write lock
                     return version
             with self._store.write() as connection:
-                return self._add(connection, name, source, loaded)
+                return self.add(connection, name, source, loaded)
         except sqlite3.Error as error:
             log.warning("%s: its version could not be stored: %s", name, error)
             return 0
 
-    def _add(self, connection: sqlite3.Connection, name: str, source: bytes, loaded: bool) -> int:
+    def add(self, connection: sqlite3.Connection, name: str, source: bytes, loaded: bool) -> int:
+        """Store `source` within a transaction."""
         row = connection.execute(self._NEWEST, (name,)).fetchone()
         if row and row[1] == source:
             connection.execute("UPDATE fn_versions SET loaded = max(loaded, ?) WHERE func_name = ? AND version = ?",
                                (loaded, name, row[0]))
             return row[0]
         version = row[0] + 1 if row else 1
-        connection.execute("INSERT INTO fn_versions VALUES (?, ?, ?, ?, ?)", (name, version, time.time(), source, loaded))
+        connection.execute("INSERT INTO fn_versions VALUES (?, ?, ?, ?, ?)", (name, version, self._clock(), source, loaded))
         connection.execute("DELETE FROM fn_versions WHERE func_name = ?1 AND version <= ?2 AND version <> (SELECT"
-                           " max(version) FROM fn_versions WHERE func_name = ?1 AND loaded)",
+                           " max(version) FROM fn_versions WHERE func_name = ?1 AND loaded > 0)",
                            (name, version - KEEP_VERSIONS))
         return version
 
     def last_good(self, name: str) -> Optional[bytes]:
         """Return the newest source that has loaded, in this or any other process."""
         with contextlib.suppress(sqlite3.Error):
-            for row in self._store.read("SELECT source FROM fn_versions WHERE func_name = ? AND loaded"
+            for row in self._store.read("SELECT source FROM fn_versions WHERE func_name = ? AND loaded > 0"
                                         " ORDER BY version DESC LIMIT 1", name):
                 return bytes(row[0])
         return None
@@ -2085,8 +2087,11 @@ class Versions:
                     connection.execute("INSERT INTO fn_broken VALUES (?, ?, ?)", (name, time.time(), str(error)))
 
     def broken(self) -> dict[str, str]:
-        """Return the functions that could not be loaded when somebody last tried, and why."""
-        return dict(self._store.read("SELECT func_name, error FROM fn_broken"))
+        """Return the functions that could not be loaded when somebody last tried, or were rolled back, and why."""
+        return dict(self._store.read(
+            "SELECT func_name, 'version ' || version || ' failed its first calls; the one before it serves again'"
+            " FROM fn_versions AS failed WHERE loaded < 0 AND version + 1 = (SELECT max(version) FROM fn_versions"
+            " WHERE func_name = failed.func_name) UNION ALL SELECT func_name, error FROM fn_broken"))
 
 
 class Entry(NamedTuple):
@@ -2114,6 +2119,7 @@ class CallSettings(NamedTuple):
     retries: int = 3
     dedupe: str = ""  #: header that tells a repeat
     schedule: Any = None
+    guard: bool = False  #: see Guard
 
 
 class Code(NamedTuple):
@@ -2537,6 +2543,7 @@ SETTINGS_CASTS: dict[str, Callable[[Any], Any]] = {
     "concurrency": lambda value: whole(1, 256)(str(value)), "timeout": lambda value: seconds(str(value)),
     "max_body": lambda value: size(str(value)), "parameters": _must(lambda value: isinstance(value, dict), "a dict"),
     "async": _must(lambda value: isinstance(value, bool), "True or False"), "retries": lambda value: whole(0, 100)(str(value)),
+    "guard": _must(lambda value: isinstance(value, bool), "True or False"),
     "dedupe": _must(lambda value: isinstance(value, str) and _HEADER_NAME.fullmatch(value), "the name of a header"),
     "entry": lambda value: choice(str(value))(str(value) if str(value).isidentifier() else ""),
 }
@@ -4309,6 +4316,8 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
         raise HTTPException(404, f'Function "{call.function}" not found')
     if settings.cors:
         share_origin(call, settings)
+    if settings.guard:
+        call.after.append(functools.partial(app.guard.see, call))
     allowed = settings.methods + (("HEAD",) if "GET" in settings.methods else ())
     if call.trigger in ("async", "schedule"):
         return
@@ -4442,6 +4451,64 @@ class Rates:
                 wait = max(1, int(recent[0] + rate[1] - call.started) + 1)
                 raise HTTPException(429, "Too many calls", [("Retry-After", str(wait))])
             recent.append(call.started)
+
+
+FIRST_CALLS, PROVEN_CALLS = 5, 20
+
+
+class Guard:
+    """Takes a function back to its last good version where the newest fails its first calls (SETTINGS["guard"]).
+
+    Only guarded functions pay for it, and they only when they fail: the journal knows how the calls before went, in
+    every process. Fails: of FIRST_CALLS or more more than half are 5xx, of the version before at most half were.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._proven: dict[str, Code] = {}  #: code that has had PROVEN_CALLS
+
+    def see(self, call: Call, response: Response) -> Response:
+        """Look at an answer of a guarded function."""
+        if response.code >= 500 and call.function and call.code and self._proven.get(call.function) is not call.code:
+            try:
+                self._judge(call.id, call.function, call.code)
+            except (sqlite3.Error, OSError, LoadError) as error:  # a locked database or a full disk; it will try again
+                log.warning("%s: its guard can't act: %s", call.function, error)
+        return response
+
+    def _judge(self, call_id: str, name: str, code: Code) -> None:
+        self._app.folder.fold()
+        newest, *older = self._app.store.rows("SELECT version, saved_at, source, loaded FROM fn_versions WHERE func_name = ?"
+                                              " ORDER BY version DESC", name) or [None]
+        good = next((row for row in older if row["loaded"] > 0), None)
+        if newest is None or good is None or bytes(newest["source"]) != code.source:
+            return
+        calls, errors = self._count(name, newest["saved_at"], 1e12)
+        if calls >= PROVEN_CALLS:
+            self._proven[name] = code
+        elif calls + 1 >= FIRST_CALLS and errors + 1 > (calls + 1) / 2:  # the one under way has no record yet
+            calls_before, errors_before = self._count(name, good["saved_at"], newest["saved_at"])
+            if errors_before <= calls_before / 2 and self._roll_back(name, code, newest["version"], bytes(good["source"])):
+                log.error("%s: version %d failed %d of its first %d calls; version %d serves again", name,
+                          newest["version"], errors + 1, calls + 1, good["version"], extra={"call": call_id})
+
+    def _count(self, name: str, since: float, until: float) -> tuple[int, int]:
+        """Return how many calls there were, PROVEN_CALLS at most, the newest first, and how many of them failed."""
+        return self._app.store.read(
+            "SELECT count(*), ifnull(sum(status >= 500), 0) FROM (SELECT status FROM fn_calls WHERE function = ? AND time >= ?"
+            " AND time < ? AND trigger <> 'queued' ORDER BY number DESC LIMIT ?)", name, since, until, PROVEN_CALLS)[0]
+
+    def _roll_back(self, name: str, code: Code, version: int, good: bytes) -> bool:
+        """Make the good source the file again, unless another process or somebody's save was first."""
+        functions = self._app.functions
+        with self._app.store.write() as connection:
+            mine = "UPDATE fn_versions SET loaded = -1 WHERE func_name = ?1 AND version = ?2 AND version = (" \
+                   "SELECT max(version) FROM fn_versions WHERE func_name = ?1)"
+            if read_source(functions.path(name)) != code.source or not connection.execute(mine, (name, version)).rowcount:
+                return False
+            functions.save(name, good)
+            functions.versions.add(connection, name, good, loaded=True)
+        return True
 
 
 class DeadlineExceeded(BaseException):
@@ -6577,13 +6644,14 @@ class App:
         self.journal = Journal(settings.JOURNAL_DIR)
         self.config = Config(settings.directory)
         casts = {**SETTINGS_CASTS, "verify": read_scheme, "schedule": self._read_schedule}
-        self.functions = Functions(settings.FUNCTIONS_DIR, Versions(self.store), make_api(), self.reserved, casts)
+        self.functions = Functions(settings.FUNCTIONS_DIR, Versions(self.store, clock), make_api(), self.reserved, casts)
         self.queue = Queue(self.store, settings.JOURNAL_DIR, settings.QUEUE_MAX, clock)
         self.load, self.loki, self.viewers = Load(), Loki(self), threading.Semaphore(MOST_VIEWERS)
         self.schedule = Schedule(self.store, self.queue, settings.TIMEZONE, clock)
         self.runner = Runner(self.queue, functools.partial(run_queued, self), max(1, settings.THREADS // 2))
         self.folder = Folder(self.journal, self.store, settings, self.protected)
         self.background, self.rates, self.watch = Background(self), Rates(), Watch(self)
+        self.guard, self.trials = Guard(self), threading.Semaphore(2)
         self.queues = True  #: whether calls may be put into the queue
         self.templates: Any = None  #: Jinja2's environment, once it is used
         self._starting, self._started = threading.Lock(), 0
