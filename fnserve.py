@@ -282,14 +282,14 @@ class Settings:
     """The settings, cast: ``settings.PORT``, paths absolute; `sources` says where each came from. Raises SettingError."""
 
     def __init__(self, options: Mapping[str, Any] = types.MappingProxyType({}), directory: str = ".") -> None:
-        self.directory = os.path.abspath(directory)
+        self.directory, self.options = os.path.abspath(directory), {name: str(value) for name, value in options.items()}
         self.sources: dict[str, str] = {}
         for name in set(options) - {row.name for row in SETTINGS_TABLE}:
             raise SettingError(f"{name}: there is no such setting")
         environ = {row.name: os.environ.get("FNSERVE_" + row.name) for row in SETTINGS_TABLE}
         environ["PORT"] = os.environ.get("PORT", "").strip() or environ["PORT"]  # plain PORT is what hosting services set
         layers = [(name, read_env(os.path.join(self.directory, name))) for name in (".env", ".env.local")]  # rising priority
-        layers += [("environment", environ), ("option", {name: str(value) for name, value in options.items()})]
+        layers += [("environment", environ), ("option", {**self.options})]
         for row in SETTINGS_TABLE:
             setattr(self, row.name, self._value(row, layers))
         for name in ("FUNCTIONS_DIR", "DB_PATH", "LOG_FILE", "JOURNAL_DIR"):
@@ -2234,6 +2234,13 @@ class Functions:
         if stamp != function.stamp:
             self.refresh(function)
         return function
+
+    def pretend(self, name: str, source: bytes) -> Code:
+        """Load `source` as if it were the file of `name`, and serve it from now on in this process; LoadError."""
+        function, get = Function(name, self.path(name)), self.get
+        function.code = self._execute(function, source)
+        setattr(self, "get", lambda wanted: function if wanted == name else get(wanted))
+        return function.code
 
     def hooks(self, name: str) -> list[types.ModuleType]:
         """Return the _hooks.py of functions/ and of each group that `name` is in; LoadError where one never loaded.
@@ -5387,9 +5394,9 @@ def loki_streams(lines: list[bytes]) -> list[dict[str, Any]]:
 
 CSS = """\
 :root{color-scheme:light dark;--ink:#1b2733;--soft:#5b6b7a;--line:#d9e0e6;--paper:#fff;--back:#f4f6f8;--main:#0b6b57;
---warn:#b3261e;--good:#1d7a3e;--mark:#fdecea}
+--warn:#b3261e;--good:#1d7a3e;--mark:#fdecea;--plus:#e3f5e8}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9fb0bf;--line:#33414d;--paper:#18212a;--back:#10171e;
---main:#57c7ae;--warn:#ff8a80;--good:#7bd88f;--mark:#4a2422}}
+--main:#57c7ae;--warn:#ff8a80;--good:#7bd88f;--mark:#4a2422;--plus:#1d3b28}}
 *{box-sizing:border-box} a{color:var(--main)} h1{font-size:1.35rem;margin:.4rem 0 1rem}
 body{margin:0;background:var(--back);color:var(--ink);font:16px/1.5 system-ui,"Noto Sans TC","PingFang TC",sans-serif}
 header{background:var(--paper);border-bottom:1px solid var(--line);padding:0 1rem;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem}
@@ -5407,78 +5414,267 @@ table{border-collapse:collapse;width:100%} tr:last-child td{border-bottom:0}
 th,td{text-align:left;padding:.5rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600;font-size:.85rem;white-space:nowrap}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-input,textarea,button,.button{font:inherit;color:inherit;border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
-input[type=checkbox]{width:auto} input,textarea{background:var(--paper);width:100%;max-width:100%}
-input:focus,textarea:focus,button:focus-visible,a:focus-visible{outline:2px solid var(--main);outline-offset:1px}
+input,select,textarea,button,.button{font:inherit;color:inherit;
+border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
+input[type=checkbox]{width:auto} input,select,textarea{background:var(--paper);width:100%;max-width:100%}
+input:focus,select:focus,textarea:focus,button:focus-visible,a:focus-visible{outline:2px solid var(--main);outline-offset:1px}
 button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none}
 button.plain,.button.plain{background:none;color:var(--ink);border-color:var(--line)}
 .button{display:inline-block} button.danger{background:var(--warn);border-color:var(--warn)}
 pre,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace} pre{white-space:pre-wrap;overflow-wrap:anywhere}
 pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0}
 .editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(52vh,40rem)}
-.gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);overflow:hidden;user-select:none;min-width:3rem;
-white-space:pre;border-radius:0}
-.gutter i{font-style:normal;background:var(--warn);color:var(--paper);display:block;margin:0 -.4rem;padding:0 .4rem}
-textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:.5rem .6rem}
+.gutter{margin:0;padding:8px .4rem;text-align:right;color:var(--soft);background:none;overflow:visible;user-select:none;
+min-width:3rem;border-radius:0} .gutter *{display:block}
+.gutter i{font-style:normal;background:var(--warn);color:var(--paper);margin:0 -.4rem;padding:0 .4rem}
+textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:8px .6rem}
+.beside{display:grid;grid-template-columns:minmax(0,1fr);gap:1rem;align-items:start}
+#try .row>*{flex:1} #try img{max-width:100%}
+#try h2{margin:0} #try h3{font-size:.9rem;margin:.7rem 0 0} #try pre{max-height:20rem} [hidden]{display:none!important}
+#anyway{margin:0;font-weight:400} ins,del{text-decoration:none;display:block;background:var(--plus)} del{background:var(--mark)}
+#news{position:sticky;bottom:.5rem;margin:.6rem 0}
+@media(min-width:64rem){.beside{grid-template-columns:minmax(0,3fr) minmax(0,2fr);width:min(100rem,100vw - 3rem);
+margin-left:calc(50% - min(50rem,50vw - 1.5rem))}
+.beside .editor{height:max(52vh,30rem)}}
 textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
 svg{display:block;max-width:100%} svg rect{fill:var(--main)}
-@media(max-width:40rem){main{padding:.6rem} th,td{padding:.4rem} .wide{display:none}}
+@media(max-width:40rem){textarea.code,.gutter{font-size:16px;line-height:24px} .gutter{min-width:2.2rem}
+main{padding:.6rem} th,td{padding:.4rem} .wide{display:none}}
 """
 
 JS = r"""
-const code = document.querySelector("textarea.code"), gutter = document.querySelector(".gutter");
+const find = selector => document.querySelector(selector), code = find("textarea.code"), panel = find("#try");
+const recall = key => { try { return JSON.parse(localStorage.getItem(key)); } catch { return null; } };
+const keep = (key, value) => {
+  try { value ? localStorage.setItem(key, JSON.stringify(value)) : localStorage.removeItem(key); } catch { /* full */ }
+};
+const post = async (url, data) => {
+  try {
+    const answer = await fetch(url, {method: "POST", body: JSON.stringify(data),
+      headers: {"Content-Type": "application/json", Accept: "application/json"}});
+    return [answer.status, await answer.json()];
+  } catch { return [0, {message: find("#edit").dataset.offline}]; }
+};
 if (code) {
-  const form = code.form, wrong = Number(code.dataset.line);
-  let saved = code.value;
-  const number = () => {
-    const count = code.value.split("\n").length;
-    if (count === gutter.children.length) return;
-    gutter.textContent = "";
-    for (let i = 1; i <= count; i++) {
+  const form = code.form, gutter = find(".gutter"), news = find("#news"), draft = find("#draft");
+  const fields = form.elements, height = parseFloat(getComputedStyle(code).lineHeight);
+  const name = () => "draft:" + fields.original_name.value;
+  let saved = code.value, lines = 0, wrong = Number(code.dataset.line), many = false, timer = 0, busy = false;
+  const draw = () => {  // only the numbers in sight are there, so a long file costs no more than a short one
+    const first = Math.floor(code.scrollTop / height);
+    const last = Math.min(lines, first + Math.ceil(code.clientHeight / height) + 1);
+    gutter.replaceChildren();
+    for (let i = first + 1; i <= last; i++) {
       const line = document.createElement(i === wrong ? "i" : "span");
-      line.textContent = i === wrong ? i : i + "\n";
+      line.textContent = i;
       gutter.append(line);
     }
+    gutter.style.transform = `translateY(${first * height - code.scrollTop}px)`;
+  };
+  const count = () => {
+    const text = code.value;
+    let found = 1;
+    for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) found++;
+    if (found !== lines) { lines = found; draw(); }
+  };
+  const mark = line => {
+    wrong = line;
+    code.style.background = line ? "linear-gradient(var(--mark),var(--mark)) no-repeat local 0 "
+      + `${8 + (line - 1) * height}px/100% ${height}px, var(--paper)` : "";
+    draw();
+    if (!line) return;
+    const at = code.value.split("\n").slice(0, line - 1).join("\n").length + (line > 1 ? 1 : 0);
+    code.focus();
+    code.setSelectionRange(at, at);
+    code.scrollTop = Math.max(0, (line - 5) * height);
+  };
+  const say = (text, bad) => {
+    news.textContent = text;
+    news.hidden = !text;
+    news.classList.toggle("bad", Boolean(bad));
   };
   const put = text => document.execCommand("insertText", false, text)
     || code.setRangeText(text, code.selectionStart, code.selectionEnd, "end");
   const lineStart = () => code.value.lastIndexOf("\n", code.selectionStart - 1) + 1;
   const indent = back => {
-    const start = lineStart(), lines = code.value.slice(start, code.selectionEnd).split("\n");
-    const fresh = lines.map(line => back ? line.replace(/^ {1,4}/, "") : "    " + line).join("\n");
+    const start = lineStart(), rows = code.value.slice(start, code.selectionEnd).split("\n");
+    const fresh = rows.map(row => back ? row.replace(/^(\t| {1,4})/, "") : row && "    " + row).join("\n");
     code.setSelectionRange(start, code.selectionEnd);
-    put(fresh);
-    code.setSelectionRange(start, start + fresh.length);
+    if (fresh) put(fresh); else document.execCommand("delete");
+    code.setSelectionRange(rows.length > 1 ? start : start + fresh.length, start + fresh.length);
+  };
+  const step = back => {
+    if (back || code.value.slice(code.selectionStart, code.selectionEnd).includes("\n")) indent(back);
+    else put(" ".repeat(4 - (code.selectionStart - lineStart()) % 4));
+  };
+  const store = () => {
+    timer = clearTimeout(timer);
+    const text = code.value;
+    if (!draft.hidden && text === saved) return;
+    keep(name(), text !== saved && {code: text, version: fields.version.value, at: Date.now()});
+  };
+  const save = async more => {
+    if (busy) return;
+    busy = true;
+    const text = code.value, fresh = !form.action.endsWith("update_function"), sent = {...more, code: text};
+    for (const key of ["module_name", "original_name", "version"]) sent[key] = fields[key].value;
+    if (fields.force.checked) sent.force = true;
+    const [status, found] = await post(form.action, sent), good = status === 200 || status === 201;
+    busy = false;
+    find("#anyway").hidden = !found.can_force;
+    find("#replace").hidden = find("#theirs").hidden = status !== 409 || !found.version;
+    fields.force.checked = false;
+    say(found.message || found.error, !good);
+    mark(good ? 0 : found.line || 0);
+    if (status === 409 && found.version) {
+      find("#replace").value = found.version;
+      find("#theirs").search = new URLSearchParams({module_name: sent.module_name, version: found.version});
+    }
+    if (!good) return;
+    saved = text;
+    store();
+    fields.version.value = found.version;
+    if (status === 201) {
+      saved = code.value;
+      location = "/function/edit_function?" + new URLSearchParams({module_name: found.module_name, done: "saved"});
+    }
   };
   code.addEventListener("keydown", event => {
+    const at = code.selectionStart;
     if (event.key === "Tab" && !event.ctrlKey && !event.altKey) {
       event.preventDefault();
-      if (event.shiftKey || code.selectionStart !== code.selectionEnd) indent(event.shiftKey);
-      else put(" ".repeat(4 - (code.selectionStart - lineStart()) % 4));
-    } else if (event.key === "Enter" && !event.isComposing) {
+      step(event.shiftKey);
+    } else if (event.key === "Backspace" && at === code.selectionEnd && !event.ctrlKey && !event.altKey) {
+      const before = code.value.slice(lineStart(), at);
+      if (!/^( {4})+$/.test(before)) return;
       event.preventDefault();
-      const before = code.value.slice(lineStart(), code.selectionStart);
-      put("\n" + before.match(/^\s*/)[0] + (/:\s*$/.test(before) ? "    " : ""));
+      code.setSelectionRange(at - 4, at);
+      document.execCommand("delete");
     } else if (event.key === "Escape") form.querySelector("button").focus();
-    number();
   });
+  code.addEventListener("beforeinput", event => {
+    many = code.selectionStart !== code.selectionEnd;
+    if (event.inputType !== "insertLineBreak" || event.isComposing) return;
+    event.preventDefault();
+    const before = code.value.slice(lineStart(), code.selectionStart), space = before.match(/^[ \t]*/)[0];
+    const ends = /^\s*(return|pass|break|continue|raise)\b/.test(before);
+    put("\n" + (/:\s*(#.*)?$/.test(before) ? space + "    " : ends ? space.replace(/(\t| {1,4})$/, "") : space));
+  });
+  code.addEventListener("input", event => {  // nothing that takes longer in a longer file, at an ordinary key
+    if (event.inputType !== "insertText" || many || !event.data || event.data.includes("\n")) count();
+    timer = timer || setTimeout(store, 1500);
+  });
+  code.addEventListener("scroll", draw);
+  for (const key of form.querySelectorAll("[data-key]")) {
+    key.addEventListener("click", () => { code.focus(); step(key.dataset.key === "outdent"); });
+  }
   document.addEventListener("keydown", event => {
     if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
     event.preventDefault();
-    form.requestSubmit();
+    if (form.reportValidity()) save();
   });
-  code.addEventListener("input", number);
-  code.addEventListener("scroll", () => { gutter.scrollTop = code.scrollTop; });
-  form.addEventListener("submit", () => { saved = code.value; });
-  addEventListener("beforeunload", event => { if (code.value !== saved) event.preventDefault(); });
-  number();
-  if (wrong) {
-    saved = "";
-    const at = code.value.split("\n").slice(0, wrong - 1).join("\n").length + (wrong > 1 ? 1 : 0);
-    code.focus();
-    code.setSelectionRange(at, at);
-    code.scrollTop = gutter.scrollTop = Math.max(0, (wrong - 5) * 21);
+  form.addEventListener("submit", event => {
+    event.preventDefault();
+    save(event.submitter && event.submitter.id === "replace" ? {replaces: event.submitter.value} : {});
+  });
+  addEventListener("resize", draw);
+  addEventListener("pagehide", store);
+  addEventListener("beforeunload", event => {
+    if (code.value === saved) return;
+    store();
+    event.preventDefault();
+    event.returnValue = "";
+  });
+  const left = recall(name());
+  if (left && left.code !== code.value) {
+    const [take, discard] = draft.querySelectorAll("button");
+    draft.hidden = false;
+    draft.querySelector("span").textContent = new Date(left.at).toLocaleString();
+    take.addEventListener("click", () => {
+      code.focus();
+      code.value = left.code;
+      fields.version.value = left.version;
+      draft.hidden = true;
+      count();
+      timer = timer || setTimeout(store, 1500);
+    });
+    discard.addEventListener("click", () => { draft.hidden = true; keep(name()); });
   }
+  count();
+  if (wrong) mark(wrong);
+}
+if (panel) {
+  const fields = panel.elements, outcome = find("#outcome");
+  const simple = ["method", "subpath", "query", "headers", "kind", "content"];
+  const key = () => "requests:" + code.form.elements.module_name.value;
+  const show = () => {
+    fields.content.parentNode.hidden = ["none", "file"].includes(fields.kind.value);
+    fields.file.parentNode.hidden = fields.kind.value !== "file";
+  };
+  const list = () => {
+    const past = recall(key()) || [];
+    find("#pasts").hidden = !past.length;
+    fields.past.replaceChildren(new Option(""), ...past.map((row, at) => new Option(
+      `${row.method} /${row.subpath}${row.query && "?" + row.query} ${row.content.slice(0, 40)}`, at)));
+  };
+  const packed = async kind => {
+    const types = {json: "application/json", form: "application/x-www-form-urlencoded", raw: "text/plain"};
+    const data = new FormData();
+    if (kind !== "file") return kind === "none" ? {} : {body: fields.content.value, type: types[kind]};
+    for (const file of fields.file.files) data.append("file", file);
+    const made = new Response(data), bytes = new Uint8Array(await made.arrayBuffer());
+    let text = "";
+    for (let at = 0; at < bytes.length; at += 8192) text += String.fromCharCode(...bytes.subarray(at, at + 8192));
+    return {body_base64: btoa(text), type: made.headers.get("content-type")};
+  };
+  const pretty = (found, type) => {
+    if (found.body_base64) return `${atob(found.body_base64).length} bytes, ${type}`;
+    try { return JSON.stringify(JSON.parse(found.body), null, 2); } catch { return found.body; }
+  };
+  panel.addEventListener("submit", async event => {
+    event.preventDefault();
+    const {type, ...body} = await packed(fields.kind.value);
+    const sent = {...body, module_name: code.form.elements.module_name.value};
+    for (const name of ["method", "subpath", "query"]) sent[name] = fields[name].value;
+    sent.headers = type ? {"Content-Type": type} : {};
+    for (const line of fields.headers.value.split("\n")) {
+      const at = line.indexOf(":");
+      if (at > 0) sent.headers[line.slice(0, at).trim()] = line.slice(at + 1).trim();
+    }
+    if (fields.which.value === "editor") sent.code = code.value;
+    const row = Object.fromEntries(simple.map(name => [name, fields[name].value])), button = panel.querySelector("button");
+    keep(key(), [row, ...(recall(key()) || []).filter(old => JSON.stringify(old) !== JSON.stringify(row))].slice(0, 8));
+    button.disabled = true;
+    outcome.textContent = "…";
+    const [status, found] = await post("/admin/try", sent), ran = status === 200;
+    const type_ = ran && (found.headers.find(pair => pair[0].toLowerCase() === "content-type") || [])[1] || "";
+    button.disabled = false;
+    outcome.textContent = ran ? [found.status, found.ms && found.ms + " ms"].filter(Boolean).join(" · ")
+      : found.message || found.error;
+    outcome.className = ran && found.status && found.status < 500 ? "good" : "bad";
+    const parts = ran ? {...found, body: pretty(found, type_)} : {headers: []};
+    parts.headers = parts.headers.map(pair => pair.join(": ")).join("\n");
+    for (const name of ["error", "body", "output", "headers"]) {
+      const box = find("#a_" + name);
+      box.textContent = parts[name] || "";
+      box.parentNode.hidden = !parts[name];
+    }
+    const image = find("#a_image"), shown = found.body_base64 && type_.startsWith("image/");
+    image.hidden = !shown;
+    if (shown) image.src = `data:${type_};base64,${found.body_base64}`;
+    list();
+  });
+  fields.past.addEventListener("change", () => {
+    const row = (recall(key()) || [])[fields.past.value];
+    for (const name of row ? simple : []) fields[name].value = row[name];
+    show();
+  });
+  fields.kind.addEventListener("change", show);
+  document.addEventListener("keydown", event => {
+    if ((event.ctrlKey || event.metaKey) && event.key === "Enter") panel.requestSubmit();
+  });
+  show();
+  list();
 }
 const live = document.querySelector("#live"), board = document.querySelector("#dashboard");
 if (live) {
@@ -5550,6 +5746,26 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "state": ("狀態", "State"), "tries": ("次數", "Runs"), "due": ("到期", "Due"), "error": ("錯誤", "Error"),
     "answer": ("回應", "Answer"),
     "waiting": ("等待中", "waiting"), "running": ("執行中", "running"), "done": ("完成", "done"), "dead": ("失敗", "dead"),
+    "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
+    "no_main": ("沒有 main(),所以只能被匯入。", "It has no main(), so it can only be imported."),
+    "unchecked": ("無法啟動檢查用的行程,所以沒有試載入。", "No process to load it in could be started, so it was not checked."),
+    "admin_only": ("這個名稱只有管理者能呼叫。", "Only the admin may call this name."),
+    "slow_load": ("載入超過一秒,每個行程的第一次呼叫都要等。",
+                  "Loading takes more than a second, and the first call of every process waits for it."),
+    "draft": ("這裡有沒存過的草稿:", "There is a draft that was never saved, of"), "take": ("取用草稿", "Take the draft"),
+    "replace": ("用我的文字取代", "Replace theirs with mine"), "theirs": ("看看新版本", "See theirs"),
+    "anyway": ("仍要儲存", "Save anyway"), "indent": ("縮排", "Indent"), "outdent": ("取消縮排", "Unindent"),
+    "offline": ("連不上伺服器,還沒有存;文字保留在這裡。",
+                "The server can't be reached. Nothing is saved; your text stays here."),
+    "keys": ("Tab 與 Shift+Tab 縮排,Ctrl+S 儲存,Ctrl+Enter 測試,Esc 離開編輯器。",
+             "Tab and Shift+Tab indent, Ctrl+S saves, Ctrl+Enter tries, Esc leaves the editor."),
+    "try": ("測試", "Try"), "past": ("之前的請求", "Earlier requests"), "method": ("方法", "Method"),
+    "unsaved": ("編輯器裡的", "in the editor"), "on_disk": ("已儲存的", "as saved"), "subpath": ("子路徑", "Subpath"),
+    "query": ("查詢字串", "Query"), "headers": ("標頭", "Headers"), "body": ("主體", "Body"), "no_body": ("無", "none"),
+    "form": ("表單", "form"), "raw": ("原文", "raw"), "file": ("檔案", "File"), "content": ("主體內容", "Content"),
+    "output": ("輸出", "Output"),
+    "ask_restore": ("要把「{}」還原成第 {} 版嗎?", "Make version {1} of “{0}” the newest again?"),
+    "rolled_back": ("失敗,已退回", "failed, rolled back"), "changes": ("與目前的差異", "Difference to the current one"),
     "retry": ("重試", "Retry"), "replay": ("重新執行", "Replay"), "discard": ("捨棄", "Discard"),
 }
 
@@ -5815,38 +6031,212 @@ def read_current(app: Any, name: str) -> tuple[bytes, int]:
     return source, app.functions.versions.remember(name, source, loaded=False)
 
 
-def store_code(app: Any, t: Texts, name: str, code: str) -> int:
-    """Write a function's file, if the code compiles; return the number of the version."""
-    path, source = app.functions.path(name), code.replace("\r\n", "\n").encode("utf-8", "surrogatepass")
+def python_command(call: str) -> list[str]:
+    """Return the command line that imports this file, as a module, and makes a call.
+
+    The file may have another name, or be a link's target; the module is fnserve all the same.
+    """
+    directory, name = os.path.split(os.path.realpath(__file__))
+    boot = (f"import sys; sys.path[0] = {directory!r}; import {name[:-3]} as found; sys.modules['fnserve'] = found;"
+            f" sys.exit(found.{call})")
+    return [sys.executable, *(["-B"] if sys.dont_write_bytecode else []), "-c", boot]
+
+
+LOAD_SECONDS, START_SECONDS, MOST_PRINTED = 5.0, 20.0, 1024 * 1024
+
+
+def try_out(app: Any, name: str, source: bytes, seconds: float, request: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+    """Load code in a process of its own, `request` makes a call of it; whatever the code does, only that process ends.
+
+    Returns what `try_in_child` found and "output", or "error" and "line" where the process did not live to tell; blank
+    where none can be started.
+    """
+    import tempfile
+    if not app.trials.acquire(timeout=seconds):
+        raise HTTPException(503, "There are trials enough under way", [("Retry-After", "5")])
+    job = {"name": name, "source": source.decode("utf-8", "surrogateescape"), "seconds": seconds, "request": request,
+           "options": app.settings.options, "directory": app.settings.directory}
+    app.config.current()  # os.environ is the child's too
+    try:
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as output:
+            given.write(json.dumps(job).encode())
+            given.seek(0)
+            status = run_child(given, answer, output, seconds + START_SECONDS)
+            answer.seek(0)
+            output.seek(0)
+            return read_trial(status, answer.read(), output.read(MOST_PRINTED), app.functions.path(name))
+    except OSError as error:
+        log.warning("%s: no process to try it in could be started: %s", name, error)
+        return {}
+    finally:
+        app.trials.release()
+
+
+def run_child(given: Any, answer: Any, output: Any, seconds: float) -> int:
+    """Run `try_in_child` between files, which unlike pipes nobody it leaves behind can hold open; return its status."""
+    import signal
+    import subprocess
+    if "python" not in os.path.basename(sys.executable or "").lower():  # uWSGI says that it is the interpreter
+        raise OSError("this Python does not know its own program")
+    process = subprocess.Popen(python_command("try_in_child()"), stdin=given, stdout=answer, stderr=output,
+                               start_new_session=True)
+    until = time.monotonic() + seconds
+    while process.poll() is None:
+        if time.monotonic() > until or os.fstat(output.fileno()).st_size > MOST_PRINTED:
+            process.kill()
+        time.sleep(.005)
+    with contextlib.suppress(OSError, AttributeError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it started ends with it
+    return process.returncode
+
+
+def read_trial(status: int, answer: bytes, output: bytes, path: str) -> dict[str, Any]:
+    """Make of a child's answer, or of its end without one, what `try_out` returns."""
+    import signal
+    text, crash = output.decode("utf-8", "replace"), None  # type: str, Optional[re.Match[str]]
+    if not answer:  # not even the blank that says it is there
+        raise OSError(text[-500:])
+    if answer.strip():
+        found = json.loads(answer)
+    else:
+        crash = re.search(r"^(Timeout \(|Fatal Python error)", text, re.M)  # what faulthandler writes
+        trace = "".join(line for line in text[crash.start():].splitlines(True) if __file__ not in line) if crash else ""
+        place = re.search(rf'File "{re.escape(path)}", line (\d+)', trace)
+        late, flood = trace.startswith("Timeout"), len(output) >= MOST_PRINTED
+        end = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        found = {"error": "it took too long" if late else "it printed too much" if flood else f"its process ended {end}",
+                 "trace": trace, "line": int(place[1]) if place else 0, "late": late}
+    printed = text[:crash.start()] if crash else text
+    dropped = len(printed) - OUTPUT_BYTES
+    return {**found, "output": printed[:OUTPUT_BYTES] + (f"\n... {dropped} more characters" if dropped > 0 else "")}
+
+
+def check_code(app: Any, t: Texts, name: str, source: bytes) -> dict[str, Any]:
+    """Load code on trial: what it would serve, and warnings; HTTPException 400 where it can't be served."""
+    found = try_out(app, name, source, LOAD_SECONDS)
+    error, line = found.pop("error", ""), found.pop("line", 0)
+    if not error and found and not found["entries"] and app.functions.versions.last_good(name):
+        error = t("no_main")
+    if error:
+        raise HTTPException(400, error, line=line, column=0, output=found["output"], can_force=True)
+    warnings = [t(key) for key, holds in (
+        ("unchecked", not found), ("no_main", found.get("entries") == []), ("admin_only", name in app.protected),
+        ("slow_load", found.get("ms", 0) > 1000)) if holds]
+    return {**UNCHECKED, **found, "warnings": warnings}
+
+
+def read_code(app: Any, t: Texts, name: str, code: str) -> bytes:
+    """Return the bytes of code that was sent; HTTPException 400 with line and column where it does not compile."""
+    source = code.replace("\r\n", "\n").encode("utf-8", "surrogatepass")
     if not source.strip():
         raise HTTPException(400, t("no_code"))
     try:
-        compile_source(source, path)
-        app.functions.save(name, source)
+        compile_source(source, app.functions.path(name))
     except LoadError as error:
         raise HTTPException(400, error.message, line=error.line, column=error.column) from None
+    return source
+
+
+def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str = "") -> int:
+    """Make `source` the file of a function, all at once whoever else saves; return the number of the version.
+
+    HTTPException 409 where it exists and is meant to be `fresh`, or where somebody has saved since the version `seen`.
+    """
+    path, versions = app.functions.path(name), app.functions.versions
+    try:
+        with app.store.write() as connection:
+            there = os.path.isfile(path)
+            if fresh and there:
+                raise HTTPException(409, t("exists"))
+            newest = versions.add(connection, name, read_source(path), False) if there else 0
+            stale = not fresh and seen not in ("", str(newest))
+            if not stale:
+                app.functions.save(name, source)
+                return versions.add(connection, name, source, loaded=False)
     except OSError as error:
         raise HTTPException(500, f"{path}: {error.strerror}") from None
-    return app.functions.versions.remember(name, source, loaded=False)
+    except sqlite3.Error as error:
+        raise HTTPException(503, f"The database can't be written to: {error}") from None
+    raise HTTPException(409, t("stale"), version=newest)
+
+
+UNCHECKED: dict[str, Any] = {"entries": [], "settings": {}, "output": "", "warnings": []}
+
+
+def describe_check(t: Texts, version: int, found: Mapping[str, Any]) -> str:
+    """Say in a few words what was saved and what it serves."""
+    entries, settings = (", ".join(map(str, found[key])) for key in ("entries", "settings"))
+    return " ".join([t("saved_as", version), *([t("serves", entries)] if entries else []),
+                     *([f"SETTINGS: {settings}."] if settings else []), *found["warnings"]])
+
+
+def field(label: str, name: str, control: str = "input", *children: Any, **attributes: Any) -> Markup:
+    """Make a labelled field of a form."""
+    return tag("div", tag("label", label, for_=name), tag(control, *children, id=name, name=name, **attributes))
 
 
 def editor_page(call: Call, name: str, code: str, original: Optional[str] = None, version: Any = "",
                 error: Optional[HTTPException] = None) -> Response:
     """Show the editor: of a new function where there is no `original`, with an error and the text that caused it."""
-    t = Texts(call)
-    line = error.body.get("line") if error else None
-    editor = tag("div", tag("pre", class_="gutter", aria_hidden="true"),
-                 tag("textarea", "\n" + code, class_="code", id="code", name="code", spellcheck="false", wrap="off",
-                     autocapitalize="off", data_line=line or None), class_="editor")
-    asked = tag("input", id="module_name", name="module_name", value=name, required=True, autocapitalize="off",
-                autofocus=not name, placeholder="hello")
+    t, wrong = Texts(call), error.body if error else {}
+    text = tag("textarea", "\n" + code, class_="code", id="code", name="code", spellcheck="false", wrap="off",
+               autocapitalize="off", autocomplete="off", aria_describedby="keys", data_line=wrong.get("line") or None)
+    news = tag("div", error_text(t, error) if error else None, id="news", class_="card note bad", role="status",
+               hidden=not error)
     shown = form("/function/save_function" if original is None else "/function/update_function",
-                 tag("label", t("name"), for_="module_name"), asked, tag("label", t("code"), for_="code"), editor,
-                 tag("p", tag("button", t("save")), link(t("cancel"), LIST, "button plain"), class_="row"),
+                 field(t("name"), "module_name", value=name, required=True, autocapitalize="off", autofocus=not name,
+                       placeholder="hello"), tag("label", t("code"), for_="code"),
+                 tag("div", tag("pre", class_="gutter", aria_hidden="true"), text, class_="editor"), news,
+                 editor_buttons(t, name, wrong), tag("p", t("keys"), id="keys", class_="soft"),
                  function_links(t, original) if original else None, original_name=original or "", version=version)
-    return page(call, t("add" if original is None else "edit"),
-                note((t("line", line) + ": " if line else "") + error.description, "bad") if error else None,
-                tag("div", shown, class_="card"), status=error.code if error else 200)
+    return page(call, t("add" if original is None else "edit"), offer_draft(t), tag(
+        "div", tag("div", shown, class_="card"), try_panel(t), class_="beside", id="edit", data_offline=t("offline")),
+        status=error.code if error else 200)
+
+
+def editor_buttons(t: Texts, name: str, wrong: Mapping[str, Any]) -> Markup:
+    """Make the buttons below the code; those that only an error calls for are hidden, for the script to show."""
+    theirs = wrong.get("version")
+    see = tag("a", t("theirs"), id="theirs", class_="button plain", target="_blank", hidden=not theirs,
+              href=f"/admin/versions?module_name={quote(name)}&version={theirs}")
+    replaces = tag("button", t("replace"), class_="danger", id="replace", name="replaces", value=theirs, hidden=not theirs)
+    anyway = tag("label", tag("input", type="checkbox", name="force", value="1"), " ", t("anyway"), id="anyway",
+                 hidden=not wrong.get("can_force"))
+    steps = (tag("button", sign, type="button", class_="plain", data_key=key, aria_label=t(key), title=t(key))
+             for key, sign in (("outdent", "⇤"), ("indent", "⇥")))
+    return tag("p", tag("button", t("save")), anyway, see, replaces, *steps, link(t("cancel"), LIST, "button plain"),
+               class_="row")
+
+
+def offer_draft(t: Texts) -> Markup:
+    """Make the note that offers what was typed and never saved; the script fills and shows it."""
+    choose = (tag("button", t("take"), type="button"), tag("button", t("discard"), type="button", class_="plain"))
+    return tag("div", t("draft"), " ", tag("span"), tag("p", *choose, class_="row"), id="draft", class_="card note",
+               hidden=True)
+
+
+def error_text(t: Texts, error: HTTPException) -> str:
+    """Say what kept code from being saved, and where."""
+    line = error.body.get("line")
+    return (t("line", line) + ": " if line else "") + str(error.description)
+
+
+def try_panel(t: Texts) -> Markup:
+    """Make the form beside the editor that calls the function; the script sends it to /admin/try."""
+    def select(label: str, name: str, **values: str) -> Markup:
+        return field(label, name, "select", *(tag("option", text, value=value) for value, text in values.items()))
+    shown = (tag("div", tag("h3", t(label)), tag("pre", id="a_" + key, tabindex="0", aria_label=t(label)), hidden=True)
+             for key, label in (("error", "error"), ("body", "body"), ("output", "output"), ("headers", "headers")))
+    return tag(
+        "form", tag("h2", t("try")), tag("div", select(t("past"), "past"), id="pasts", hidden=True),
+        tag("div", select(t("method"), "method", **dict(zip(METHODS, METHODS))),
+            select(t("code"), "which", editor=t("unsaved"), saved=t("on_disk")), class_="row"),
+        field(t("subpath"), "subpath", autocapitalize="off"), field(t("query"), "query", placeholder="name=Tony&n=1"),
+        field(t("headers"), "headers", "textarea", rows="2", placeholder="X-Name: value", spellcheck="false"),
+        select(t("body"), "kind", none=t("no_body"), json="JSON", form=t("form"), raw=t("raw"), file=t("file")),
+        field(t("content"), "content", "textarea", rows="4", spellcheck="false"), field(t("file"), "file", type="file"),
+        tag("p", tag("button", t("run")), " ", tag("span", id="outcome", role="status")),
+        tag("img", id="a_image", alt=t("body"), hidden=True), *shown, id="try", class_="card")
 
 
 def view_add(app: Any, call: Call) -> Response:
@@ -5857,32 +6247,58 @@ def view_add(app: Any, call: Call) -> Response:
 def view_save(app: Any, call: Call) -> Response:
     """/function/save_function, update_function : makes or changes module_name; a new one where original_name differs."""
     t, sent = Texts(call), fields(call)
-    name, code, seen = text_field(sent, "module_name").strip(), text_field(sent, "code"), str(sent.get("version") or "")
+    name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
+    seen = str(sent.get("replaces") or sent.get("version") or "")
     original = (text_field(sent, "original_name") or name) if call.request.path == "/function/update_function" else None
     try:
         if name != original and (not valid_name(name) or name in app.reserved):
             raise HTTPException(400, t("bad_name"))
-        if name != original and os.path.exists(app.functions.path(name)):
-            raise HTTPException(409, t("exists"))
-        if name == original and str(read_current(app, name)[1]) != seen and seen:
-            raise HTTPException(409, t("stale"))
-        version = store_code(app, t, name, code)
+        if name == original:
+            read_current(app, name)
+        source = read_code(app, t, name, code)
+        found = UNCHECKED if sent.get("force") else check_code(app, t, name, source)
+        version = swap_in(app, t, name, source, name != original, seen)
     except HTTPException as error:
         if wants_json(call):
-            return as_json({"line": 0, "column": 0, **error.body, "request_id": call.id}, error.code)
+            return as_json({"line": 0, "column": 0, **error.body, "message": error_text(t, error),
+                            "request_id": call.id}, error.code)
         return editor_page(call, name, code, original, seen, error)
-    url = LIST + "?" if original is None else f"/function/edit_function?module_name={quote(name)}&"
-    return done(call, "saved", url + "done=saved", 201 if name != original else 200, module_name=name, version=version)
+    return done(call, describe_check(t, version, found), f"/function/edit_function?module_name={quote(name)}&done=saved",
+                201 if name != original else 200, module_name=name, version=version, check=found)
+
+
+def view_try(app: Any, call: Call) -> Response:
+    """/admin/try : POST {module_name, [code,] method, subpath, query, headers, body or body_base64} calls code on trial."""
+    sent = fields(call)
+    name, method = text_field(sent, "module_name").strip() or "untitled", text_field(sent, "method") or "GET"
+    headers, body = sent.get("headers") or {}, text_field(sent, "body").encode("utf-8", "surrogatepass")
+    if not valid_name(name):
+        raise HTTPException(400, Texts(call)("bad_name"))
+    if not isinstance(headers, dict) or method not in METHODS:
+        raise HTTPException(400, "headers must be an object, method one of " + ", ".join(METHODS))
+    source = text_field(sent, "code").encode("utf-8", "surrogatepass") if "code" in sent else read_current(app, name)[0]
+    try:
+        body = a2b_base64(text_field(sent, "body_base64")) or body
+    except ValueError as error:
+        raise HTTPException(400, f"body_base64: {error}") from None
+    found = try_out(app, name, source, app.settings.TIMEOUT, {
+        "method": method, "subpath": text_field(sent, "subpath"), "query": text_field(sent, "query"), "headers": headers,
+        "host": call.request.host, "body": b2a_base64(body, newline=False).decode()})
+    if not found:
+        raise HTTPException(503, Texts(call)("unchecked"))
+    trace, late = found.pop("trace", ""), found.pop("late", False)
+    found["error"] = "\n".join(filter(None, (found.get("error"), trace)))
+    return as_json({"status": 504 if late else None, "headers": [], "body": "", "ms": 0, "line": 0, **found})
 
 
 def view_edit(app: Any, call: Call) -> Response:
     """/function/edit_function?module_name= : the code and its version."""
     name = call.request.args.get("module_name", "")
     source, version = read_current(app, name)
-    code = source.decode("utf-8", "replace")
+    code, reason = source.decode("utf-8", "replace"), app.functions.versions.broken().get(name)
     if wants_json(call):
         return as_json({"module_name": name, "code": code, "version": version})
-    return editor_page(call, name, code, name, version)
+    return editor_page(call, name, code, name, version, HTTPException(200, reason) if reason else None)
 
 
 def ask(call: Call, title: str, text: str, **hidden: str) -> Response:
@@ -5987,54 +6403,78 @@ def read_version(app: Any, name: str, version: int) -> bytes:
     return bytes(rows[0][0])
 
 
-def restore_form(t: Texts, name: str, version: int) -> Markup:
-    """Make the button that restores a version."""
-    return form("/admin/restore", tag("button", t("restore"), class_="plain"), module_name=name, version=version)
-
-
 def view_versions(app: Any, call: Call) -> Response:
     """/admin/versions?module_name=[&version=] : what was saved, the newest first."""
     if "version" in call.request.args:
         return view_version(app, call)
     t, name = Texts(call), call.request.args["module_name"]
-    rows = [dict(zip(("version", "saved_at", "size", "current"), row)) for row in app.store.read(
-        "SELECT version, saved_at, length(source), 0 FROM fn_versions WHERE func_name = ? ORDER BY version DESC", name)]
     now = read_source(app.functions.path(name)) if valid_name(name) and os.path.isfile(app.functions.path(name)) else None
-    for row in rows:
-        row["current"] = now is not None and row is rows[0] and now == read_version(app, name, row["version"])
+    rows = [{"version": version, "saved_at": moment, "size": size, "current": False, "rolled_back": loaded < 0}
+            for version, moment, size, loaded in app.store.read(
+                "SELECT version, saved_at, length(source), loaded FROM fn_versions WHERE func_name = ?"
+                " ORDER BY version DESC", name)]
+    for row in rows[:1]:
+        row["current"] = now == read_version(app, name, row["version"])
     if wants_json(call):
         return as_json({"versions": rows})
-    columns = {"version": None, "time": None, "size": "n", "status": None}
-    return page(call, f"{t('versions')}: {name}", table(t, columns, "no_versions", ((
+    columns = {"version": None, "time": None, "size": "n", "status": None, "": None}
+    shown = table(t, columns, "no_versions", ((
         link(f"#{row['version']}", "/admin/versions", module_name=name, version=row["version"]), local_time(row["saved_at"]),
-        row["size"], t("current") if row["current"] else restore_form(t, name, row["version"])) for row in rows)))
+        row["size"], tag("span", t("current"), class_="good") if row["current"] else
+        tag("span", t("rolled_back"), class_="bad") if row["rolled_back"] else "",
+        None if row["current"] else link(t("restore"), "/admin/restore", "button plain", module_name=name,
+                                         version=row["version"])) for row in rows))
+    return page(call, f"{t('versions')}: {name}", tag("p", link(
+        t("edit"), "/function/edit_function", "button", module_name=name)) if now is not None else None, shown)
 
 
 def view_version(app: Any, call: Call) -> Response:
-    """Show one version, and its difference to the one before."""
-    import difflib  # only on this page
+    """Show one version, its difference to the one before and to what is current."""
     t, name, number = Texts(call), call.request.args["module_name"], call.request.args.get("version", 0, type=whole(0, 1 << 53))
     code = read_version(app, name, number).decode("utf-8", "replace")
     if wants_json(call):
         return as_json({"module_name": name, "version": number, "code": code})
-    rows = app.store.read("SELECT source FROM fn_versions WHERE func_name = ? AND version < ? ORDER BY version DESC LIMIT 1",
-                          name, number)
-    old = bytes(rows[0][0]).decode("utf-8", "replace") if rows else ""
-    diff = "\n".join(difflib.unified_diff(old.splitlines(), code.splitlines(), lineterm="", n=3))
-    return page(call, f"{name} #{number}", restore_form(t, name, number),
-                tag("div", tag("div", t("diff"), class_="soft"), tag("pre", diff), tag("pre", code), class_="card"))
+    others = app.store.read(
+        "SELECT source FROM fn_versions WHERE func_name = ?1 AND version IN ((SELECT max(version) FROM fn_versions WHERE"
+        " func_name = ?1 AND version < ?2), (SELECT max(version) FROM fn_versions WHERE func_name = ?1)) ORDER BY version",
+        name, number)
+    before, newest = (bytes(others[at][0]).decode("utf-8", "replace") for at in (0, -1))
+    if len(others) == 1:  # it is the first, or the only one
+        before = ""
+    links = tag("p", link(t("versions"), "/admin/versions", "button plain", module_name=name),
+                None if newest == code else link(t("restore"), "/admin/restore", "button", module_name=name, version=number),
+                class_="row")
+    return page(call, f"{name} #{number}", links, show_diff(t("diff"), before, code), None if newest == code else show_diff(
+        t("changes"), code, newest), tag("div", tag("h2", t("code")), tag("pre", code, tabindex="0"), class_="card"))
+
+
+def show_diff(title: str, old: str, new: str) -> Markup:
+    """Show what has changed, line by line, with three lines around it."""
+    import difflib  # only on this page
+    lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=3))[2:]
+    kinds = {"+": "ins", "-": "del", "@": "b"}
+    shown = (tag(kinds.get(line[0], "span"), line + ("" if line[0] in "+-" else "\n")) for line in lines)
+    return tag("div", tag("h2", title), tag("pre", *shown, tabindex="0"), class_="card")
 
 
 def view_restore(app: Any, call: Call) -> Response:
-    """/admin/restore : makes an old version the file again; it becomes the newest version."""
-    sent = fields(call)
+    """/admin/restore : GET asks, POST makes an old version the file again, checked as a save is; it becomes the newest."""
+    t, sent = Texts(call), fields(call)
     name, number = text_field(sent, "module_name"), str(sent.get("version", ""))
     if not valid_name(name) or not re.fullmatch(r"\d{1,15}", number, re.A):
         raise HTTPException(400, "module_name and version are needed")
-    source = read_version(app, name, int(number))
-    app.functions.save(name, source)
-    version = app.functions.versions.remember(name, source, loaded=False)
-    return done(call, "restored", LIST + "?done=restored", module_name=name, version=version)
+    source, title = read_version(app, name, int(number)), t("ask_restore", name, number)
+    if call.request.method == "GET":
+        return ask(call, t("restore"), title, module_name=name, version=number)
+    try:
+        found = UNCHECKED if sent.get("force") else check_code(app, t, name, source)
+    except HTTPException as error:
+        if wants_json(call):
+            raise
+        return ask(call, t("anyway"), f"{error_text(t, error)} {title}", module_name=name, version=number, force="1")
+    version = swap_in(app, t, name, source, False)
+    return done(call, describe_check(t, version, found), f"/admin/versions?module_name={quote(name)}&done=restored",
+                module_name=name, version=version, check=found)
 
 
 def view_health(app: Any, call: Call) -> Response:
@@ -6621,7 +7061,7 @@ ROUTES = {
     "/function/edit_function": Route(view_edit), "/function/update_function": Route(view_save, True, POST),
     "/function/delete_function": Route(view_delete, True, (*GET_POST, "DELETE")), "/admin/logs": Route(view_logs),
     "/function/clear_stats": Route(view_clear, True, GET_POST), "/admin/versions": Route(view_versions),
-    "/admin/restore": Route(view_restore, True, POST),
+    "/admin/restore": Route(view_restore, True, GET_POST), "/admin/try": Route(view_try, True, POST),
 }
 
 # == 17 APP ===============================================================
@@ -6678,7 +7118,7 @@ class App:
             current_call.reset(token)
         return body
 
-    def start(self) -> None:
+    def start(self, background: bool = True) -> None:
         """Prepare this process: imports under functions/, captured output, the background loop."""
         with self._starting:
             if self._started == os.getpid():
@@ -6688,7 +7128,8 @@ class App:
             self.functions.install()
             self.config.current()
             capture_output(self.settings)
-            self.background.start()
+            if background:
+                self.background.start()
             self._started = os.getpid()
 
     def is_admins(self, name: str, value: str) -> bool:
@@ -6900,6 +7341,70 @@ class Background:
             return False
         self._handle = handle
         return True
+
+
+def try_in_child() -> None:
+    """Be the child of `try_out`: load code, call it where a request is given, write what became of it, and end."""
+    import faulthandler
+    answer = os.dup(1)
+    os.dup2(2, 1)  # whatever prints, at whatever level, prints into the output
+    os.write(answer, b"\n")
+    job = json.load(sys.stdin)
+    bound_memory()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    app = App(Settings(job["options"], job["directory"]))
+    app.start(background=False)
+    app.runner.stopping = True  # what is queued here is run by the others
+    setattr(app.journal, "append", lambda record: None)
+    log.handlers[:] = [logging.NullHandler()]
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(LOAD_SECONDS, exit=True)
+    found: dict[str, Any] = {}
+    try:
+        began, source = time.perf_counter(), job["source"].encode("utf-8", "surrogateescape")
+        code = app.functions.pretend(job["name"], source)
+        found = {"entries": [entry.function.__name__ for entry in code.entries.values()],
+                 "settings": dict(getattr(code.module, "SETTINGS", {})), "ms": (time.perf_counter() - began) * 1e3}
+        if job["request"]:
+            faulthandler.dump_traceback_later(min(job["seconds"], code.settings.timeout or job["seconds"]), exit=True)
+            found = call_on_trial(app, job["name"], code, job["request"])
+    except LoadError as error:
+        found = {"status": 500, "error": error.trace or error.message if job["request"] else error.message, "line": error.line}
+    sys.stdout.flush()
+    os.write(answer, json.dumps(found, default=repr).encode())
+    os._exit(0)  # threads that the code has started end here
+
+
+def call_on_trial(app: App, name: str, code: Code, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the call of a trial: as the command line does, so that neither a signature nor a login is asked for."""
+    run, subpath = Run("cli"), request["subpath"].lstrip("/")
+    path = f"/function/{name}/{subpath}" if subpath else f"/function/{name}"
+    headers = {"Host": request["host"], **{key: str(value).encode().decode("latin-1")
+                                           for key, value in request["headers"].items()}}
+    if code.settings.auth in ("login", "token") or name in app.protected:
+        headers.setdefault("Authorization", f"Bearer {app.settings.SECRET_TOKEN}")
+    client, began = Client(lambda environ, start: app({**environ, "fnserve.run": run}, start)), time.perf_counter()
+    environ = client._environ(quote(path), request["method"], None, a2b_base64(request["body"]), headers)
+    query = quote(request["query"], safe="=&%+/?:@!$'()*,;-._~")
+    try:
+        response = client.run({**environ, "QUERY_STRING": query}, ANSWER_BYTES)
+    except Exception as error:  # a stream that broke
+        response = Response(f"{type(error).__name__}: {error}", 500)
+    taken, failed = (time.perf_counter() - began) * 1e3, run.call.failed if run.call else None
+    line = describe_failure(failed, app.functions.path(name)).line if failed else 0
+    return {"status": response.code, "headers": list(response.headers), "ms": round(taken, 1), "line": line,
+            "error": run.call.error if run.call else "", **shown_body("body", response.get_data()[:ANSWER_BYTES])}
+
+
+def bound_memory() -> None:
+    """Let this process have half of the machine's memory, and be the first to go where that runs out."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
 
 
 def prepare(directory: str = ".", **options: Any) -> App:
@@ -7800,14 +8305,8 @@ def serve_from_module() -> None:
 
 
 def import_command() -> list[str]:
-    """Return the command line that serves from the imported module, whose compiled form Python keeps in __pycache__.
-
-    The file may have another name, or be a link's target; the module is fnserve all the same.
-    """
-    directory, name = os.path.split(os.path.realpath(__file__))
-    boot = (f"import sys; sys.path[0] = {directory!r}; import {name[:-3]} as found; sys.modules['fnserve'] = found;"
-            " sys.exit(found.main())")
-    return [sys.executable, *(["-B"] if sys.dont_write_bytecode else []), "-c", boot, *sys.argv[1:]]
+    """Return the command line that serves from the imported module, whose compiled form Python keeps in __pycache__."""
+    return [*python_command("main()"), *sys.argv[1:]]
 
 
 def main(argv: Optional[list[str]] = None) -> int:

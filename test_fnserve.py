@@ -1124,6 +1124,67 @@ class SettingsOfFunctionsTest(Case):
         self.assertEqual(self.call(app, "POST", "/function/f", data=b"x" * 11).status_code, 413)
 
 
+class GuardTest(Case):
+    GOOD, BAD = "SETTINGS = {'guard': True}\ndef main(request): return 'good'", "SETTINGS = {'guard': True}\ndef main(request): 1/0"
+
+    def calls(self, app, count: int, name: str = "f") -> list[int]:
+        statuses = []
+        for _ in range(count):
+            self.clock.now += 1
+            statuses.append(self.call(app, "GET", "/function/" + name).status_code)
+        self.clock.now += 1
+        return statuses
+
+    def test_a_version_that_fails_its_first_calls_is_taken_back(self):
+        path = self.write("f", self.GOOD)
+        app = self.make_app()
+        other = fnserve.App(app.settings, self.clock)  # another worker
+        self.calls(app, 3)
+        self.write("f", self.BAD)
+        self.assertEqual(self.calls(app, 2) + self.calls(other, 3), [500] * 5)  # counted over all workers
+        self.assertEqual(path.read_text(), self.GOOD)
+        self.assertEqual((self.calls(app, 2), self.calls(other, 1)), ([200, 200], [200]))
+        self.assertIn("version 2 failed 5 of its first 5 calls; version 1 serves again", (self.dir / "serverless_error.log").read_text())
+        admin = self.admin(app)
+        row = admin.get("/function/list_functions").json["functions"][0]
+        self.assertEqual(row["status"], "broken")
+        self.assertIn("version 2 failed its first calls", row["reason"])
+        rows = admin.get("/admin/versions?module_name=f").json["versions"]
+        self.assertEqual([(row["version"], row["rolled_back"], row["current"]) for row in rows],
+                         [(3, False, True), (2, True, False), (1, False, False)])
+        html = fnserve.Client(app, headers={"Authorization": "Bearer " + TOKEN, "Accept": "text/html"})
+        self.assertIn("failed its first calls", html.get("/function/edit_function?module_name=f").text)
+        self.write("f", self.GOOD + "  # mended")
+        self.calls(app, 1)
+        self.assertEqual(admin.get("/function/list_functions").json["functions"][0]["status"], "fine")
+        self.write("f", self.BAD + "  # again")  # and that soon after, though the calls before it include failures
+        self.assertEqual(self.calls(app, 6), [500] * 5 + [200])
+
+    def test_what_is_left_alone(self):
+        for what, before, after, old, new in (
+                ("not asked for", "def main(request): return 'x'", "def main(request): 1/0", 3, 8),
+                ("it failed before too", self.BAD, self.BAD + "  # 2", 4, 8),
+                ("half of its calls fail", self.GOOD, "SETTINGS = {'guard': True}\nn = 0\ndef main(request):\n    global n\n"
+                 "    n += 1\n    return 'x', 200 if n % 2 else 500", 3, 12),
+                ("refusals are no failures", self.GOOD, "from flask import abort\nSETTINGS = {'guard': True}\n"
+                 "def main(request): abort(400)", 3, 8),
+                ("it is proven", self.GOOD, "SETTINGS = {'guard': True}\nn = 0\ndef main(request):\n    global n\n"
+                 "    n += 1\n    return 'x', 200 if n < 21 else 500", 3, 60),
+                ("the first version", None, self.BAD, 0, 8)):
+            with self.subTest(what):
+                shutil.rmtree(self.dir / "journal", ignore_errors=True)
+                for path in self.dir.glob("serverless.db*"):
+                    path.unlink()
+                if before:
+                    self.write("f", before)
+                app = self.make_app()
+                self.calls(app, old)
+                path = self.write("f", after)
+                self.calls(app, new)
+                self.assertEqual(path.read_text(), after)
+                path.unlink()
+
+
 class HooksTest(Case):
     def test_hooks(self):
         self.write("_hooks", "seen = []\ndef on_start(): seen.append('start')\n"
@@ -3011,6 +3072,168 @@ class AdminTest(Case):
             self.assertEqual(len([text for text in texts if text]), 2, key)
 
 
+class CheckTest(Case):
+    """What a save does before the new code serves, and calls on trial."""
+
+    GOOD = "def main(request): return 'good'\n"
+
+    def save(self, app, code: str, page: str = "update_function", **more: object):
+        return self.admin(app).post("/function/" + page, json={"module_name": "f", "code": code, **more})
+
+    def test_code_that_can_not_serve_is_not_saved(self):
+        path = self.write("f", self.GOOD)
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f").data, b"good")
+        seconds, fnserve.LOAD_SECONDS = fnserve.LOAD_SECONDS, 5.0
+        self.addCleanup(setattr, fnserve, "LOAD_SECONDS", seconds)
+        for code, line, reason in (
+                ("import sys\nsys.exit(3)\n" + self.GOOD, 2, "SystemExit"), ("import os\nos._exit(3)\n" + self.GOOD, 0, "status 3"),
+                ("import ctypes\nctypes.string_at(0)\n" + self.GOOD, 2, "SIGSEGV"), ("1/0\n" + self.GOOD, 1, "ZeroDivisionError"),
+                ("x = 1\nwhile True: pass\n" + self.GOOD, 2, "too long"), ("x = bytearray(1 << 60)\n" + self.GOOD, 1, "MemoryError"),
+                ("while True: print('x' * 10000)\n" + self.GOOD, 0, "printed too much"), ("x = 1\n", 0, "main()"),
+                ("SETTINGS = {'metods': 1}\n" + self.GOOD, 0, "metods"), ("import nowhere_to_be_found\n" + self.GOOD, 1, "nowhere")):
+            with self.subTest(code):
+                answer = self.save(app, code)
+                self.assertEqual((answer.status_code, answer.json["line"], answer.json["can_force"]), (400, line, True))
+                self.assertIn(reason, answer.json["error"])
+                self.assertEqual(path.read_text(), self.GOOD)
+                self.assertEqual(self.call(app, "GET", "/function/f").data, b"good")
+
+    def test_what_is_saved_all_the_same(self):
+        path = self.write("f", self.GOOD)
+        app = self.make_app()
+        self.call(app, "GET", "/function/f")
+        self.assertEqual(self.save(app, "1/0\n" + self.GOOD, force=True).status_code, 200)
+        self.assertTrue(path.read_text().startswith("1/0"))
+        self.assertEqual(self.call(app, "GET", "/function/f").data, b"good")  # the last good version serves
+        self.assertEqual(self.save(app, "def main(", force=True).status_code, 400)  # but never what isn't Python
+        html = fnserve.Client(app, headers={"Authorization": "Bearer " + TOKEN, "Accept": "text/html", "Accept-Language": "en"})
+        page = html.post("/function/update_function", data={"module_name": "f", "code": "1/0 # <b>"})
+        self.assertEqual(page.status_code, 400)
+        self.assertIn("1/0 # &lt;b&gt;", page.text)
+        self.assertRegex(page.text, '<label id="anyway"><input type="checkbox" name="force"')
+        page = html.post("/function/update_function", data={"module_name": "f", "code": "1/0 # <b>", "force": "1"})
+        self.assertEqual((page.status_code, path.read_text()), (303, "1/0 # <b>"))
+
+    def test_what_it_tells(self):
+        app = self.make_app()
+        code = "import os, subprocess\nprint('loaded')\nsubprocess.Popen(['sleep', '60'])\nopen('made', 'w').write(os.environ['KEY'])\n" \
+               "SETTINGS = {'methods': ['GET']}\n" + self.GOOD
+        (self.dir / ".env").write_text("KEY=value\n")
+        answer = self.save(app, code, "save_function")
+        self.assertEqual(answer.status_code, 201)
+        check = answer.json["check"]
+        self.assertEqual((check["entries"], check["settings"], check["output"], check["warnings"]),
+                         (["main"], {"methods": ["GET"]}, "loaded\n", []))
+        self.assertEqual((self.dir / "made").read_text(), "value")  # the working directory and .env are the function's
+        self.assertEqual(self.admin(app).post("/function/save_function", json={"module_name": "helper", "code": "x = 1\n"})
+                         .json["check"]["warnings"], [fnserve.TEXTS["no_main"][0]])
+        self.assertEqual(self.admin(app).post("/function/save_function", json={"module_name": "view_table", "code": self.GOOD})
+                         .json["check"]["warnings"], [fnserve.TEXTS["admin_only"][0]])
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {})
+
+    def test_without_a_process(self):
+        app = self.make_app()
+        program, sys.executable = sys.executable, "/usr/bin/uwsgi"
+        self.addCleanup(setattr, sys, "executable", program)
+        answer = self.save(app, self.GOOD, "save_function")
+        self.assertEqual((answer.status_code, answer.json["check"]["warnings"]), (201, [fnserve.TEXTS["unchecked"][0]]))
+        self.assertEqual(self.admin(app).post("/admin/try", json={"module_name": "f"}).status_code, 503)
+
+    def test_hooks_do_not_run(self):
+        self.write("_hooks", "def on_start(): open('started', 'w')")
+        app = self.make_app()
+        self.assertEqual(self.save(app, self.GOOD, "save_function").status_code, 201)
+        self.assertFalse((self.dir / "started").exists())
+
+    def test_two_saves_at_once(self):
+        self.write("f", self.GOOD)
+        app = self.make_app()
+        other = fnserve.App(app.settings, self.clock)
+        version = self.admin(app).get("/function/edit_function?module_name=f").json["version"]
+        answers = []
+
+        def save(worker, text: str) -> None:
+            client = fnserve.Client(worker, headers={"Authorization": "Bearer " + TOKEN})
+            answers.append(client.post("/function/update_function", json={
+                "module_name": "f", "code": f"# {text}\n" + self.GOOD, "version": version, "force": True}))
+        threads = [threading.Thread(target=save, args=(worker, text)) for text, worker in (("a", app), ("b", other))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(answer.status_code for answer in answers), [200, 409])
+        told = next(answer for answer in answers if answer.status_code == 409)
+        self.assertEqual(told.json["version"], version + 1)
+        self.assertEqual(self.save(app, "# c\n" + self.GOOD, version=version, replaces=version + 1).status_code, 200)
+        other.store.close()
+
+    def test_restore_is_checked(self):
+        path = self.write("f", self.GOOD)
+        app = self.make_app()
+        self.call(app, "GET", "/function/f")
+        self.save(app, "1/0\n", force=True)
+        self.save(app, self.GOOD + "# 3\n")
+        admin = self.admin(app)
+        sent = {"module_name": "f", "version": 2}
+        self.assertEqual(admin.post("/admin/restore", json=sent).status_code, 400)
+        self.assertEqual(path.read_text(), self.GOOD + "# 3\n")
+        html = fnserve.Client(app, headers={"Authorization": "Bearer " + TOKEN, "Accept": "text/html", "Accept-Language": "en"})
+        self.assertIn("Make version 1 of “f” the newest again?", html.get("/admin/restore?module_name=f&version=1").text)
+        self.assertIn('name="force"', html.post("/admin/restore", data=sent).text)
+        self.assertEqual(admin.post("/admin/restore", json={**sent, "force": True}).status_code, 200)
+        self.assertEqual(path.read_text(), "1/0\n")
+        self.assertEqual(html.post("/admin/restore", data={"module_name": "f", "version": 1}).status_code, 303)
+        self.assertEqual(path.read_text(), self.GOOD)
+        diff = html.get("/admin/versions?module_name=f&version=3").text
+        self.assertIn("<ins>+# 3</ins>", diff)
+        self.assertIn("<del>-# 3</del>", diff)  # what is current lacks it
+
+    def attempt(self, app, **sent: object):
+        return self.admin(app).post("/admin/try", json={"module_name": "f", **sent})
+
+    def test_calls_on_trial(self):
+        self.write("f", "import os\ndef main(request):\n    print('seen', request.headers.get('X-A'))\n    return {'m': request.method, 's':"
+                   " request.view_args['subpath'], 'q': request.args, 'b': request.get_data(as_text=True), 'p': os.getpid()}")
+        self.write("_hooks", "def after_request(request, response):\n    response.headers['X-Hook'] = 'yes'\n    return response")
+        app = self.make_app()
+        found = self.attempt(app, method="POST", subpath="a/ b", query="n=1&q=漢%20", headers={"X-A": "b"}, body="漢").json
+        body = json.loads(found["body"])
+        self.assertNotEqual(body.pop("p"), os.getpid())
+        self.assertEqual(body, {"m": "POST", "s": "a/ b", "q": {"n": "1", "q": "漢 "}, "b": "漢"})
+        self.assertEqual((found["status"], found["output"], found["error"]), (200, "seen b\n", ""))
+        self.assertIn(["X-Hook", "yes"], found["headers"])
+        self.assertGreater(found["ms"], 0)
+        found = self.attempt(app, module_name="new", code="def main(request):\n    print('p')\n    return 1/0").json
+        self.assertEqual((found["status"], found["output"], found["line"]), (500, "p\n", 3))
+        self.assertIn("ZeroDivisionError", found["error"])
+        found = self.attempt(app, code="SETTINGS = {'auth': 'token', 'verify': 'github', 'async': True}\ndef main(request): return bytes([255])").json
+        self.assertEqual((found["status"], found["body_base64"]), (200, "/w=="))
+        found = self.attempt(app, code="def main(request):\n    return request.files['file'].read()", method="POST",
+                             body_base64=fnserve.b2a_base64(b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nhi\r\n--x--\r\n')
+                             .decode(), headers={"Content-Type": "multipart/form-data; boundary=x"}).json
+        self.assertEqual(found["body"], "hi")
+        self.assertEqual(self.attempt(app, code="def main(").json["status"], 500)
+        self.assertEqual(self.attempt(app, code="import os\ndef main(request):\n    print('bye')\n    os._exit(4)").json["output"], "bye\n")
+        found = self.attempt(app, code="SETTINGS = {'timeout': .5}\ndef main(request):\n    while True: pass").json
+        self.assertEqual((found["status"], found["line"]), (504, 3))
+        self.assertEqual([self.attempt(app, **sent).status_code for sent in (
+            {"module_name": "../x"}, {"module_name": "nope"}, {"headers": [1]}, {"method": "BREW"}, {"code": 1}, {"body_base64": "x"})],
+            [400, 404, 400, 400, 400, 400])
+        found = self.attempt(app, code="def main(request):\n    def parts():\n        yield request.headers['X-A']\n        1/0\n    return parts()",
+                             headers={"X-A": "漢"}).json
+        self.assertEqual(found["status"], 500)
+        self.assertIn("ZeroDivisionError", found["error"])
+        self.assertEqual(self.call(app, "POST", "/admin/try", json={"module_name": "f"}).status_code, 401)
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {})  # a trial is no call
+
+    def test_a_trial_may_queue(self):
+        self.write("f", "def main(request): return 'x'")
+        app = self.make_app()
+        self.assertEqual(self.attempt(app, code="from fnserve import enqueue\ndef main(request): return enqueue('f')").json["status"], 200)
+        self.assertEqual([row["state"] for row in self.admin(app).get("/admin/queue").json["calls"]], ["waiting"])
+
+
 class BrowserTest(Case):
     """A real Chromium goes through the pages, as their user does."""
 
@@ -3129,9 +3352,9 @@ class BrowserTest(Case):
         self.shot("mistake")
         self.type_code("def main(request):\n    print('seen')\n    return 'one'\n")
         self.find("form button").click()
-        self.wait(lambda: "Saved" in self.text())
+        self.wait(lambda: "module_name=tried" in self.browser.current_url)
         self.assertEqual(self.server.get("/function/tried")[2], b"one")
-        self.browser.refresh()
+        self.open("/function/list_functions")
         self.shot("list")
         self.assertLessEqual(self.browser.execute_script("return document.documentElement.scrollWidth - innerWidth"), 0)
         self.open("/function/edit_function?module_name=tried")
@@ -3146,7 +3369,7 @@ class BrowserTest(Case):
         self.find("#module_name").clear()
         self.find("#module_name").send_keys("renamed")
         self.find("form button").click()
-        self.wait(lambda: self.find("#module_name").get_property("value") == "renamed" and "Saved" in self.text())
+        self.wait(lambda: "module_name=renamed" in self.browser.current_url)
         self.open("/function/delete_function?module_name=tried")
         self.find("button.danger").click()
         self.wait(lambda: "Deleted" in self.text())
