@@ -5433,8 +5433,7 @@ textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overfl
 #try h2{margin:0} #try h3{font-size:.9rem;margin:.7rem 0 0} #try pre{max-height:20rem} [hidden]{display:none!important}
 #anyway{margin:0;font-weight:400} ins,del{text-decoration:none;display:block;background:var(--plus)} del{background:var(--mark)}
 #news{position:sticky;bottom:.5rem;margin:.6rem 0}
-@media(min-width:64rem){.beside{grid-template-columns:minmax(0,3fr) minmax(0,2fr);width:min(100rem,100vw - 3rem);
-margin-left:calc(50% - min(50rem,50vw - 1.5rem))}
+@media(min-width:64rem){main:has(.beside){max-width:100rem} .beside{grid-template-columns:minmax(0,3fr) minmax(0,2fr)}
 .beside .editor{height:max(52vh,30rem)}}
 textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
 svg{display:block;max-width:100%} svg rect{fill:var(--main)}
@@ -5459,7 +5458,7 @@ if (code) {
   const form = code.form, gutter = find(".gutter"), news = find("#news"), draft = find("#draft");
   const fields = form.elements, height = parseFloat(getComputedStyle(code).lineHeight);
   const name = () => "draft:" + fields.original_name.value;
-  let saved = code.value, lines = 0, wrong = Number(code.dataset.line), many = false, timer = 0, busy = false;
+  let saved = code.value, lines = 0, wrong = Number(code.dataset.line), many = false, timer = 0, sending = Promise.resolve();
   const draw = () => {  // only the numbers in sight are there, so a long file costs no more than a short one
     const first = Math.floor(code.scrollTop / height);
     const last = Math.min(lines, first + Math.ceil(code.clientHeight / height) + 1);
@@ -5513,14 +5512,11 @@ if (code) {
     if (!draft.hidden && text === saved) return;
     keep(name(), text !== saved && {code: text, version: fields.version.value, at: Date.now()});
   };
-  const save = async more => {
-    if (busy) return;
-    busy = true;
+  const send = async more => {
     const text = code.value, fresh = !form.action.endsWith("update_function"), sent = {...more, code: text};
     for (const key of ["module_name", "original_name", "version"]) sent[key] = fields[key].value;
     if (fields.force.checked) sent.force = true;
     const [status, found] = await post(form.action, sent), good = status === 200 || status === 201;
-    busy = false;
     find("#anyway").hidden = !found.can_force;
     find("#replace").hidden = find("#theirs").hidden = status !== 409 || !found.version;
     fields.force.checked = false;
@@ -5539,6 +5535,7 @@ if (code) {
       location = "/function/edit_function?" + new URLSearchParams({module_name: found.module_name, done: "saved"});
     }
   };
+  const save = more => { sending = sending.then(() => send(more)); };  // one after another: each needs the version before
   code.addEventListener("keydown", event => {
     const at = code.selectionStart;
     if (event.key === "Tab" && !event.ctrlKey && !event.altKey) {
@@ -5722,8 +5719,8 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "bad_name": ("名稱必須是 Python 識別字,不以底線開頭,也不是平台保留的名稱。",
                  "The name must be a Python identifier that does not start with _ and is not one of the platform's own."),
     "no_code": ("程式碼是空的。", "The code is empty."),
-    "stale": ("別人已經存了新版本。您的文字保留在下面;請先看看新的版本。",
-              "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
+    "stale": ("別人已經存了新版本。您的文字還在這裡;請先看看新的版本。",
+              "Somebody has saved a newer version. Your text is still here; look at theirs first."),
     "failed": ("請求無法完成。", "The request could not be completed."),
     "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
     "data": ("資料", "Data"), "rows": ("列數", "Rows"), "read_only": ("唯讀", "Read only"),

@@ -3240,22 +3240,41 @@ class BrowserTest(Case):
     def setUp(self) -> None:
         super().setUp()
         module("waitress")
-        webdriver = module("selenium.webdriver")
-        chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-        need("chromium", chromium)
-        need("chromedriver", driver)
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-                     "--disable-component-update", "--disable-sync", f"--user-data-dir={self.dir}/profile",
-                     "--disable-dev-shm-usage", "--lang=en-US"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-        self.addCleanup(self.browser.quit)
+        module("selenium.webdriver")
+        need("chromium", shutil.which("chromium"))
+        need("chromedriver", shutil.which("chromedriver"))
+        self.browser = self.start_browser("profile")
         self.server = Server(self.dir, "--workers", "2", "--ui-lang", "en", FNSERVE_SECRET_TOKEN=TOKEN,
                              FNSERVE_SECRET_KEY="k")
         self.addCleanup(self.server.kill_all)
+
+    def start_browser(self, profile: str):
+        webdriver = module("selenium.webdriver")
+        options = webdriver.ChromeOptions()
+        options.binary_location = shutil.which("chromium")
+        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+                     "--disable-component-update", "--disable-sync", f"--user-data-dir={self.dir}/{profile}",
+                     "--disable-dev-shm-usage", "--lang=en-US"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+        self.addCleanup(browser.quit)
+        return browser
+
+    def log_in(self) -> None:
+        self.open("/login")
+        self.find("#token").send_keys(TOKEN + "\n")
+        self.wait(lambda: "Functions" in self.browser.title)
+
+    def resize(self, width: int) -> None:
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+
+    def assert_quiet(self) -> None:
+        """See that the console has no complaint but that 400, 401 and 409 are no 200."""
+        bad = [entry for entry in self.browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+               and "Failed to load resource" not in entry["message"]]
+        self.assertEqual(bad, [])
 
     def open(self, path: str) -> None:
         self.browser.get(f"http://127.0.0.1:{self.server.port}{path}")
@@ -3329,12 +3348,142 @@ class BrowserTest(Case):
     def test_walk(self):
         for width in (375, 1280):
             with self.subTest(width=width):
-                self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-                    "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+                self.resize(width)
                 self.walk()
-        bad = [entry for entry in self.browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
-               and "Failed to load resource" not in entry["message"]]
-        self.assertEqual(bad, [])  # 400 and 401 pages are reported as such; nothing else may be
+        self.assert_quiet()
+
+    def test_editor(self):
+        self.log_in()
+        for width in (375, 1280):
+            with self.subTest(width=width):
+                self.resize(width)
+                self.edit()
+                self.assert_quiet()
+
+    def edit(self) -> None:
+        keys, path = webkeys(), self.write("edited", "def main(request):\n    return 'one'\n")
+        self.open("/function/edit_function?module_name=edited")
+        self.browser.execute_script("window.stays = 1")
+        area = self.find("textarea.code")
+
+        def value() -> str:
+            return area.get_property("value")
+
+        def save() -> None:
+            area.send_keys(keys.CONTROL + "s")
+            self.wait(lambda: not self.find("#news").get_property("hidden"))
+        self.type_code("")
+        for typed, text in (("if x:\nfor y in z:  # why\n", "if x:\n    for y in z:  # why\n        "), ("pass\n", "pass\n    "),
+                            (keys.BACKSPACE, None), ("ab" + keys.TAB + "c", "ab  c"), (keys.SHIFT + keys.TAB, None)):
+            area.send_keys(typed)
+            if text:
+                self.assertTrue(value().endswith(text), value())
+        self.assertTrue(value().endswith("pass\nab  c"), value())
+        area.send_keys(keys.CONTROL + "a")
+        area.send_keys(keys.TAB)
+        self.assertEqual(value(), "    if x:\n        for y in z:  # why\n            pass\n    ab  c")
+        self.find("[data-key=outdent]").click()
+        self.assertEqual(value(), "if x:\n    for y in z:  # why\n        pass\nab  c")
+        self.assertEqual(self.find(".gutter").text.split(), ["1", "2", "3", "4"])
+        save()
+        self.assertIn("Line 4", self.find("#news").text)
+        self.assertEqual(self.find(".gutter i").text, "4")
+        self.shot("error-line")
+        self.type_code("def main(request):\n    print('out')\n    return {'q': request.args, 'j': request.json}\n")
+        save()
+        self.wait(lambda: "It serves main." in self.find("#news").text)
+        self.assertIn("print('out')", path.read_text())
+        self.type_code("1/0\n")
+        save()
+        self.wait(lambda: "ZeroDivisionError" in self.find("#news").text)
+        self.assertIn("print('out')", path.read_text())
+        self.shot("check")
+        self.find("[name=force]").click()
+        area.send_keys(keys.CONTROL + "s")
+        self.wait(lambda: path.read_text() == "1/0\n")
+        self.assertEqual(self.browser.execute_script("return window.stays"), 1)  # all that without leaving the page
+        asks = "const e = new Event('beforeunload', {cancelable: true}); dispatchEvent(e); return e.defaultPrevented"
+        self.wait(lambda: not self.browser.execute_script(asks))
+        self.type_code("# never saved\n")
+        self.assertTrue(self.browser.execute_script(asks))
+        self.browser.get("about:blank")
+        self.open("/function/edit_function?module_name=edited")
+        self.assertTrue(self.find("#draft").is_displayed())
+        self.shot("draft")
+        self.find("#draft button").click()
+        self.assertEqual(self.find("textarea.code").get_property("value"), "# never saved\n")
+        self.browser.execute_script("document.querySelector('textarea.code').value = '1/0\\n'")
+        self.try_panel()
+
+    def try_panel(self) -> None:
+        """Try what is in the editor, and what is saved."""
+        def run(outcome: str) -> None:
+            self.browser.execute_script("document.querySelector('#outcome').textContent = ''")
+            self.find("#try button").click()
+            self.wait(lambda: self.find("#outcome").text.startswith(outcome))
+
+        def choose(name: str, value: str) -> None:
+            self.find(f"#{name} option[value='{value}']").click()
+        self.type_code("def main(request):\n    print('out')\n    return {'q': request.args, 'j': request.json, 'h': request.headers['X-A']}\n")
+        choose("method", "POST")
+        choose("kind", "json")
+        for name, text in (("query", "n=1"), ("content", '{"a": [1]}'), ("headers", "X-A: b")):
+            self.find("#" + name).clear()
+            self.find("#" + name).send_keys(text)
+        run("200")
+        self.assertEqual(json.loads(self.find("#a_body").text), {"q": {"n": "1"}, "j": {"a": [1]}, "h": "b"})
+        self.assertEqual(self.find("#a_output").text.strip(), "out")
+        self.shot("try")
+        self.assertLessEqual(self.browser.execute_script("return document.documentElement.scrollWidth - innerWidth"), 0)
+        choose("which", "saved")  # it can't be loaded
+        run("500")
+        self.assertIn("ZeroDivisionError", self.find("#a_error").text)
+        choose("which", "editor")
+        choose("kind", "file")
+        upload = self.dir / "sent.txt"
+        upload.write_text("hi")
+        self.find("#file").send_keys(str(upload))
+        self.type_code("def main(request):\n    return '<b>' + request.files['file'].filename\n")
+        run("200")
+        self.assertEqual(self.find("#a_body").text, "<b>sent.txt")
+        self.assertFalse(self.find("#a_output").is_displayed())
+        self.find("#past option[value='1']").click()  # the request before
+        self.assertEqual(self.find("#content").get_property("value"), '{"a": [1]}')
+        self.browser.execute_script("document.querySelector('textarea.code').value = '1/0\\n'")  # as saved: no draft is left
+
+    def test_two_people_edit_the_same_function(self):
+        path = self.write("shared", "def main(request):\n    return 'one'\n")
+        first, second = self.browser, self.start_browser("other")
+        for self.browser in (first, second):
+            self.log_in()
+            self.resize(1280)
+            self.open("/function/edit_function?module_name=shared")
+        for self.browser, text in ((first, "# first\n"), (second, "# second\n")):
+            self.type_code(text + "def main(request):\n    return 'x'\n")
+            self.find("textarea.code").send_keys(webkeys().CONTROL + "s")
+            self.wait(lambda: not self.find("#news").get_property("hidden"))
+        self.wait(lambda: "newer version" in self.find("#news").text)
+        self.shot("conflict")
+        self.assertTrue(path.read_text().startswith("# first"))
+        self.assertTrue(self.find("textarea.code").get_property("value").startswith("# second"))
+        self.find("textarea.code").send_keys(webkeys().CONTROL + "s")  # once more tells once more
+        self.wait(lambda: self.find("#replace").is_displayed())
+        self.assertTrue(path.read_text().startswith("# first"))
+        theirs = self.find("#theirs").get_attribute("href")
+        self.find("#replace").click()
+        self.wait(lambda: "Saved as version 3" in self.find("#news").text)
+        self.assertTrue(path.read_text().startswith("# second"))
+        self.assert_quiet()
+        self.browser.get(theirs)
+        self.assertIn("+# first", self.text())  # nor is what was replaced lost
+        self.shot("diff")
+        self.open("/admin/versions?module_name=shared")
+        self.shot("versions")
+        self.find("a[href^='/admin/restore']").click()
+        self.wait(lambda: "the newest again?" in self.text())
+        self.find("button.danger").click()
+        self.wait(lambda: "#4" in self.text())
+        self.assertTrue(path.read_text().startswith("# first"))
 
     def walk(self) -> None:
         self.open("/function/list_functions")
