@@ -5659,6 +5659,7 @@ if (panel) {
     const image = find("#a_image"), shown = found.body_base64 && type_.startsWith("image/");
     image.hidden = !shown;
     if (shown) image.src = `data:${type_};base64,${found.body_base64}`;
+    outcome.scrollIntoView({block: innerWidth < 640 ? "start" : "nearest"});
     list();
   });
   fields.past.addEventListener("change", () => {
@@ -5743,7 +5744,7 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "state": ("狀態", "State"), "tries": ("次數", "Runs"), "due": ("到期", "Due"), "error": ("錯誤", "Error"),
     "answer": ("回應", "Answer"),
     "waiting": ("等待中", "waiting"), "running": ("執行中", "running"), "done": ("完成", "done"), "dead": ("失敗", "dead"),
-    "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
+    "version": ("版本", "Version"), "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
     "no_main": ("沒有 main(),所以只能被匯入。", "It has no main(), so it can only be imported."),
     "unchecked": ("無法啟動檢查用的行程,所以沒有試載入。", "No process to load it in could be started, so it was not checked."),
     "admin_only": ("這個名稱只有管理者能呼叫。", "Only the admin may call this name."),
@@ -6228,10 +6229,11 @@ def try_panel(t: Texts) -> Markup:
         "form", tag("h2", t("try")), tag("div", select(t("past"), "past"), id="pasts", hidden=True),
         tag("div", select(t("method"), "method", **dict(zip(METHODS, METHODS))),
             select(t("code"), "which", editor=t("unsaved"), saved=t("on_disk")), class_="row"),
-        field(t("subpath"), "subpath", autocapitalize="off"), field(t("query"), "query", placeholder="name=Tony&n=1"),
-        field(t("headers"), "headers", "textarea", rows="2", placeholder="X-Name: value", spellcheck="false"),
+        tag("div", field(t("subpath"), "subpath", autocapitalize="off"),
+            field(t("query"), "query", placeholder="name=Tony&n=1"), class_="row"),
+        field(t("headers"), "headers", "textarea", rows="1", placeholder="X-Name: value", spellcheck="false"),
         select(t("body"), "kind", none=t("no_body"), json="JSON", form=t("form"), raw=t("raw"), file=t("file")),
-        field(t("content"), "content", "textarea", rows="4", spellcheck="false"), field(t("file"), "file", type="file"),
+        field(t("content"), "content", "textarea", rows="3", spellcheck="false"), field(t("file"), "file", type="file"),
         tag("p", tag("button", t("run")), " ", tag("span", id="outcome", role="status")),
         tag("img", id="a_image", alt=t("body"), hidden=True), *shown, id="try", class_="card")
 
@@ -8182,6 +8184,7 @@ SystemCallFilter=sched_setaffinity
 SystemCallErrorNumber=EPERM
 MemoryMax=80%
 TasksMax=512
+OOMPolicy=continue
 
 [Install]
 WantedBy=multi-user.target
