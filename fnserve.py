@@ -2237,9 +2237,10 @@ class Functions:
 
     def pretend(self, name: str, source: bytes) -> Code:
         """Load `source` as if it were the file of `name`, and serve it from now on in this process; LoadError."""
-        function, get = Function(name, self.path(name)), self.get
+        function, resolve = Function(name, self.path(name)), self.resolve
         function.code = self._execute(function, source)
-        setattr(self, "get", lambda wanted: function if wanted == name else get(wanted))
+        setattr(self, "resolve", lambda path: (function, path[len(name) + 1:], True) if f"{path}/".startswith(f"{name}/")
+                else resolve(path))
         return function.code
 
     def hooks(self, name: str) -> list[types.ModuleType]:
@@ -5744,7 +5745,8 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "state": ("狀態", "State"), "tries": ("次數", "Runs"), "due": ("到期", "Due"), "error": ("錯誤", "Error"),
     "answer": ("回應", "Answer"),
     "waiting": ("等待中", "waiting"), "running": ("執行中", "running"), "done": ("完成", "done"), "dead": ("失敗", "dead"),
-    "version": ("版本", "Version"), "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
+    "version": ("版本", "Version"),
+    "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
     "no_main": ("沒有 main(),所以只能被匯入。", "It has no main(), so it can only be imported."),
     "unchecked": ("無法啟動檢查用的行程,所以沒有試載入。", "No process to load it in could be started, so it was not checked."),
     "admin_only": ("這個名稱只有管理者能呼叫。", "Only the admin may call this name."),
