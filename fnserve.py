@@ -5457,9 +5457,10 @@ const post = async (url, data) => {
 };
 if (code) {
   const form = code.form, gutter = find(".gutter"), news = find("#news"), draft = find("#draft");
-  const fields = form.elements, height = parseFloat(getComputedStyle(code).lineHeight);
+  const fields = form.elements;
   const name = () => "draft:" + fields.original_name.value;
-  let saved = code.value, lines = 0, wrong = Number(code.dataset.line), many = false, timer = 0, sending = Promise.resolve();
+  let height = 0, lines = 0, saved = code.value, wrong = Number(code.dataset.line), many = false, timer = 0;
+  let sending = Promise.resolve();
   const draw = () => {  // only the numbers in sight are there, so a long file costs no more than a short one
     const first = Math.floor(code.scrollTop / height);
     const last = Math.min(lines, first + Math.ceil(code.clientHeight / height) + 1);
@@ -5477,11 +5478,15 @@ if (code) {
     for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) found++;
     if (found !== lines) { lines = found; draw(); }
   };
+  const fit = () => {
+    height = parseFloat(getComputedStyle(code).lineHeight);
+    code.style.background = wrong ? "linear-gradient(var(--mark),var(--mark)) no-repeat local 0 "
+      + `${8 + (wrong - 1) * height}px/100% ${height}px, var(--paper)` : "";
+    draw();
+  };
   const mark = line => {
     wrong = line;
-    code.style.background = line ? "linear-gradient(var(--mark),var(--mark)) no-repeat local 0 "
-      + `${8 + (line - 1) * height}px/100% ${height}px, var(--paper)` : "";
-    draw();
+    fit();
     if (!line) return;
     const at = code.value.split("\n").slice(0, line - 1).join("\n").length + (line > 1 ? 1 : 0);
     code.focus();
@@ -5575,7 +5580,7 @@ if (code) {
     event.preventDefault();
     save(event.submitter && event.submitter.id === "replace" ? {replaces: event.submitter.value} : {});
   });
-  addEventListener("resize", draw);
+  addEventListener("resize", fit);
   addEventListener("pagehide", store);
   addEventListener("beforeunload", event => {
     if (code.value === saved) return;
@@ -5598,6 +5603,7 @@ if (code) {
     });
     discard.addEventListener("click", () => { draft.hidden = true; keep(name()); });
   }
+  fit();
   count();
   if (wrong) mark(wrong);
 }
@@ -7347,6 +7353,7 @@ class Background:
 def try_in_child() -> None:
     """Be the child of `try_out`: load code, call it where a request is given, write what became of it, and end."""
     import faulthandler
+    import linecache
     answer = os.dup(1)
     os.dup2(2, 1)  # whatever prints, at whatever level, prints into the output
     os.write(answer, b"\n")
@@ -7364,6 +7371,8 @@ def try_in_child() -> None:
     found: dict[str, Any] = {}
     try:
         began, source = time.perf_counter(), job["source"].encode("utf-8", "surrogateescape")
+        path = app.functions.path(job["name"])
+        linecache.cache[path] = len(source), None, source.decode("utf-8", "replace").splitlines(True), path  # for tracebacks
         code = app.functions.pretend(job["name"], source)
         found = {"entries": [entry.function.__name__ for entry in code.entries.values()],
                  "settings": dict(getattr(code.module, "SETTINGS", {})), "ms": (time.perf_counter() - began) * 1e3}

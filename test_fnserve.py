@@ -3207,6 +3207,8 @@ class CheckTest(Case):
         found = self.attempt(app, module_name="new", code="def main(request):\n    print('p')\n    return 1/0").json
         self.assertEqual((found["status"], found["output"], found["line"]), (500, "p\n", 3))
         self.assertIn("ZeroDivisionError", found["error"])
+        found = self.attempt(app, code="\ndef main(request):\n    return 1 / 0  # not saved").json
+        self.assertIn("return 1 / 0  # not saved", found["error"])  # the lines of what ran, not of the file
         found = self.attempt(app, code="SETTINGS = {'auth': 'token', 'verify': 'github', 'async': True}\ndef main(request): return bytes([255])").json
         self.assertEqual((found["status"], found["body_base64"]), (200, "/w=="))
         found = self.attempt(app, code="def main(request):\n    return request.files['file'].read()", method="POST",
