@@ -30,6 +30,7 @@ import functools
 import http
 import importlib.machinery
 import io
+import itertools
 import json
 import logging
 import operator
@@ -2167,7 +2168,7 @@ class Functions:
         self._watched: dict[str, Any] = {}  #: helper file -> its stamp when it was imported
         self._looked, self._warned = 0.0, set()  # type: float, set[str]
         self._generation = 0  #: how often helpers have changed
-        self._summaries: dict[str, tuple[Any, str, Optional[LoadError]]] = {}
+        self._described: dict[str, tuple[Any, str, dict[str, Any], Optional[LoadError]]] = {}
         self._schedules: dict[str, tuple[Any, Any]] = {}
         self._hooked: dict[str, bool] = {}  #: group -> whether it has hooks, as of the last look
 
@@ -2263,16 +2264,18 @@ class Functions:
                         groups.append(name + "/")
         return sorted(found)
 
-    def summary(self, name: str) -> tuple[str, Optional[LoadError], float]:
-        """Return a file's docstring line, why it does not compile, and its time; nothing of it is run."""
+    def describe(self, name: str) -> tuple[str, dict[str, Any], Optional[LoadError], float]:
+        """Return a file's docstring line, its literal SETTINGS, why it does not compile, and its time; nothing of it is run."""
         path = self.path(name)
         stamp = file_stamp(path)
-        if self._summaries.get(name, ("",))[0] != stamp:
+        if self._described.get(name, ("",))[0] != stamp:
             try:
-                self._summaries[name] = stamp, summarize(read_source(path), path), None
+                source = read_source(path)
+                summary, settings = summarize(source, path), read_literals(source)
+                self._described[name] = stamp, summary, {} if settings is UNREADABLE else settings, None
             except LoadError as error:
-                self._summaries[name] = stamp, "", error
-        return (*self._summaries[name][1:], stamp[0] / 1e9 if stamp else 0.0)
+                self._described[name] = stamp, "", {}, error
+        return (*self._described[name][1:], stamp[0] / 1e9 if stamp else 0.0)
 
     def schedules(self) -> dict[str, Any]:
         """Return SETTINGS["schedule"] of every function that has one; nothing is run, so it must be a literal."""
@@ -5351,6 +5354,9 @@ pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margi
 .editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(52vh,40rem)}
 .gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);overflow:hidden;user-select:none;min-width:3rem;
 white-space:pre;border-radius:0}
+select{font:inherit;color:inherit;background:var(--paper);border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
+input[type=search]{width:auto;flex:1 1 9rem} form.row{margin-bottom:1rem} form.row label{margin:0} form.row select{margin-left:.4rem}
+details>summary{cursor:pointer;font-weight:600;padding:.5rem 0}
 .gutter i{font-style:normal;background:var(--warn);color:var(--paper);display:block;margin:0 -.4rem;padding:0 .4rem}
 textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:.5rem .6rem}
 textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
@@ -5446,6 +5452,7 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "status": ("狀態", "Status"), "fine": ("正常", "fine"), "broken": ("損壞", "broken"), "run": ("執行", "Run"),
     "edit": ("編輯", "Edit"), "delete": ("刪除", "Delete"), "versions": ("版本", "Versions"), "save": ("儲存", "Save"),
     "code": ("程式碼", "Code"), "cancel": ("取消", "Cancel"), "saved": ("已儲存。", "Saved."),
+    "search": ("搜尋", "Search"), "sort": ("排序", "Sort by"),
     "none": ("還沒有函式。", "There are no functions yet."), "no_calls": ("還沒有呼叫。", "There are no calls yet."),
     "ask_delete": ("要刪除「{}」嗎?它的版本會保留,可以還原。", "Delete “{}”? Its versions are kept and can be restored."),
     "deleted": ("已刪除。", "Deleted."), "clear": ("清除統計", "Clear statistics"),
@@ -5690,36 +5697,85 @@ def error_page(call: Call, error: HTTPException) -> Response:
 
 
 def function_rows(app: Any) -> list[dict[str, Any]]:
-    """Gather what the list shows of every function."""
+    """Gather what was counted of every function; what stands in its file is for `describe_row` to add."""
     app.folder.fold()
     calls = dict(app.store.read("SELECT func_name, call_count FROM call_stats"))
     known = {row[0]: row[1:] for row in app.store.read("SELECT func_name, errors, last_call FROM fn_functions")}
+    failed = {row[0]: (row[1] or "").strip().rpartition("\n")[2] for row in app.store.read(
+        "SELECT function, error, max(number) FROM fn_calls WHERE status >= 500 GROUP BY function")}
     broken, rows = app.functions.versions.broken(), []
     for name in app.functions.names():
-        summary, error, modified = app.functions.summary(name)
         errors, last_call = known.get(name, (0, None))
-        reason = str(error) if error else broken.get(name, "")
-        rows.append({"name": name, "summary": summary, "methods": list(METHODS), "calls": calls.get(name, 0),
-                     "errors": errors, "last_call": last_call, "modified": modified,
-                     "status": "broken" if reason else "fine", "reason": reason})
+        rows.append({"name": name, "calls": calls.get(name, 0), "errors": errors, "last_call": last_call,
+                     "last_error": failed.get(name), "reason": broken.get(name, "")})
     return rows
 
 
+def describe_row(app: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """Add what a function's file says, of which nothing is run."""
+    summary, settings, error, modified = app.functions.describe(row["name"])
+    reason = str(error) if error else row["reason"]
+    return {**row, "summary": summary, "methods": literal_methods(settings, METHODS), "modified": modified,
+            "status": "broken" if reason else "fine", "reason": reason}
+
+
+def literal_methods(settings: Mapping[str, Any], default: Iterable[str]) -> list[str]:
+    """Return the methods that a file's SETTINGS name, else the default."""
+    with contextlib.suppress(ValueError):
+        return list(SETTINGS_CASTS["methods"](settings["methods"])) if "methods" in settings else list(default)
+    return list(default)
+
+
+LIST_ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "name": lambda row: 0, "calls": lambda row: -row["calls"], "errors": lambda row: -row["errors"],
+    "last": lambda row: -(row["last_call"] or 0), "broken": lambda row: not row["reason"]}
+LIST_ROWS, GROUP_ROWS = 300, 100  # of one page, of one group on it: 10,000 functions are a page of 250 kB
+
+
 def view_list(app: Any, call: Call) -> Response:
-    """/function/list_functions"""
-    rows = function_rows(app)
+    """/function/list_functions?q=&sort=&group=&start= : what there is, a folded part for each group."""
+    args, rows = call.request.args, function_rows(app)
+    text, order, group, t = args.get("q", "").strip().lower(), args.get("sort", "name"), args.get("group"), Texts(call)
+    if text or order == "broken" or wants_json(call):  # else only the rows that are shown have their files read
+        rows = [row for row in (describe_row(app, row) for row in rows) if text in f"{row['name']}\n{row['summary']}".lower()]
     if wants_json(call):
         return as_json({"functions": rows})
-    t, sparks = Texts(call), timeline(app, int(call.started) // 60 - 59, 3, 20)
+    rows.sort(key=lambda row: (row["name"].rpartition("/")[0], LIST_ORDERS.get(order, len)(row), row["name"]))
+    groups = itertools.groupby(rows, lambda row: row["name"].rpartition("/")[0])
+    parts, left, first = [], LIST_ROWS, args.get("start", 0, type=whole(0, 1 << 53))
+    sparks = timeline(app, int(call.started) // 60 - 59, 3, 20)
+    for name, members in ((name, list(found)) for name, found in groups if group in (None, name)):
+        shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
+        left, more = left - len(shown), first + len(shown) if len(members) > first + len(shown) else None
+        parts.append(list_group(t, name, len(members), shown, sparks, bool(text or group), more and link(
+            t("go_on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": more})))
+    return page(call, t("functions"), list_form(t, args, order), *(parts or [note(t("none"))]))
+
+
+def list_form(t: Texts, args: Mapping[str, str], order: str) -> Markup:
+    """Make the box that searches and sorts, beside the button for a new function."""
+    found = tag("input", type="search", name="q", value=args.get("q", ""), aria_label=t("search"), placeholder=t("search"))
+    orders = (tag("option", t(key), value=key, selected=key == order) for key in LIST_ORDERS)
+    return tag("form", link(t("add"), "/function/add_function", "button"), found,
+               tag("label", t("sort"), tag("select", *orders, name="sort")), tag("button", t("filter"), class_="plain"),
+               class_="row", method="get", action=LIST)
+
+
+def list_group(t: Texts, name: str, count: int, rows: list[dict[str, Any]], sparks: Mapping[str, list[int]], unfolded: bool,
+               more: Any) -> Markup:
+    """Show the functions of one group, folded unless it is the top one or asked for."""
     columns = {"name": None, "calls": "n", "errors": "n", "last": "n soft wide", "hour": "wide", "status": None}
     shown = table(t, columns, "none", ((
         join(link(row["name"], "/function/edit_function", module_name=row["name"]), tag("div", row["summary"], class_="soft"),
-             function_links(t, row["name"])),
+             row["last_error"] and tag("div", link(row["last_error"][:200], "/admin/logs", "bad", function=row["name"],
+                                                   status="5xx"), class_="soft"), function_links(t, row["name"])),
         row["calls"], tag("span", row["errors"], class_="bad" if row["errors"] else None), local_time(row["last_call"]),
-        bars(sparks.get(row["name"], [0]), 120, 24, t("hour")),
+        bars(sparks.get(row["name"], [0]), 120, 24, f"{t('hour')}: {sum(sparks.get(row['name'], [0]))}"),
         tag("div", t(row["status"]), tag("div", row["reason"], class_="soft"), class_="bad" if row["reason"] else "good")
-    ) for row in rows))
-    return page(call, t("functions"), tag("p", link(t("add"), "/function/add_function", "button")), shown)
+    ) for row in rows)) if rows else ""
+    content = join(shown, more and tag("p", more))
+    return tag("details", tag("summary", f"{name}/ ", tag("span", f"{count:,}", class_="soft")), content,
+               open=unfolded) if name else content
 
 
 def function_links(t: Texts, name: str) -> Markup:
@@ -6480,15 +6536,13 @@ def describe_functions(app: Any) -> list[dict[str, Any]]:
     """Gather what is said of each public function: its docstring and its SETTINGS, as they are written."""
     rows = []
     for name in app.functions.names():
-        with contextlib.suppress(LoadError):
-            source = read_source(app.functions.path(name))
-            summary, settings = summarize(source, app.functions.path(name)), read_literals(source)
-            if settings is not UNREADABLE and settings.get("auth") != "internal" and name not in app.protected:
-                methods = _list_of(str.upper, "")(settings["methods"]) if settings.get("methods") else ("GET", "POST")
-                given = settings.get("parameters") if isinstance(settings.get("parameters"), dict) else {}
-                rows.append({"name": name, "summary": summary, "methods": methods, "auth": settings.get("auth", "public"),
-                             "parameters": {str(key): item if isinstance(item, dict) else {"description": str(item)}
-                                            for key, item in given.items()}})
+        summary, settings, error, _ = app.functions.describe(name)
+        if not error and settings.get("auth") != "internal" and name not in app.protected:
+            given = settings.get("parameters") if isinstance(settings.get("parameters"), dict) else {}
+            rows.append({"name": name, "summary": summary, "methods": literal_methods(settings, ("GET", "POST")),
+                         "auth": settings.get("auth", "public"),
+                         "parameters": {str(key): item if isinstance(item, dict) else {"description": str(item)}
+                                        for key, item in given.items()}})
     return rows
 
 
@@ -7348,7 +7402,8 @@ def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
 
 def cmd_list(arguments: Any, options: dict[str, Any]) -> int:
     """list the functions"""
-    for row in function_rows(prepare(**options)):
+    app = prepare(**options)
+    for row in (describe_row(app, row) for row in function_rows(app)):
         print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  {row['reason'] or row['summary']}")
     return 0
 
