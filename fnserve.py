@@ -44,7 +44,7 @@ import time
 import traceback
 import types
 from binascii import a2b_base64, b2a_base64
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from json.encoder import encode_basestring_ascii as quote_json
 from typing import Any, Callable, NamedTuple, Optional, Union
@@ -5360,7 +5360,7 @@ details>summary{cursor:pointer;font-weight:600;padding:.5rem 0}
 .gutter i{font-style:normal;background:var(--warn);color:var(--paper);display:block;margin:0 -.4rem;padding:0 .4rem}
 textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:.5rem .6rem}
 textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
-svg{display:block;max-width:100%} svg rect{fill:var(--main)}
+svg{display:block;max-width:100%} svg rect{fill:var(--main)} svg .over{fill:var(--warn)} .ends{display:flex;justify-content:space-between}
 @media(max-width:40rem){main{padding:.6rem} th,td{padding:.4rem} .wide{display:none}}
 """
 
@@ -5457,7 +5457,9 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "ask_delete": ("要刪除「{}」嗎?它的版本會保留,可以還原。", "Delete “{}”? Its versions are kept and can be restored."),
     "deleted": ("已刪除。", "Deleted."), "clear": ("清除統計", "Clear statistics"),
     "ask_clear": ("要清除所有統計嗎?無法復原。", "Clear all statistics? This can't be undone."),
-    "cleared": ("已清除。", "Cleared."), "day": ("最近 24 小時,每小時的呼叫", "Calls per hour, last 24 hours"),
+    "cleared": ("已清除。", "Cleared."), "by_day": ("每日呼叫(紅色:錯誤)", "Calls by day (red: errors)"),
+    "by_hour": ("24 小時內每小時呼叫", "Calls by hour, one day"),
+    "latency": ("延遲 p95(深色:p50)ms", "Latency p95 (dark: p50), ms"),
     "time": ("時間", "Time"), "function": ("函式", "Function"), "request": ("請求", "Request"), "took": ("耗時", "Took"),
     "restore": ("還原", "Restore"), "restored": ("已還原。", "Restored."), "size": ("大小", "Size"),
     "current": ("目前", "current"), "line": ("第 {} 行", "Line {}"),
@@ -5524,7 +5526,7 @@ LIST = "/function/list_functions"
 MENU = {"functions": LIST, "add": "/function/add_function", "stats": "/function/show_stats", "logs": "/admin/logs",
         "jobs": "/admin/jobs", "queue": "/admin/queue", "dashboard": "/monitoring/dashboard",
         "data": "/admin/data", "settings": "/admin/settings", "docs": "/docs", "logout": "/logout"}
-_VOID = ("input", "meta", "link", "rect")
+_VOID = ("input", "meta", "link")
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
@@ -5576,12 +5578,21 @@ def table(t: Texts, columns: dict[str, Optional[str]], empty: str, rows: Iterabl
     return tag("div", shown, class_="card scroll") if body else note(t(empty))
 
 
-def bars(values: list[Any], width: int, height: int, label: str) -> Markup:
-    """Draw numbers as a small bar chart."""
-    top, step = max(values + [1]), width / len(values)
-    rects = [tag("rect", x=f"{index * step:.1f}", y=f"{height - value / top * height:.1f}", width=f"{step * .8:.1f}",
-                 height=f"{value / top * height:.1f}") for index, value in enumerate(values) if value]
+def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[Any] = (), names: Iterable[str] = ()) -> Markup:
+    """Draw numbers as a small bar chart, others `over` them; `names` say what each stands for."""
+    top, step, names = max(values + [1]), width / len(values), list(names) or [""] * len(values)
+    rects = [tag("rect", tag("title", f"{names[index]}: {value:,}") if names[index] else None, x=f"{index * step:.1f}",
+                 y=f"{height - value / top * height:.1f}", width=f"{step * .8:.1f}", height=f"{value / top * height:.1f}",
+                 class_=kind) for kind, series in ((None, values), ("over", over)) for index, value in enumerate(series) if value]
     return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
+
+
+def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over: Iterable[Any] = ()) -> Markup:
+    """Make the box of one chart: what it shows and its maximum, the bars, the times of the minutes where it begins and ends."""
+    names = [time.strftime(shape, time.localtime(minute * 60)) for minute in edges]
+    head = tag("div", f"{label} · max {round(max(values), 1):,}", class_="soft")
+    foot = tag("div", tag("span", names[0]), tag("span", names[-1]), class_="ends soft")
+    return tag("div", head, bars(values, 300, 60, label, over, names), foot, class_="card")
 
 
 def local_time(moment: Optional[float]) -> str:
@@ -5742,8 +5753,8 @@ def view_list(app: Any, call: Call) -> Response:
         return as_json({"functions": rows})
     rows.sort(key=lambda row: (row["name"].rpartition("/")[0], LIST_ORDERS.get(order, len)(row), row["name"]))
     groups = itertools.groupby(rows, lambda row: row["name"].rpartition("/")[0])
-    parts, left, first = [], LIST_ROWS, args.get("start", 0, type=whole(0, 1 << 53))
-    sparks = timeline(app, int(call.started) // 60 - 59, 3, 20)
+    parts, left, first, minute = [], LIST_ROWS, args.get("start", 0, type=whole(0, 1 << 53)), int(call.started) // 60
+    sparks = {name: row[0] for name, row in call_history(app, list(range(minute - 59, minute, 3))).items()}
     for name, members in ((name, list(found)) for name, found in groups if group in (None, name)):
         shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
         left, more = left - len(shown), first + len(shown) if len(members) > first + len(shown) else None
@@ -5786,13 +5797,15 @@ def function_links(t: Texts, name: str) -> Markup:
                link(t("delete"), "/function/delete_function", "bad", module_name=name), class_="row soft")
 
 
-def timeline(app: Any, first: int, step: int, steps: int) -> dict[str, list[int]]:
-    """Return each function's calls from the minute `first` on, in so many steps of `step` minutes."""
-    found: dict[str, list[int]] = {}
-    for minute, endpoint, calls in app.store.read(
-            "SELECT minute, endpoint, calls FROM fn_minutes WHERE minute >= ? AND minute < ? AND endpoint LIKE '/function/%'",
-            first, first + step * steps):
-        found.setdefault(endpoint[10:], [0] * steps)[(minute - first) // step] += calls
+def call_history(app: Any, edges: list[int], grain: int = 1) -> dict[str, tuple[list[int], list[int]]]:
+    """Return each function's calls and errors since each of the minutes `edges`, which are multiples of `grain`."""
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for minute, endpoint, calls, errors in app.store.read(
+            "SELECT minute / ?1 * ?1, endpoint, sum(calls), sum(errors) FROM fn_minutes WHERE minute >= ?2"
+            " AND endpoint LIKE '/function/%' GROUP BY 1, 2", grain, edges[0]):
+        if endpoint not in app.routes:
+            row, at = found.setdefault(endpoint[10:], ([0] * len(edges), [0] * len(edges))), bisect_right(edges, minute) - 1
+            row[0][at], row[1][at] = row[0][at] + calls, row[1][at] + errors
     return found
 
 
@@ -5906,16 +5919,48 @@ def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
 
 
 def view_stats(app: Any, call: Call) -> Response:
-    """/function/show_stats : how often each function was called, exactly, and a chart of the last day."""
-    rows = stats_rows(app, call.started)
+    """/function/show_stats?function=&start= : how often each function was called, exactly, and charts of all or of one."""
+    rows, args = stats_rows(app, call.started), call.request.args
     if wants_json(call):
         return as_json({"stats": {row["name"]: row["calls"] for row in rows}})
-    t, days = Texts(call), timeline(app, (int(call.started) // 3600 - 23) * 60, 60, 24).values()
-    hours = [sum(calls) for calls in zip([0] * 24, *days)]
-    shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n"}, "no_calls", (
-        (row["name"], row["calls"], row["errors"], *(f"{row[key] * 1000:.0f} ms" for key in ("p50", "p95"))) for row in rows))
-    chart = tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card")
-    return page(call, t("stats"), chart, shown, tag("p", link(t("clear"), "/function/clear_stats", "button plain")))
+    t, first, one = Texts(call), args.get("start", 0, type=whole(0, 1 << 53)), args.get("function")
+    today = time.localtime(call.started)[:3]
+    days = [int(time.mktime((*today[:2], today[2] - back, 0, 0, 0, 0, 0, -1))) // 60
+            for back in range(min(app.settings.KEEP_DAYS, 31), -1, -1)]
+    hours = [(int(call.started) // 3600 - back) * 60 for back in range(23, -1, -1)]
+    history = call_history(app, days, 15)
+    shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n", "by_day": "wide"}, "no_calls", (
+        (link(row["name"], "/function/show_stats", function=row["name"]), f"{row['calls']:,}", f"{row['errors']:,}",
+         *(f"{row[key] * 1000:.0f} ms" for key in ("p50", "p95")),
+         bars(history[row["name"]][0], 120, 24, t("by_day")) if row["name"] in history else None)
+        for row in rows[first:first + LIST_ROWS]))
+    charts = [calls_chart(history, t("by_day"), days, "%m-%d", one),
+              calls_chart(call_history(app, hours, 15), t("by_hour"), hours, "%H:%M", one),
+              latency_chart(app, t("latency"), hours, one)]
+    more = link(t("go_on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
+    return page(call, f"{t('stats')}: {one}" if one else t("stats"), tag("div", *charts, class_="charts"), shown,
+                tag("p", more if len(rows) > first + LIST_ROWS else None,
+                    link(t("clear"), "/function/clear_stats", "button plain"), class_="row"))
+
+
+def calls_chart(history: Mapping[str, tuple[list[int], list[int]]], label: str, edges: list[int], shape: str,
+                one: Optional[str]) -> Markup:
+    """Draw calls and, over them, errors of one function or all."""
+    rows = [row for name, row in history.items() if one in (None, name)]
+    calls, errors = ([sum(column) for column in zip([0] * len(edges), *(row[kind] for row in rows))] for kind in (0, 1))
+    return chart_card(label, calls, edges, shape, errors)
+
+
+def latency_chart(app: Any, label: str, edges: list[int], one: Optional[str]) -> Markup:
+    """Draw p95 and, over it, p50 in ms of one function or all."""
+    sums = [[0] * (len(BUCKETS) + 1) for _ in edges]
+    for minute, endpoint, text in app.store.read(
+            "SELECT minute, endpoint, buckets FROM fn_minutes WHERE minute >= ? AND endpoint LIKE '/function/%'", edges[0]):
+        if endpoint not in app.routes and one in (None, endpoint[10:]):
+            at = bisect_right(edges, minute) - 1
+            sums[at] = [a + b for a, b in zip(sums[at], json.loads(text))]
+    high, low = ([round(quantile(counts, q) * 1000, 1) for counts in sums] for q in (.95, .5))
+    return chart_card(label, high, edges, "%H:%M", low)
 
 
 def view_clear(app: Any, call: Call) -> Response:
@@ -6106,9 +6151,8 @@ def chart(app: Any, t: Texts, column: str, first: int, step: int) -> Markup:
         at = (minute - first) // step
         if 0 <= at < 60:
             values[at] = values[at] + value if column in ("calls", "errors") else max(values[at], value)
-    label = f"{t(column)}, {t('hour' if step == 1 else 'one_day')}"
-    head = tag("div", f"{label} · max {round(max(values), 1):,}", class_="soft")
-    return tag("div", head, bars(values, 300, 60, label), class_="card")
+    return chart_card(f"{t(column)}, {t('hour' if step == 1 else 'one_day')}", values,
+                      list(range(first, first + 60 * step, step)), "%H:%M")
 
 
 def view_dashboard(app: Any, call: Call) -> Response:
