@@ -5349,7 +5349,7 @@ input:focus,textarea:focus,button:focus-visible,a:focus-visible{outline:2px soli
 button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none}
 button.plain,.button.plain{background:none;color:var(--ink);border-color:var(--line)}
 .button{display:inline-block} button.danger{background:var(--warn);border-color:var(--warn)}
-pre,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace} pre{white-space:pre-wrap;overflow-wrap:anywhere}
+pre,.mono,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace} pre{white-space:pre-wrap;overflow-wrap:anywhere}
 pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0}
 .editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(52vh,40rem)}
 .gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);overflow:hidden;user-select:none;min-width:3rem;
@@ -5360,7 +5360,7 @@ details>summary{cursor:pointer;font-weight:600;padding:.5rem 0}
 .gutter i{font-style:normal;background:var(--warn);color:var(--paper);display:block;margin:0 -.4rem;padding:0 .4rem}
 textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:.5rem .6rem}
 textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
-svg{display:block;max-width:100%} svg rect{fill:var(--main)} svg .over{fill:var(--warn)} .ends{display:flex;justify-content:space-between}
+svg{display:block;max-width:100%} svg rect{fill:var(--main)} svg .over{fill:var(--warn)} .calm rect{fill:var(--soft)} .calm .over{fill:var(--main)} .ends{display:flex;justify-content:space-between}
 @media(max-width:40rem){main{padding:.6rem} th,td{padding:.4rem} .wide{display:none}}
 """
 
@@ -5474,7 +5474,9 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
     "data": ("資料", "Data"), "rows": ("列數", "Rows"), "read_only": ("唯讀", "Read only"),
     "no_rows": ("沒有資料。", "There are no rows."),
-    "add_row": ("新增一列", "Add a row"), "settings": ("設定", "Settings"),
+    "add_row": ("新增一列", "Add a row"), "add_table": ("新增資料表", "Create a table"), "columns": ("欄位", "Columns"),
+    "drop": ("刪除資料表", "Drop this table"), "schema": ("結構", "Schema"),
+    "first_rows": ("只顯示前 {} 列。", "Only the first {} rows are shown."), "settings": ("設定", "Settings"),
     "docs": ("API 說明", "API"), "value": ("值", "Value"), "source": ("來源", "Source"),
     "help": ("說明", "What for"), "restart": ("改動在重新啟動後生效。", "A change takes effect after a restart."),
     "dashboard": ("監控", "Monitoring"), "cpu_percent": ("CPU", "CPU"), "memory_rss_mb": ("記憶體", "Memory"),
@@ -5587,12 +5589,12 @@ def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[
     return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
 
 
-def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over: Iterable[Any] = ()) -> Markup:
+def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over: Iterable[Any] = (), kind: str = "") -> Markup:
     """Make the box of one chart: what it shows and its maximum, the bars, the times of the minutes where it begins and ends."""
     names = [time.strftime(shape, time.localtime(minute * 60)) for minute in edges]
     head = tag("div", f"{label} · max {round(max(values), 1):,}", class_="soft")
     foot = tag("div", tag("span", names[0]), tag("span", names[-1]), class_="ends soft")
-    return tag("div", head, bars(values, 300, 60, label, over, names), foot, class_="card")
+    return tag("div", head, bars(values, 300, 60, label, over, names), foot, class_=f"card {kind}")
 
 
 def local_time(moment: Optional[float]) -> str:
@@ -5960,7 +5962,7 @@ def latency_chart(app: Any, label: str, edges: list[int], one: Optional[str]) ->
             at = bisect_right(edges, minute) - 1
             sums[at] = [a + b for a, b in zip(sums[at], json.loads(text))]
     high, low = ([round(quantile(counts, q) * 1000, 1) for counts in sums] for q in (.95, .5))
-    return chart_card(label, high, edges, "%H:%M", low)
+    return chart_card(label, high, edges, "%H:%M", low, "calm")
 
 
 def view_clear(app: Any, call: Call) -> Response:
@@ -6374,10 +6376,11 @@ def user_data(app: Any) -> Iterator[sqlite3.Connection]:
     with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5)) as connection:
         connection.set_authorizer(_authorize)
         connection.set_progress_handler(lambda: time.monotonic() > until, 10_000)
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
             with connection:
                 yield connection
-        except (sqlite3.Error, sqlite3.Warning) as error:  # until Python 3.11 a second statement is a Warning
+        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:  # a second statement was a Warning once
             text = "the statement took longer than 5 s" if "interrupted" in str(error) else str(error)
             raise HTTPException(403 if "prohibited" in text or "authorized" in text else 400, text) from None
 
@@ -6386,27 +6389,42 @@ SQL_SECONDS, SQL_ROWS = 5.0, 1000
 
 
 class Table(NamedTuple):
-    """A table as the data browser sees it: `key` is what tells its rows apart."""
+    """A table as the data browser sees it: `key` is what tells its rows apart, names as SQL writes them."""
     name: str
     columns: list[dict[str, Any]]
     key: list[str]
+    sql: str  #: what made it
 
 
 def read_table(connection: sqlite3.Connection, name: str) -> Table:
     """Look at a table; 404 where there is none."""
-    rows = connection.execute(f"PRAGMA table_info({quote_name(name)})").fetchall()
-    if not rows:
+    made = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE", (name,))
+    found = made.fetchone()
+    if found is None:
         raise HTTPException(404, f"There is no table {name[:100]}")
+    rows = connection.execute(f"PRAGMA table_info({quote_name(name)})").fetchall()
     columns = [{"name": row[1], "type": row[2], "pk": row[5]} for row in rows]
+    taken = {row[1].lower() for row in rows}
+    for rowid in ("rowid", "_rowid_", "oid"):
+        with contextlib.suppress(sqlite3.OperationalError):  # WITHOUT ROWID
+            if rowid not in taken:
+                connection.execute(f"SELECT {rowid} FROM {quote_name(name)} LIMIT 0")
+                return Table(found[0], columns, [rowid], found[1])
+    keys = sorted((row for row in columns if row["pk"]), key=operator.itemgetter("pk"))
+    return Table(found[0], columns, [quote_name(row["name"]) for row in keys], found[1])
+
+
+def read_key(given: Any) -> list[Any]:
+    """Return the values of a row's key from JSON, or from its text; ``{"hex": ...}`` is a blob. 400 where it is none."""
     try:
-        connection.execute(f"SELECT rowid FROM {quote_name(name)} LIMIT 0")
-        return Table(name, columns, ["rowid"])
-    except sqlite3.OperationalError:  # WITHOUT ROWID
-        return Table(name, columns, [row["name"] for row in sorted(columns, key=lambda row: row["pk"]) if row["pk"]])
+        key = json.loads(given) if isinstance(given, str) else list(given)
+        return [bytes.fromhex(item["hex"]) if isinstance(item, dict) else item for item in key]
+    except (ValueError, TypeError, KeyError):
+        raise HTTPException(400, "a key must be a list of values") from None
 
 
 def view_data(app: Any, call: Call) -> Response:
-    """/admin/data : the tables, and a box for SQL; POST does what `action` says."""
+    """/admin/data : the tables, a form for a new one and a box for SQL; POST does what `action` says."""
     if call.request.method == "POST":
         return change_data(app, call)
     with user_data(app) as connection:
@@ -6417,14 +6435,18 @@ def view_data(app: Any, call: Call) -> Response:
         return as_json({"tables": data})
     t = Texts(call)
     shown = table(t, {"name": None, "rows": "n", "read_only": None}, "none", (
-        (link(row["name"], "/admin/data/" + quote(row["name"], safe="")), row["rows"], "✓" if row["read_only"] else "")
-        for row in data))
-    return page(call, t("data"), shown, sql_form(t, ""))
+        (link(row["name"], "/admin/data/" + row["name"]), f"{row['rows']:,}", "✓" if row["read_only"] else "") for row in data))
+    asked = form("/admin/data", *(tag("label", t(label), tag("input", name=name, required=True, placeholder=example))
+                                  for name, label, example in (("table", "name", "notes"), (
+                                      "columns", "columns", "id INTEGER PRIMARY KEY, text TEXT"))),
+                 tag("p", tag("button", t("add_table"))), action="create")
+    return page(call, t("data"), shown, sql_form(t, ""),
+                tag("details", tag("summary", t("add_table")), asked, class_="card"))
 
 
 def sql_form(t: Texts, text: str) -> Markup:
     """Make the box that takes SQL."""
-    box = tag("textarea", "\n" + text, name="sql", rows="4", spellcheck="false", aria_label="SQL")
+    box = tag("textarea", "\n" + text, name="sql", rows="4", spellcheck="false", aria_label="SQL", class_="mono")
     return tag("div", form("/admin/data", box, tag("p", tag("button", t("run"))), action="sql"), class_="card")
 
 
@@ -6432,7 +6454,7 @@ def fetch_rows(app: Any, name: str, after: Any, limit: int) -> tuple[Table, list
     """Return a table, the keys and the rows that follow the key `after`: by the key, so as fast in a million as in ten."""
     with user_data(app) as connection:
         found = read_table(connection, name)
-        keys = ", ".join(name if name == "rowid" else quote_name(name) for name in found.key)
+        keys = ", ".join(found.key)
         where = f"WHERE ({keys}) > ({', '.join('?' * len(found.key))})" if after else ""
         rows = connection.execute(f"SELECT {keys}, * FROM {quote_name(name)} {where} ORDER BY {keys} LIMIT ?",
                                   (*(after or ()), limit)).fetchall()
@@ -6441,17 +6463,21 @@ def fetch_rows(app: Any, name: str, after: Any, limit: int) -> tuple[Table, list
 
 
 def view_rows(app: Any, call: Call) -> Response:
-    """/admin/data/<table>?after=&limit=&format=csv : a page of rows, or all of them as CSV."""
+    """/admin/data/<table>?after=&limit=&format=csv, or ?key= : a page of rows, all of them as CSV, or the form of one."""
     name, args = call.request.path[len("/admin/data/"):], call.request.args
+    if "key" in args:
+        return row_page(app, call, name, read_key(args["key"]))
     limit = max(1, min(SQL_ROWS, args.get("limit", 50, type=int)))
-    found, keys, rows = fetch_rows(app, name, args.get("after", type=json.loads), limit)
+    found, keys, rows = fetch_rows(app, name, read_key(args["after"]) if "after" in args else None, limit)
     names = [column["name"] for column in found.columns]
     if args.get("format") == "csv":
         return csv_response(name, csv_pages(app, name, names))
+    keys = [[{"hex": value.hex()} if isinstance(value, bytes) else value for value in key] for key in keys]
     following = keys[-1] if len(rows) == limit else None
     data = [{"key": key, "values": dict(zip(names, map(shown_value, row)))} for key, row in zip(keys, rows)]
     if wants_json(call):
-        return as_json({"table": name, "columns": found.columns, "read_only": is_ours(name), "rows": data, "next": following})
+        return as_json({"table": found.name, "columns": found.columns, "read_only": is_ours(name), "rows": data,
+                        "next": following})
     return rows_page(call, found, data, following)
 
 
@@ -6467,7 +6493,7 @@ def csv_pages(app: Any, name: str, columns: list[str]) -> Iterator[str]:
     mark = "\ufeff"
     while rows:
         out = io.StringIO()
-        csv.writer(out).writerows(rows)
+        csv.writer(out).writerows([value.hex() if isinstance(value, bytes) else value for value in row] for row in rows)
         yield mark + out.getvalue()
         mark = ""
         _, keys, rows = fetch_rows(app, name, after, SQL_ROWS)
@@ -6482,22 +6508,52 @@ def csv_response(name: str, pages: Iterator[str]) -> Response:
 
 
 def rows_page(call: Call, found: Table, data: list[dict[str, Any]], following: Optional[list[Any]]) -> Response:
-    """Show rows, each with a form of its own where the table may be written to."""
-    t, url, writable = Texts(call), "/admin/data/" + quote(found.name, safe=""), not is_ours(found.name)
-
-    def buttons(row: Optional[dict[str, Any]]) -> Optional[Markup]:
-        values = {key: value for key, value in (row["values"] if row else {}).items() if value is not None}
-        inputs = (tag("label", column["name"], tag("input", name="value_" + column["name"],
-                                                   value=values.get(column["name"], ""))) for column in found.columns)
-        kept = {"table": found.name, "key": json.dumps(row["key"]) if row else ""}
-        saved = form("/admin/data", *inputs, tag("button", t("save")), action="update" if row else "insert", **kept)
-        gone = form("/admin/data", tag("button", t("delete"), class_="danger"), action="delete", **kept) if row else None
-        return tag("details", tag("summary", t("edit" if row else "add_row")), saved, gone) if writable else None
+    """Show rows, and what can be done with them where the table may be written to."""
+    t, url, ours = Texts(call), "/admin/data/" + found.name, is_ours(found.name)
     columns: dict[str, Optional[str]] = {**{column["name"]: None for column in found.columns}, "": None}
-    shown = table(t, columns, "no_rows", ((*row["values"].values(), buttons(row)) for row in data), False)
+    shown = table(t, columns, "no_rows", ((
+        *(str(value)[:200] + "…" * (len(str(value)) > 200) for value in row["values"].values()),
+        None if ours else link(t("edit"), url, key=json.dumps(row["key"]))) for row in data), False)
     more = link(t("go_on"), url, "button plain", after=json.dumps(following)) if following else None
-    links = tag("p", more, link("CSV", url, "button plain", format="csv"), class_="row")
-    return page(call, found.name, shown, links, buttons(None))
+    added = tag("details", tag("summary", t("add_row")), row_form(t, found, {}, t("save"), action="insert"), class_="card")
+    gone = tag("details", tag("summary", t("drop")), form(
+        "/admin/data", tag("button", t("drop"), class_="danger"), action="drop", table=found.name), class_="card")
+    made = tag("details", tag("summary", t("schema")), tag("pre", found.sql), class_="card")
+    return page(call, found.name, tag("p", more, link("CSV", url, "button plain", format="csv"), class_="row"), shown, made,
+                *(() if ours else (added, gone)))
+
+
+def row_form(t: Texts, found: Table, values: Mapping[str, Any], button: str, **hidden: str) -> Markup:
+    """Make the form of one row: a box for each column, as high as what stands in it."""
+    boxes = (tag("label", f"{column['name']} ", tag("span", column["type"], class_="soft"), tag(
+        "textarea", "\n" + field_text(values.get(column["name"])), name="value_" + column["name"], spellcheck="false",
+        rows=str(min(12, field_text(values.get(column["name"])).count("\n") + 1)))) for column in found.columns)
+    return form("/admin/data", *boxes, tag("p", tag("button", button)), table=found.name, **hidden)
+
+
+def field_text(value: Any) -> str:
+    """Return a value as the form of a row shows it."""
+    return "" if value is None else str(shown_value(value)).replace("\r\n", "\n")
+
+
+def find_row(connection: sqlite3.Connection, found: Table, key: list[Any]) -> dict[str, Any]:
+    """Return one row by its key; 404 where there is none."""
+    where = " AND ".join(f"{name} = ?" for name in found.key)
+    row = connection.execute(f"SELECT * FROM {quote_name(found.name)} WHERE {where}", key).fetchone()
+    if row is None:
+        raise HTTPException(404, "There is no such row")
+    return {column["name"]: value for column, value in zip(found.columns, row)}
+
+
+def row_page(app: Any, call: Call, name: str, key: list[Any]) -> Response:
+    """Show the form of one row, and what deletes it."""
+    with user_data(app) as connection:
+        found = read_table(connection, name)
+        row = find_row(connection, found, key)
+    t, kept = Texts(call), call.request.args["key"]
+    gone = form("/admin/data", tag("button", t("delete"), class_="danger"), action="delete", table=found.name, key=kept)
+    return page(call, f"{found.name}: {t('edit')}", tag(
+        "div", row_form(t, found, row, t("save"), action="update", key=kept), gone, class_="card"))
 
 
 def change_data(app: Any, call: Call) -> Response:
@@ -6507,7 +6563,7 @@ def change_data(app: Any, call: Call) -> Response:
     if action == "sql":
         return run_sql(app, call, text_field(sent, "sql"))
     with user_data(app) as connection:
-        if action == "create":
+        if action == "create" and name:
             connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
         elif action == "drop":
             connection.execute(f"DROP TABLE {quote_name(name)}")
@@ -6520,40 +6576,58 @@ def change_data(app: Any, call: Call) -> Response:
 
 def change_row(connection: sqlite3.Connection, found: Table, action: str, sent: Mapping[str, Any]) -> None:
     """Write one row: `key` tells which, `values` (or value_<column> of a form) what."""
-    values = sent.get("values") or {name[6:]: value for name, value in sent.items() if name.startswith("value_")}
-    key = json.loads(sent.get("key") or "[]") if isinstance(sent.get("key"), str) else sent.get("key") or []
-    known = {column["name"] for column in found.columns}
-    if not isinstance(values, dict) or not values.keys() <= known or not isinstance(key, list):
-        raise HTTPException(400, "values must be an object of the table's columns, key a list")
-    table_name, names = quote_name(found.name), list(values)
-    where = " AND ".join(f"{quote_name(name) if name != 'rowid' else name} = ?" for name in found.key)
+    key, table_name = read_key(sent.get("key") or []), quote_name(found.name)
+    where = " AND ".join(f"{name} = ?" for name in found.key)
+    values = form_values(connection, found, key, action, sent) if "values" not in sent else sent["values"]
+    if not isinstance(values, dict) or not values.keys() <= {column["name"] for column in found.columns}:
+        raise HTTPException(400, "values must be an object of the table's columns")
     if action == "insert":
-        kept = {name: value for name, value in values.items() if value != ""}  # a blank field of a form is the default
-        marks = f"({', '.join(map(quote_name, kept))}) VALUES ({', '.join('?' * len(kept))})" if kept else "DEFAULT VALUES"
-        connection.execute(f"INSERT INTO {table_name} {marks}", tuple(kept.values()))
+        marks = f"({', '.join(map(quote_name, values))}) VALUES ({', '.join('?' * len(values))})"
+        connection.execute(f"INSERT INTO {table_name} {marks if values else 'DEFAULT VALUES'}", (*values.values(),))
     elif len(key) != len(found.key):
         raise HTTPException(400, f"key must hold {', '.join(found.key)}")
-    else:
-        sets = ", ".join(f"{quote_name(name)} = ?" for name in names)
+    elif action == "delete" or values:
+        sets = ", ".join(f"{quote_name(name)} = ?" for name in values)
         begin = f"DELETE FROM {table_name}" if action == "delete" else f"UPDATE {table_name} SET {sets}"
         given = (*key,) if action == "delete" else (*values.values(), *key)
         if connection.execute(f"{begin} WHERE {where}", given).rowcount != 1:
             raise HTTPException(404, "There is no such row")
 
 
+def form_values(connection: sqlite3.Connection, found: Table, key: list[Any], action: str,
+                sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a form changed in a row, or gives a new one. A field left as it was shown isn't written, since a blob is
+    shown as its size; a blank one is the column's default or, but for text, NULL."""
+    before = find_row(connection, found, key) if action == "update" else {}
+    changed: dict[str, Any] = {}
+    for column in found.columns if action != "delete" else ():
+        name, old = column["name"], before.get(column["name"])
+        text = text_field(sent, "value_" + name).replace("\r\n", "\n") if "value_" + name in sent else field_text(old)
+        if text != field_text(old):
+            changed[name] = text if text or "TEXT" in column["type"].upper() else None
+            with contextlib.suppress(ValueError):  # a column without a type would keep a number as text
+                changed[name] = type(old)(text) if isinstance(old, (int, float)) and text else changed[name]
+    return changed
+
+
 def run_sql(app: Any, call: Call, text: str) -> Response:
     """Run one statement: a SELECT gives its first rows, anything else the number of rows it changed."""
-    if not text.strip():
-        raise HTTPException(400, "There is no statement")
-    with user_data(app) as connection:
-        cursor = connection.execute(text)
-        rows = [list(map(shown_value, row)) for row in cursor.fetchmany(SQL_ROWS)] if cursor.description else []
-        columns, changed = [column[0] for column in cursor.description or ()], cursor.rowcount
+    t = Texts(call)
+    try:
+        if not text.strip():
+            raise HTTPException(400, "There is no statement")
+        with user_data(app) as connection:
+            cursor = connection.execute(text)
+            rows = [list(map(shown_value, row)) for row in cursor.fetchmany(SQL_ROWS)] if cursor.description else []
+            columns, changed = [column[0] for column in cursor.description or ()], cursor.rowcount
+    except HTTPException as error:
+        if wants_json(call):
+            raise
+        return page(call, t("data"), sql_form(t, text), note(error.description, "bad"), status=error.code)
     if wants_json(call):
         return as_json({"columns": columns, "rows": rows} if columns else {"rowcount": changed})
-    t = Texts(call)
-    result = table(t, dict.fromkeys(columns), "no_rows", rows, False) if columns else note(f"{changed}")
-    return page(call, t("data"), sql_form(t, text), result)
+    result = table(t, dict.fromkeys(columns), "no_rows", rows, False) if columns else note(f"{t('rows')}: {changed}")
+    return page(call, t("data"), sql_form(t, text), note(t("first_rows", SQL_ROWS)) if len(rows) == SQL_ROWS else None, result)
 
 
 def view_settings(app: Any, call: Call) -> Response:
