@@ -283,7 +283,7 @@ class Settings:
     """The settings, cast: ``settings.PORT``, paths absolute; `sources` says where each came from. Raises SettingError."""
 
     def __init__(self, options: Mapping[str, Any] = types.MappingProxyType({}), directory: str = ".") -> None:
-        self.directory = os.path.abspath(directory)
+        self.directory, self.options = os.path.abspath(directory), options
         self.sources: dict[str, str] = {}
         for name in set(options) - {row.name for row in SETTINGS_TABLE}:
             raise SettingError(f"{name}: there is no such setting")
@@ -5478,7 +5478,12 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "drop": ("刪除資料表", "Drop this table"), "schema": ("結構", "Schema"),
     "first_rows": ("只顯示前 {} 列。", "Only the first {} rows are shown."), "settings": ("設定", "Settings"),
     "docs": ("API 說明", "API"), "value": ("值", "Value"), "source": ("來源", "Source"),
-    "help": ("說明", "What for"), "restart": ("改動在重新啟動後生效。", "A change takes effect after a restart."),
+    "help": ("說明", "What for"), "waits": ("已改動,等待重新啟動", "changed; waits for a restart"),
+    "restart": ("設定在啟動時讀取,改動在重新啟動後生效;函式的 config 則立即生效。",
+                "Settings are read at the start, so a change takes effect after a restart; functions' config follows at once."),
+    "backup": ("下載備份", "Download a backup"), "secrets": ("包含密鑰(SECRET_TOKEN 等)", "With secrets (SECRET_TOKEN and such)"),
+    "backup_help": ("函式、資料庫與設定;用 fnserve.py restore 還原。",
+                    "Functions, database and settings; fnserve.py restore brings them back."),
     "dashboard": ("監控", "Monitoring"), "cpu_percent": ("CPU", "CPU"), "memory_rss_mb": ("記憶體", "Memory"),
     "memory_percent": ("記憶體 %", "Memory %"), "threads": ("執行緒", "Threads"), "uptime_seconds": ("運行時間", "Uptime"),
     "workers": ("行程", "Processes"), "requests_per_second": ("請求/秒", "Requests/s"), "error_rate": ("錯誤率", "Error rate"),
@@ -6423,19 +6428,26 @@ def read_key(given: Any) -> list[Any]:
         raise HTTPException(400, "a key must be a list of values") from None
 
 
+def count_rows(connection: sqlite3.Connection, name: str) -> Optional[int]:
+    """Count a table's rows; None where that takes too long, as of millions on a slow card."""
+    with contextlib.suppress(sqlite3.OperationalError):
+        return connection.execute(f"SELECT count(*) FROM {quote_name(name)}").fetchone()[0]
+    return None
+
+
 def view_data(app: Any, call: Call) -> Response:
     """/admin/data : the tables, a form for a new one and a box for SQL; POST does what `action` says."""
     if call.request.method == "POST":
         return change_data(app, call)
     with user_data(app) as connection:
         names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-        data = [{"name": name, "rows": connection.execute(f"SELECT count(*) FROM {quote_name(name)}").fetchone()[0],
-                 "read_only": is_ours(name)} for name in names if not name.startswith("sqlite_")]
+        data = [{"name": name, "rows": count_rows(connection, name), "read_only": is_ours(name)}
+                for name in names if not name.startswith("sqlite_")]
     if wants_json(call):
         return as_json({"tables": data})
     t = Texts(call)
     shown = table(t, {"name": None, "rows": "n", "read_only": None}, "none", (
-        (link(row["name"], "/admin/data/" + row["name"]), f"{row['rows']:,}", "✓" if row["read_only"] else "") for row in data))
+        (link(row["name"], "/admin/data/" + row["name"]), "?" if row["rows"] is None else f"{row['rows']:,}", "✓" if row["read_only"] else "") for row in data))
     asked = form("/admin/data", *(tag("label", t(label), tag("input", name=name, required=True, placeholder=example))
                                   for name, label, example in (("table", "name", "notes"), (
                                       "columns", "columns", "id INTEGER PRIMARY KEY, text TEXT"))),
@@ -6512,7 +6524,8 @@ def rows_page(call: Call, found: Table, data: list[dict[str, Any]], following: O
     t, url, ours = Texts(call), "/admin/data/" + found.name, is_ours(found.name)
     columns: dict[str, Optional[str]] = {**{column["name"]: None for column in found.columns}, "": None}
     shown = table(t, columns, "no_rows", ((
-        *(str(value)[:200] + "…" * (len(str(value)) > 200) for value in row["values"].values()),
+        *(tag("i", "NULL", class_="soft") if value is None else str(value)[:200] + "…" * (len(str(value)) > 200)
+          for value in row["values"].values()),
         None if ours else link(t("edit"), url, key=json.dumps(row["key"]))) for row in data), False)
     more = link(t("go_on"), url, "button plain", after=json.dumps(following)) if following else None
     added = tag("details", tag("summary", t("add_row")), row_form(t, found, {}, t("save"), action="insert"), class_="card")
@@ -6631,15 +6644,68 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
 
 
 def view_settings(app: Any, call: Call) -> Response:
-    """/admin/settings : every setting, its value (secrets masked) and where it comes from. A change needs a restart."""
+    """/admin/settings : every setting, its value (secrets masked), where it comes from, and whether a change waits for a
+    restart; a button that downloads a backup."""
+    t, bad = Texts(call), None
+    try:
+        fresh = Settings(app.settings.options, app.settings.directory)
+    except SettingError as error:
+        fresh, bad = app.settings, note(str(error), "bad")
     values = {row.name: getattr(app.settings, row.name) for row in SETTINGS_TABLE}
     rows = [{"name": row.name, "value": "***" if row.secret and values[row.name] else values[row.name],
-             "source": app.settings.sources[row.name], "help": row.help} for row in SETTINGS_TABLE]
+             "source": app.settings.sources[row.name], "restart": getattr(fresh, row.name) != values[row.name],
+             "help": row.help} for row in SETTINGS_TABLE]
     if wants_json(call):
         return as_json({"settings": rows})
-    t = Texts(call)
-    columns = {"name": None, "value": None, "source": "soft", "help": "soft"}
-    return page(call, t("settings"), tag("p", t("restart")), table(t, columns, "none", (row.values() for row in rows)))
+    columns = {"name": None, "value": None, "source": "soft", "help": "soft wide"}
+    shown = table(t, columns, "none", ((
+        row["name"], join(shown_setting(row["value"]), tag("div", t("waits"), class_="bad") if row["restart"] else None),
+        row["source"], row["help"]) for row in rows))
+    saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
+                 tag("p", tag("button", t("backup"))))
+    return page(call, t("settings"), bad, tag("p", t("restart")), shown, tag("div", tag("h2", t("backup")), tag(
+        "p", t("backup_help")), saved, class_="card"))
+
+
+def shown_setting(value: Any) -> str:
+    """Write a setting's value as .env takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def view_backup(app: Any, call: Call) -> Response:
+    """/admin/backup : POST downloads what the command `backup` writes; `secrets` puts those of the settings into it too."""
+    import tempfile
+    file = tempfile.TemporaryFile(dir=app.settings.directory)
+    write_backup(app.settings, file, bool(fields(call).get("secrets")))
+    file.seek(0)
+    name = time.strftime("fnserve-%Y%m%d-%H%M%S.zip", time.localtime(call.started))
+    response = send_file(file, as_attachment=True, download_name=name, conditional=False)
+    response.headers.update(PAGE_HEADERS)
+    return response
+
+
+def write_backup(settings: Settings, file: Any, secrets: bool) -> None:
+    """Write functions, database and settings into a zip file, while the server runs: the database as of one moment."""
+    import tempfile
+    import zipfile
+    with tempfile.TemporaryDirectory(dir=settings.directory) as scratch, zipfile.ZipFile(
+            file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        copy = os.path.join(scratch, "copy.db")
+        with contextlib.closing(sqlite3.connect(settings.DB_PATH)) as old, contextlib.closing(sqlite3.connect(copy)) as new:
+            old.backup(new)
+        archive.write(copy, "serverless.db")
+        for directory, _, names in os.walk(settings.FUNCTIONS_DIR):
+            for path in (os.path.join(directory, name) for name in names if not name.startswith(".")):  # . is a draft
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    if os.path.isfile(path) and os.path.basename(directory) != "__pycache__":
+                        archive.write(path, os.path.join(PACKAGE, os.path.relpath(path, settings.FUNCTIONS_DIR)))
+        for name in (".env", ".env.local"):
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(settings.directory, name), encoding="utf-8") as env:
+                archive.writestr(name, "".join(  # by bindings, since a secret may have several lines
+                    found[0] for found in _ENV_BINDING.finditer(env.read())
+                    if secrets or not _SECRET.search(found[0].partition("=")[0])))
 
 
 def may_read_docs(app: Any, call: Call) -> None:
@@ -6717,7 +6783,7 @@ ROUTES = {
     "/scheduler": Route(view_scheduler, basic=True),
     "/scheduler/*": Route(view_jobs, True, ("GET", "HEAD", "POST", "PATCH", "DELETE"), basic=True),
     "/admin/data": Route(view_data, True, GET_POST), "/admin/data/*": Route(view_rows), "/admin/settings": Route(view_settings),
-    "/openapi.json": Route(view_openapi, admin=False),
+    "/openapi.json": Route(view_openapi, admin=False), "/admin/backup": Route(view_backup, True, POST),
     "/docs": Route(view_docs, admin=False), "/admin/jobs": Route(view_admin_jobs),
     "/admin/queue": Route(view_queue, True, GET_POST),
     "/admin/assets/fnserve.css": Route(view_asset, False), "/admin/assets/fnserve.js": Route(view_asset, False),
@@ -7630,14 +7696,16 @@ def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
     """send function files to a running fnserve"""
     import urllib.error
     import urllib.request
-    token = arguments.token or Settings(options).SECRET_TOKEN
+    settings = Settings(options)
+    token, root = arguments.token or settings.SECRET_TOKEN, settings.FUNCTIONS_DIR + os.sep
     for path in arguments.files:
-        with open(path, encoding="utf-8") as file:
-            sent = {"module_name": os.path.basename(path).removesuffix(".py"), "code": file.read()}
+        full = os.path.abspath(path)
+        name = full[len(root):].replace(os.sep, "/") if full.startswith(root) else os.path.basename(full)
+        sent = {"module_name": name.removesuffix(".py"), "code": read_source(path).decode("utf-8", "surrogateescape")}
         for page in ("update_function", "save_function"):  # the second where there is no such function yet
-            request = urllib.request.Request(f"{arguments.to.rstrip('/')}/function/{page}", json.dumps(sent).encode(), {
-                "Content-Type": "application/json", "Accept": "application/json", "Authorization": f"Bearer {token}"})
             try:
+                request = urllib.request.Request(f"{arguments.to.rstrip('/')}/function/{page}", json.dumps(sent).encode(), {
+                    "Content-Type": "application/json", "Accept": "application/json", "Authorization": f"Bearer {token}"})
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     print(f"{sent['module_name']}: version {json.load(answer)['version']}")
                 break
@@ -7645,29 +7713,20 @@ def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
                 if error.code != 404 or page == "save_function":
                     print(f"{path}: {error.code} {error.read(1000).decode('utf-8', 'replace').strip()}", file=sys.stderr)
                     return 1
+            except (ValueError, KeyError) as error:
+                raise SettingError(f"--to {arguments.to}: there is no fnserve ({error})") from None
     return 0
 
 
 def cmd_backup(arguments: Any, options: dict[str, Any]) -> int:
     """write functions, database and settings into a zip file, while the server runs"""
-    import tempfile
-    import zipfile
-    app = prepare(**options)
-    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(arguments.file, "x", zipfile.ZIP_DEFLATED) as archive:
-        os.chmod(arguments.file, 0o600)
-        copy = os.path.join(scratch, "copy.db")
-        with contextlib.closing(sqlite3.connect(app.settings.DB_PATH)) as old, contextlib.closing(sqlite3.connect(copy)) as new:
-            old.backup(new)
-        archive.write(copy, "serverless.db")
-        for directory, _, names in os.walk(app.settings.FUNCTIONS_DIR):
-            for name in names if os.path.basename(directory) != "__pycache__" else ():
-                path = os.path.join(directory, name)
-                archive.write(path, os.path.join(PACKAGE, os.path.relpath(path, app.settings.FUNCTIONS_DIR)))
-        for name in (".env", ".env.local"):
-            path = os.path.join(app.settings.directory, name)
-            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-                lines = (line for line in file if arguments.secrets or not _SECRET.search(line.partition("=")[0]))
-                archive.writestr(name, "".join(lines))
+    settings = prepare(**options).settings
+    with os.fdopen(os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        try:
+            write_backup(settings, file, arguments.secrets)
+        except BaseException:
+            os.unlink(arguments.file)  # half a backup is worse than none
+            raise
     return 0
 
 
@@ -7677,24 +7736,52 @@ def cmd_restore(arguments: Any, options: dict[str, Any]) -> int:
     import zipfile
     import zlib
     settings = Settings(options)
-    with tempfile.TemporaryDirectory(dir=settings.directory) as scratch:
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(settings.FUNCTIONS_DIR)) as scratch:  # where a rename reaches
+        fresh = os.path.join(scratch, PACKAGE)
         try:
             with zipfile.ZipFile(arguments.file) as archive:
                 if archive.testzip() is not None or "serverless.db" not in archive.namelist():
                     raise zipfile.BadZipFile("a file in it is damaged or missing")
                 archive.extractall(scratch)
+            os.makedirs(fresh, exist_ok=True)
             with contextlib.closing(sqlite3.connect(os.path.join(scratch, "serverless.db"))) as found:
                 if found.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
                     raise zipfile.BadZipFile("its database is damaged")
-                os.makedirs(os.path.join(scratch, PACKAGE), exist_ok=True)
-                if os.path.isdir(settings.FUNCTIONS_DIR):
-                    os.rename(settings.FUNCTIONS_DIR, time.strftime(f"{settings.FUNCTIONS_DIR}.%Y%m%d-%H%M%S"))
-                os.rename(os.path.join(scratch, PACKAGE), settings.FUNCTIONS_DIR)
-                with contextlib.closing(sqlite3.connect(settings.DB_PATH, timeout=30)) as database:
-                    found.backup(database)
-        except (zipfile.BadZipFile, zlib.error, sqlite3.DatabaseError, EOFError, ValueError, RuntimeError) as error:
+                swap_in(found, fresh, settings)
+        except (zipfile.BadZipFile, zlib.error, sqlite3.DatabaseError, EOFError, ValueError, RuntimeError,
+                FileExistsError) as error:
             raise SettingError(f"{arguments.file}: {error}; nothing was changed") from None
     return 0
+
+
+def swap_in(found: sqlite3.Connection, fresh: str, settings: Settings) -> None:
+    """Put the functions and the database of a backup in place: both or, where the database can't be written, neither."""
+    suffix = time.strftime(".%Y%m%d-%H%M%S")
+    aside = settings.FUNCTIONS_DIR + suffix
+    keep_database(settings.DB_PATH, settings.DB_PATH + suffix)
+    if os.path.isdir(settings.FUNCTIONS_DIR):
+        os.rename(settings.FUNCTIONS_DIR, aside)
+    os.rename(fresh, settings.FUNCTIONS_DIR)
+    try:
+        with contextlib.closing(sqlite3.connect(settings.DB_PATH, timeout=30)) as database:
+            found.backup(database)
+    except BaseException:
+        os.rename(settings.FUNCTIONS_DIR, fresh)
+        if os.path.isdir(aside):
+            os.rename(aside, settings.FUNCTIONS_DIR)
+        raise
+
+
+def keep_database(path: str, aside: str) -> None:
+    """Copy the database beside itself; one that can't be read, which may be why a backup is brought back, is moved there."""
+    os.close(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as old, contextlib.closing(sqlite3.connect(aside)) as copy:
+            old.backup(copy)
+    except sqlite3.DatabaseError:
+        for end in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path + end, aside + end)
 
 
 EXPORTED = '''\
@@ -7932,7 +8019,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         if arguments.dir and arguments.run not in (cmd_service, cmd_nginx):
             os.chdir(arguments.dir)
         return arguments.run(arguments, options)
-    except (SettingError, StoreError, OSError, sqlite3.Error) as error:
+    except (SettingError, StoreError, LoadError, OSError, sqlite3.Error) as error:
         print(f"fnserve: {error}", file=sys.stderr)
         return 2 if isinstance(error, (SettingError, StoreError)) else 1
     except KeyboardInterrupt:
