@@ -1995,7 +1995,8 @@ def summarize(source: bytes, path: str) -> str:
     tree = compile_source(source, path, 0x400)  # ast.PyCF_ONLY_AST; ast itself costs 500 kB
     mains = [node for node in tree.body if getattr(node, "name", "") == "main" and hasattr(node, "body")]
     for node in [tree, *mains]:
-        value = getattr(getattr(node.body[0], "value", None), "value", None) if node.body else None
+        first = node.body[0] if node.body and type(node.body[0]).__name__ == "Expr" else None  # ast isn't imported
+        value = getattr(getattr(first, "value", None), "value", None)
         if isinstance(value, str) and value.strip():
             return value.strip().splitlines()[0]
     return ""
@@ -5326,14 +5327,14 @@ CSS = """\
 --warn:#b3261e;--good:#1d7a3e;--mark:#fdecea}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9fb0bf;--line:#33414d;--paper:#18212a;--back:#10171e;
 --main:#57c7ae;--warn:#ff8a80;--good:#7bd88f;--mark:#4a2422}}
-*{box-sizing:border-box} a{color:var(--main)} h1{font-size:1.35rem;margin:.4rem 0 1rem}
+*{box-sizing:border-box} a{color:var(--main)} h1{font-size:1.35rem;margin:.4rem 0 1rem;overflow-wrap:anywhere}
 body{margin:0;background:var(--back);color:var(--ink);font:16px/1.5 system-ui,"Noto Sans TC","PingFang TC",sans-serif}
 header{background:var(--paper);border-bottom:1px solid var(--line);padding:0 1rem;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem}
 header b{font-size:1.1rem;color:var(--main)} header *{padding:.7rem 0} header a{color:var(--ink);text-decoration:none}
 header{align-items:center} header a[aria-current]{box-shadow:inset 0 -3px var(--main)}
-main{max-width:70rem;margin:0 auto;padding:1rem} .figures .card{min-width:8rem;margin:0}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem;margin-top:1rem}
-.charts .card{margin:0}h2{font-size:1.1rem}
+main{max-width:70rem;margin:0 auto;padding:1rem} .figures .card{min-width:8rem;margin:0;flex:1}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem;margin:1rem 0}
+.charts .card{margin:0} .charts svg{width:100%}h2{font-size:1.1rem}
 .narrow{max-width:24rem;margin:10vh auto} .scroll{overflow-x:auto}
 .card{background:var(--paper);border:1px solid var(--line);border-radius:.6rem;padding:1rem;margin-bottom:1rem}
 .note{border-left:4px solid var(--main)} .note.bad{border-left-color:var(--warn);background:var(--mark);color:var(--ink)}
@@ -5344,24 +5345,37 @@ th,td{text-align:left;padding:.5rem .6rem;border-bottom:1px solid var(--line);ve
 th{color:var(--soft);font-weight:600;font-size:.85rem;white-space:nowrap}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 input,textarea,button,.button{font:inherit;color:inherit;border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
-input[type=checkbox]{width:auto} input,textarea{background:var(--paper);width:100%;max-width:100%}
+input,textarea{background:var(--paper);width:100%;max-width:100%;font-weight:400}
+input[type=checkbox]{width:auto;margin-right:.4rem}
+.break{overflow-wrap:anywhere} td.time{white-space:nowrap}
 input:focus,textarea:focus,button:focus-visible,a:focus-visible{outline:2px solid var(--main);outline-offset:1px}
 button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none}
 button.plain,.button.plain{background:none;color:var(--ink);border-color:var(--line)}
 .button{display:inline-block} button.danger{background:var(--warn);border-color:var(--warn)}
-pre,.mono,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace} pre{white-space:pre-wrap;overflow-wrap:anywhere}
-pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0}
+pre,.mono,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;
+margin:.4rem 0}
 .editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(52vh,40rem)}
 .gutter{margin:0;padding:.5rem .4rem;text-align:right;color:var(--soft);overflow:hidden;user-select:none;min-width:3rem;
 white-space:pre;border-radius:0}
 select{font:inherit;color:inherit;background:var(--paper);border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
-input[type=search]{width:auto;flex:1 1 9rem} form.row{margin-bottom:1rem} form.row label{margin:0} form.row select{margin-left:.4rem}
+input[type=search]{width:auto;flex:1 1 9rem}
+form.row{margin-bottom:1rem} form.row label{margin:0} form.row select{margin-left:.4rem}
 details>summary{cursor:pointer;font-weight:600;padding:.5rem 0}
 .gutter i{font-style:normal;background:var(--warn);color:var(--paper);display:block;margin:0 -.4rem;padding:0 .4rem}
 textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:.5rem .6rem}
 textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
-svg{display:block;max-width:100%} svg rect{fill:var(--main)} svg .over{fill:var(--warn)} .calm rect{fill:var(--soft)} .calm .over{fill:var(--main)} .ends{display:flex;justify-content:space-between}
-@media(max-width:40rem){main{padding:.6rem} th,td{padding:.4rem} .wide{display:none}}
+svg{display:block;max-width:100%} svg rect{fill:var(--main)} svg .over{fill:var(--warn)}
+.calm rect{fill:var(--soft)} .calm .over{fill:var(--main)}
+.ends{display:flex;justify-content:space-between}
+@media(max-width:40rem){main{padding:.6rem} th,td{padding:.4rem} .wide,thead{display:none}
+header{flex-wrap:nowrap;overflow-x:auto;white-space:nowrap;scrollbar-width:none}
+tr{display:block;padding:.4rem 0;border-bottom:1px solid var(--line)} tr:last-child{border:0}
+td{display:block;position:relative;border:0;padding:.15rem 0 .15rem 6.5rem;min-height:1.8rem;overflow-wrap:anywhere}
+td.wide,td:empty{display:none} td:first-child{padding-left:0;font-weight:600} td:first-child .soft{font-weight:400}
+td::before{content:attr(data-label);position:absolute;left:0;color:var(--soft);font-size:.85rem}
+td:first-child::before{content:none}
+td.n{display:inline-block;padding:.1rem 1.2rem .1rem 0} td.n::before{position:static;margin-right:.5rem}}
 """
 
 JS = r"""
@@ -5419,6 +5433,7 @@ if (code) {
     code.scrollTop = gutter.scrollTop = Math.max(0, (wrong - 5) * 21);
   }
 }
+document.querySelector("header [aria-current]")?.scrollIntoView({block: "nearest", inline: "center"});
 const live = document.querySelector("#live"), board = document.querySelector("#dashboard");
 if (live) {
   let source, timer;
@@ -5458,8 +5473,8 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "deleted": ("已刪除。", "Deleted."), "clear": ("清除統計", "Clear statistics"),
     "ask_clear": ("要清除所有統計嗎?無法復原。", "Clear all statistics? This can't be undone."),
     "cleared": ("已清除。", "Cleared."), "by_day": ("每日呼叫(紅色:錯誤)", "Calls by day (red: errors)"),
-    "by_hour": ("24 小時內每小時呼叫", "Calls by hour, one day"),
-    "latency": ("延遲 p95(深色:p50)ms", "Latency p95 (dark: p50), ms"),
+    "by_hour": ("一天內每小時呼叫", "Calls by hour, one day"),
+    "latency": ("延遲 p95(綠色:p50)ms", "Latency p95 (green: p50), ms"),
     "time": ("時間", "Time"), "function": ("函式", "Function"), "request": ("請求", "Request"), "took": ("耗時", "Took"),
     "restore": ("還原", "Restore"), "restored": ("已還原。", "Restored."), "size": ("大小", "Size"),
     "current": ("目前", "current"), "line": ("第 {} 行", "Line {}"),
@@ -5472,16 +5487,20 @@ TEXTS = {  # key: (Traditional Chinese, English)
               "Somebody has saved a newer version. Your text is kept below; look at theirs first."),
     "failed": ("請求無法完成。", "The request could not be completed."),
     "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
-    "data": ("資料", "Data"), "rows": ("列數", "Rows"), "read_only": ("唯讀", "Read only"),
+    "data": ("資料", "Data"), "rows": ("列數", "Rows"),
+    "read_only": ("fnserve 的資料表(唯讀)", "fnserve's own tables (read only)"),
+    "no_tables": ("還沒有自己的資料表。", "There are no tables of your own yet."),
     "no_rows": ("沒有資料。", "There are no rows."),
     "add_row": ("新增一列", "Add a row"), "add_table": ("新增資料表", "Create a table"), "columns": ("欄位", "Columns"),
     "drop": ("刪除資料表", "Drop this table"), "schema": ("結構", "Schema"),
     "first_rows": ("只顯示前 {} 列。", "Only the first {} rows are shown."), "settings": ("設定", "Settings"),
     "docs": ("API 說明", "API"), "value": ("值", "Value"), "source": ("來源", "Source"),
-    "help": ("說明", "What for"), "waits": ("已改動,等待重新啟動", "changed; waits for a restart"),
+    "help": ("說明", "What for"), "default": ("預設", "default"), "option": ("命令列選項", "option"),
+    "environment": ("環境變數", "environment"), "waits": ("已改動,等待重新啟動", "changed; waits for a restart"),
     "restart": ("設定在啟動時讀取,改動在重新啟動後生效;函式的 config 則立即生效。",
                 "Settings are read at the start, so a change takes effect after a restart; functions' config follows at once."),
-    "backup": ("下載備份", "Download a backup"), "secrets": ("包含密鑰(SECRET_TOKEN 等)", "With secrets (SECRET_TOKEN and such)"),
+    "backup": ("下載備份", "Download a backup"),
+    "secrets": ("包含密鑰(SECRET_TOKEN 等)", "With secrets (SECRET_TOKEN and such)"),
     "backup_help": ("函式、資料庫與設定;用 fnserve.py restore 還原。",
                     "Functions, database and settings; fnserve.py restore brings them back."),
     "dashboard": ("監控", "Monitoring"), "cpu_percent": ("CPU", "CPU"), "memory_rss_mb": ("記憶體", "Memory"),
@@ -5501,6 +5520,22 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "waiting": ("等待中", "waiting"), "running": ("執行中", "running"), "done": ("完成", "done"), "dead": ("失敗", "dead"),
     "retry": ("重試", "Retry"), "replay": ("重新執行", "Replay"), "discard": ("捨棄", "Discard"),
 }
+SETTINGS_ZH = {  # what the settings are for; in English it stands in their table
+    "SECRET_TOKEN": "管理頁面的密碼;空白時在第一次啟動產生", "SECRET_KEY": "簽署 session cookie;空白時在第一次啟動產生",
+    "HOST": "監聽的位址", "PORT": "監聽的連接埠;0 自動選一個空的",
+    "WORKERS": "行程數;auto 是每個核心一個,0 是沒有監督者的單一行程",
+    "THREADS": "每個行程的執行緒數", "FUNCTIONS_DIR": "函式檔案的目錄", "DB_PATH": "SQLite 資料庫", "LOG_FILE": "錯誤紀錄檔",
+    "LOG_MAX_BYTES": "錯誤紀錄檔達到此大小時輪替", "LOG_BACKUPS": "保留幾個輪替後的錯誤紀錄檔", "JOURNAL_DIR": "存取日誌的目錄",
+    "KEEP_INVOCATIONS": "紀錄頁保留的呼叫數", "KEEP_DAYS": "已彙整的日誌與圖表保留的天數", "MAX_BODY": "請求內容的大小上限",
+    "TIMEOUT": "呼叫超過此秒數會被中斷並回應 504;見 context.deadline", "GRACE": "停止時留給呼叫完成的秒數",
+    "SESSION_HOURS": "登入有效的小時數", "TRUSTED_PROXY": "信任其 X-Forwarded 標頭的位址;空白:都不信任",
+    "API_TOKENS": "呼叫 auth 為 'token' 的函式所用的權杖,以逗號分隔", "PROTECTED_FUNCTIONS": "另外只有管理者能呼叫的函式",
+    "METRICS_TOKEN": "/metrics 要求的 Bearer 權杖;空白:任何人都能讀", "LOKI_USER": "Loki 的使用者",
+    "LOKI_URL": "日誌推送到的 Loki,例如 http://127.0.0.1:3100;空白:不推送", "LOKI_PASSWORD": "Loki 的密碼",
+    "LOKI_TENANT": "Loki 的租戶", "QUEUE_MAX": "佇列中等待的呼叫上限;超過回應 503", "TIMEZONE": "排程的時區;空白:機器的時區",
+    "SCHEDULER_ALLOWED_HOSTS": "執行排程的機器名稱;* 是全部", "ADMIN": "off:所有管理網址都回應 404",
+    "DOCS": "誰能讀 /docs 與 /openapi.json:管理者,或任何人", "UI_LANG": "頁面的語言;auto:依瀏覽器"}
+TEXTS.update({row.name: (SETTINGS_ZH[row.name], row.help) for row in SETTINGS_TABLE})
 
 NEW_FUNCTION = '''"""What this function does, in one line."""
 from flask import jsonify
@@ -5579,19 +5614,22 @@ class Texts:
 
 def table(t: Texts, columns: dict[str, Optional[str]], empty: str, rows: Iterable[Iterable[Any]], ours: bool = True) -> Markup:
     """Make a table of cells, or a note; `columns` are headings, keys of TEXTS where they are `ours`, and their cells' class."""
-    body = [tag("tr", *(tag("td", cell, class_=kind) for cell, kind in zip(row, columns.values()))) for row in rows]
-    heads = (tag("th", t(key) if ours and key in TEXTS else key, class_=kind) for key, kind in columns.items())
-    shown = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body))
-    return tag("div", shown, class_="card scroll") if body else note(t(empty))
+    heads = [(t(key) if ours and key in TEXTS else key, kind) for key, kind in columns.items()]
+    body = [tag("tr", *(tag("td", cell, class_=kind, data_label=head or None) for cell, (head, kind) in zip(row, heads)))
+            for row in rows]
+    shown = tag("table", tag("thead", tag("tr", *(tag("th", head, class_=kind) for head, kind in heads))), tag("tbody", *body))
+    return tag("div", shown, class_="card scroll", tabindex="0") if body else note(t(empty))  # who has keys only must scroll
 
 
 def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[Any] = (), names: Iterable[str] = ()) -> Markup:
     """Draw numbers as a small bar chart, others `over` them; `names` say what each stands for."""
     top, step, names = max(values + [1]), width / len(values), list(names) or [""] * len(values)
+    drawn = [(kind, index, value) for kind, series in ((None, values), ("over", over)) for index, value in enumerate(series)]
     rects = [tag("rect", tag("title", f"{names[index]}: {value:,}") if names[index] else None, x=f"{index * step:.1f}",
                  y=f"{height - value / top * height:.1f}", width=f"{step * .8:.1f}", height=f"{value / top * height:.1f}",
-                 class_=kind) for kind, series in ((None, values), ("over", over)) for index, value in enumerate(series) if value]
-    return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
+                 class_=kind) for kind, index, value in drawn if value]
+    return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img",
+               preserveAspectRatio="none")
 
 
 def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over: Iterable[Any] = (), kind: str = "") -> Markup:
@@ -5671,7 +5709,9 @@ def login_page(call: Call, going_to: str, status: int, news: Optional[Markup] = 
     t = Texts(call)
     asked = tag("input", id="token", name="token", type="password", autocomplete="current-password", autofocus=True,
                 required=True)
-    shown = form("/login", tag("label", t("token"), for_="token"), asked, tag("p", tag("button", t("login"))), next=going_to)
+    user = tag("input", name="user", value="admin", autocomplete="username", hidden=True)  # for password managers
+    shown = form("/login", user, tag("label", t("token"), for_="token"), asked, tag("p", tag("button", t("login"))),
+                 next=going_to)
     return page(call, t("login"), news, tag("div", shown, class_="card narrow"), menu=False, status=status)
 
 
@@ -5783,17 +5823,21 @@ def list_group(t: Texts, name: str, count: int, rows: list[dict[str, Any]], spar
                more: Any) -> Markup:
     """Show the functions of one group, folded unless it is the top one or asked for."""
     columns = {"name": None, "calls": "n", "errors": "n", "last": "n soft wide", "hour": "wide", "status": None}
-    shown = table(t, columns, "none", ((
-        join(link(row["name"], "/function/edit_function", module_name=row["name"]), tag("div", row["summary"], class_="soft"),
-             row["last_error"] and tag("div", link(row["last_error"][:200], "/admin/logs", "bad", function=row["name"],
-                                                   status="5xx"), class_="soft"), function_links(t, row["name"])),
-        row["calls"], tag("span", row["errors"], class_="bad" if row["errors"] else None), local_time(row["last_call"]),
-        bars(sparks.get(row["name"], [0]), 120, 24, f"{t('hour')}: {sum(sparks.get(row['name'], [0]))}"),
-        tag("div", t(row["status"]), tag("div", row["reason"], class_="soft"), class_="bad" if row["reason"] else "good")
-    ) for row in rows)) if rows else ""
+    shown = table(t, columns, "none", (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
     content = join(shown, more and tag("p", more))
-    return tag("details", tag("summary", f"{name}/ ", tag("span", f"{count:,}", class_="soft")), content,
-               open=unfolded) if name else content
+    head = tag("summary", f"{name}/ ", tag("span", f"{count:,}", class_="soft"))
+    return tag("details", head, content, open=unfolded) if name else content
+
+
+def list_row(t: Texts, row: dict[str, Any], spark: list[int]) -> tuple[Any, ...]:
+    """Make the cells of one function."""
+    name, failed = row["name"], row["last_error"]
+    last = tag("div", link(failed[:200], "/admin/logs", "bad", function=name, status="5xx"), class_="soft") if failed else None
+    about = join(link(name, "/function/edit_function", module_name=name), tag("div", row["summary"], class_="soft"),
+                 None if failed == row["reason"] else last, function_links(t, name))
+    status = tag("div", t(row["status"]), tag("div", row["reason"], class_="soft"), class_="bad" if row["reason"] else "good")
+    return (about, f"{row['calls']:,}", tag("span", f"{row['errors']:,}", class_="bad" if row["errors"] else None),
+            local_time(row["last_call"]), bars(spark, 120, 24, f"{t('hour')}: {sum(spark)}"), status)
 
 
 def function_links(t: Texts, name: str) -> Markup:
@@ -6005,7 +6049,7 @@ def view_logs(app: Any, call: Call) -> Response:
                       max(1, min(1000, args.get("limit", 100, type=int))), args.get("after", 0, type=whole(0, 1 << 53)))
     if wants_json(call):
         return as_json({"invocations": rows})
-    t, columns = Texts(call), {"time": "soft", "function": None, "request": None, "status": None, "took": "n"}
+    t, columns = Texts(call), {"time": "soft time", "function": None, "request": "break", "status": None, "took": "n"}
     asked = [tag("label", t(label), tag("input", name=name, value=args.get(name, ""))) for name, label in (
         ("function", "function"), ("status", "status"), ("q", "text"))]
     follow = tag("label", tag("input", type="checkbox", name="follow", value="1", checked="follow" in args), t("follow"))
@@ -6135,7 +6179,7 @@ def dashboard(app: Any, t: Texts) -> Markup:
     charts = [chart(app, t, column, first, step) for first, step in ((minute - 59, 1), (minute - 1439, 24))
               for column in ("calls", "errors", "p95_ms", "memory_rss_mb", "cpu_percent")]
     slow = table(t, {"endpoint": None, "p95_ms": "n"}, "no_calls", (row.values() for row in recent["slowest"]))
-    last = table(t, {"time": "soft", "function": None, "error": None}, "no_errors", (
+    last = table(t, {"time": "soft time", "function": None, "error": "break"}, "no_errors", (
         (local_time(row["time"]), row["function"], (row["error"] or "").strip().rpartition("\n")[2])
         for row in recent["last_errors"]))
     return join(tag("div", *boxes, class_="row figures"), tag("div", *charts, class_="charts"), tag("h2", t("slowest")), slow,
@@ -6308,7 +6352,7 @@ def view_queue(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"calls": data, **({"call": whole_call(one)} if one else {})})
     t = Texts(call)
-    columns = {"function": None, "state": None, "tries": "n", "due": "soft", "answer": "n", "error": None, "": None}
+    columns = {"function": None, "state": None, "tries": "n", "due": "soft time", "answer": "n", "error": "break", "": None}
     shown = table(t, columns, "no_calls", ((
         join(link(row["function"], "/admin/queue", id=row["id"]), tag("div", row["id"], class_="soft")),
         tag("span", t(row["state"]), class_="bad" if row["state"] == "dead" else None), row["attempts"], local_time(row["due"]),
@@ -6446,20 +6490,22 @@ def view_data(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"tables": data})
     t = Texts(call)
-    shown = table(t, {"name": None, "rows": "n", "read_only": None}, "none", (
-        (link(row["name"], "/admin/data/" + row["name"]), "?" if row["rows"] is None else f"{row['rows']:,}", "✓" if row["read_only"] else "") for row in data))
+    theirs, ours = (table(t, {"name": None, "rows": "n"}, "no_tables", (
+        (link(row["name"], "/admin/data/" + row["name"]), "?" if row["rows"] is None else f"{row['rows']:,}")
+        for row in data if row["read_only"] is kind)) for kind in (False, True))
     asked = form("/admin/data", *(tag("label", t(label), tag("input", name=name, required=True, placeholder=example))
                                   for name, label, example in (("table", "name", "notes"), (
                                       "columns", "columns", "id INTEGER PRIMARY KEY, text TEXT"))),
                  tag("p", tag("button", t("add_table"))), action="create")
-    return page(call, t("data"), shown, sql_form(t, ""),
-                tag("details", tag("summary", t("add_table")), asked, class_="card"))
+    return page(call, t("data"), theirs, tag("details", tag("summary", t("add_table")), asked, class_="card"), sql_form(t, ""),
+                tag("details", tag("summary", t("read_only")), ours))
 
 
 def sql_form(t: Texts, text: str) -> Markup:
     """Make the box that takes SQL."""
-    box = tag("textarea", "\n" + text, name="sql", rows="4", spellcheck="false", aria_label="SQL", class_="mono")
-    return tag("div", form("/admin/data", box, tag("p", tag("button", t("run"))), action="sql"), class_="card")
+    box = tag("textarea", "\n" + text, name="sql", rows="4", spellcheck="false", class_="mono")
+    asked = form("/admin/data", tag("label", "SQL", box), tag("p", tag("button", t("run"))), action="sql")
+    return tag("div", asked, class_="card")
 
 
 def fetch_rows(app: Any, name: str, after: Any, limit: int) -> tuple[Table, list[Any], list[Any]]:
@@ -6657,10 +6703,10 @@ def view_settings(app: Any, call: Call) -> Response:
              "help": row.help} for row in SETTINGS_TABLE]
     if wants_json(call):
         return as_json({"settings": rows})
-    columns = {"name": None, "value": None, "source": "soft", "help": "soft wide"}
+    columns = {"name": None, "value": "break", "source": "soft", "help": "soft"}
     shown = table(t, columns, "none", ((
         row["name"], join(shown_setting(row["value"]), tag("div", t("waits"), class_="bad") if row["restart"] else None),
-        row["source"], row["help"]) for row in rows))
+        t(row["source"]) if row["source"] in TEXTS else row["source"], t(row["name"])) for row in rows))
     saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
                  tag("p", tag("button", t("backup"))))
     return page(call, t("settings"), bad, tag("p", t("restart")), shown, tag("div", tag("h2", t("backup")), tag(

@@ -2803,6 +2803,36 @@ class MonitoringTest(Case):
 # == 16 ADMIN =============================================================
 
 
+EVIL = """"><img src=x onerror="window.evil=1"><script>window.evil=1</script>'"""
+EVIL_TABLE = "/admin/data/" + urllib.parse.quote(EVIL, safe="")
+PAGES = [  # every page there is, for who is logged in
+    "/", "/login", "/function/list_functions", "/function/list_functions?sort=broken&q=e", "/function/list_functions?group=v1",
+    "/function/add_function", "/function/show_stats", "/function/show_stats?function=evil", "/function/clear_stats",
+    "/function/edit_function?module_name=evil", "/function/delete_function?module_name=evil", "/admin/logs",
+    "/admin/logs?status=5xx&q=" + urllib.parse.quote(EVIL), "/admin/versions?module_name=evil", "/admin/versions?module_name=evil&version=1",
+    "/admin/jobs", "/admin/queue", "/monitoring/dashboard", "/admin/data", "/admin/data/fn_requests", EVIL_TABLE, EVIL_TABLE + "?key=[1]",
+    "/admin/settings", "/docs", "/function/edit_function?module_name=nope" + urllib.parse.quote(EVIL)]
+
+
+def fill(case: Case, ask) -> None:
+    """Put HTML into every field there is; `ask(method, path, json=, headers=)` is the admin's."""
+    case.write("evil", f"{EVIL!r}\nSETTINGS = {{'async': True, 'retries': 0, 'parameters': {{{EVIL!r}: {{'description': {EVIL!r}}}}}}}\n"
+                       f"def main(request):\n    print({EVIL!r})\n    raise ValueError({EVIL!r})")
+    case.write("v1/users", "def main(request): return 'x'")
+    case.write("v1/broken", f"{EVIL!r}\ndef main(:")
+    case.write("tick", "SETTINGS = {'schedule': '@hourly'}\ndef main(request): return 'x'")
+    case.write("plain", f"def main(request):\n    print({EVIL!r})\n    raise ValueError({EVIL!r})")
+    ask("GET", "/function/plain?q=" + urllib.parse.quote(EVIL), headers={"User-Agent": EVIL})
+    ask("GET", "/function/v1/broken")
+    ask("POST", "/function/evil?q=" + urllib.parse.quote(EVIL), json={EVIL: EVIL}, headers={"X-Evil": EVIL})
+    case.assertEqual(ask("POST", "/scheduler/jobs", json={"id": "evil", "name": EVIL, "func": "plain", "kwargs": {EVIL: EVIL},
+                                                          "trigger": "interval", "hours": 1}).status_code, 200)
+    quoted = EVIL.replace('"', '""')
+    for sent in ({"action": "create", "columns": f'"{quoted}" TEXT, n INTEGER, b BLOB'}, {"action": "insert", "values": {EVIL: EVIL, "n": 1}}):
+        case.assertEqual(ask("POST", "/admin/data", json={"table": EVIL, **sent}).status_code, 200)
+    ask("GET", "/function/edit_function?module_name=evil")
+
+
 class AdminTest(Case):
     def login(self, app, **headers: str):
         client = self.client(app, **headers)
@@ -2985,22 +3015,23 @@ class AdminTest(Case):
         self.assertIn("curl ", html)
 
     def test_pages_are_safe(self):
-        evil = '"><script>alert(1)</script>'
-        self.write("hello", f"'''{evil}'''\ndef main(request):\n    print({evil!r})\n    1/0")
-        app = self.make_app()
+        app = self.make_app(LOKI_TENANT=EVIL, DOCS="public")
+        admin = self.admin(app)
+        fill(self, lambda method, path, **options: admin.open(path, method, **options))
         client = self.login(app, Accept_Language="en")
-        client.get("/function/hello?q=" + urllib.parse.quote(evil))
-        for path in ("/", "/login", "/function/list_functions", "/function/add_function", "/function/show_stats",
-                     "/function/edit_function?module_name=hello", "/function/delete_function?module_name=hello",
-                     "/function/clear_stats", "/admin/logs", "/admin/versions?module_name=hello",
-                     "/admin/versions?module_name=hello&version=1", "/login?next=" + urllib.parse.quote(evil)):
+        found = admin.get("/admin/queue").json["calls"][0]["id"]
+        for path in [*PAGES, "/admin/queue?id=" + found, "/login?next=" + urllib.parse.quote(EVIL)]:
             with self.subTest(path=path):
                 answer = client.get(path, headers={"Accept": "text/html"})
-                self.assertIn(answer.code, (200, 302))
-                self.assertNotIn(b"<script>alert", answer.data)
-                if answer.code == 200:
+                self.assertNotRegex(answer.text, r"<(img|script>window)|onerror=\"")
+                if "Location" not in answer.headers:
+                    self.assertEqual(answer.code, 404 if "nope" in path else 200)
                     self.assertIn("script-src 'self'", answer.headers["Content-Security-Policy"])
                     self.assertEqual(answer.headers["X-Frame-Options"], "DENY")
+        for path in ("/admin/logs", "/admin/settings", EVIL_TABLE, EVIL_TABLE + "?key=[1]", "/docs", "/admin/data",
+                     "/function/list_functions", "/function/edit_function?module_name=evil", "/monitoring/dashboard"):
+            with self.subTest(path=path):  # it is there, but as text
+                self.assertIn("&lt;img", client.get(path, headers={"Accept": "text/html"}).text)
 
     def test_languages(self):
         app = self.make_app()
@@ -3013,6 +3044,7 @@ class AdminTest(Case):
 
 class BrowserTest(Case):
     """A real Chromium goes through the pages, as their user does."""
+    options: tuple[str, ...] = ("--ui-lang", "en")
 
     def setUp(self) -> None:
         super().setUp()
@@ -3030,8 +3062,7 @@ class BrowserTest(Case):
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
         self.addCleanup(self.browser.quit)
-        self.server = Server(self.dir, "--workers", "2", "--ui-lang", "en", FNSERVE_SECRET_TOKEN=TOKEN,
-                             FNSERVE_SECRET_KEY="k")
+        self.server = Server(self.dir, "--workers", "2", *self.options, FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k")
         self.addCleanup(self.server.kill_all)
 
     def open(self, path: str) -> None:
@@ -3169,6 +3200,65 @@ class BrowserTest(Case):
         self.open("/logout")
         self.open("/function/list_functions")
         self.assertIn("Password", self.text())
+
+
+class EveryPageTest(BrowserTest):
+    """Every page in both languages, wide and narrow, light and dark, holding HTML in every field."""
+    options = ("--docs", "public", "--loki-tenant", EVIL)
+    test_walk = test_dashboard_jobs_and_queue = None
+
+    def ask(self, method: str, path: str, json=None, headers=None):
+        """Ask the server as the admin does."""
+        import json as json_module
+        headers = {"Authorization": "Bearer " + TOKEN, "Accept": "application/json", **(headers or {})}
+        body = None if json is None else json_module.dumps(json)
+        if body:
+            headers["Content-Type"] = "application/json"
+        status, _, data = self.server.get(path, method, body, **headers)
+        answer = fnserve.Response(data, status)
+        return answer
+
+    def look(self, language: str, width: int, scheme: str) -> None:
+        """Be a browser of this kind."""
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        self.browser.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": {"Accept-Language": language}})
+
+    def check(self, path: str) -> list[str]:
+        """Return what is wrong with the page that is open: scripts that ran, a page wider than the window, axe's findings."""
+        wrong = ["HTML was let through"] if self.browser.execute_script("return window.evil") else []
+        if self.browser.execute_script("return document.documentElement.scrollWidth > innerWidth"):
+            wrong.append("wider than the window")
+        self.browser.execute_script(self.axe)
+        found = self.browser.execute_async_script(
+            "const done = arguments[0]; axe.run(document, {preload: false}).then(r => done(r.violations.map(v => [v.impact, v.id,"
+            " v.nodes.slice(0, 3).map(n => n.html.slice(0, 200) + ' ' + n.failureSummary)])))")
+        return wrong + [str(row) for row in found if row[0] in ("serious", "critical")]
+
+    def test_every_page(self):
+        path = os.environ.get("FNSERVE_AXE", "")
+        need("axe-core (FNSERVE_AXE, the path of axe.min.js)", os.path.isfile(path))
+        self.axe = Path(path).read_text(encoding="utf-8")
+        self.browser.execute_cdp_cmd("Network.enable", {})
+        fill(self, self.ask)
+        wait_until(lambda: b"dead" in self.ask("GET", "/admin/queue").data)
+        wait_until(lambda: b"tick" in self.ask("GET", "/scheduler/jobs").data)
+        queued = json.loads(self.ask("GET", "/admin/queue").data)["calls"][0]["id"]
+        self.open("/login")
+        self.find("#token").send_keys(TOKEN + "\n")
+        self.wait(lambda: self.browser.find_elements("css selector", "header a"))
+        for kind in (("en", 1280, "light"), ("en", 375, "dark"), ("zh-TW", 1280, "dark"), ("zh-TW", 375, "light")):
+            self.look(*kind)
+            for path in [*PAGES, "/admin/queue?id=" + queued]:
+                with self.subTest(kind=kind, path=path):
+                    self.browser.get_log("browser")
+                    self.open(path)
+                    self.assertEqual(self.browser.execute_script("return document.documentElement.lang"), kind[0])
+                    self.shot("-".join(map(str, kind[::2])) + re.sub(r"\W+", "_", path)[:60])
+                    self.assertEqual(self.check(path), [])
+                    self.assertEqual([entry["message"] for entry in self.browser.get_log("browser")
+                                      if "nope" not in path or "404" not in entry["message"]], [])
 
 
 def webkeys():
