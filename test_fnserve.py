@@ -2803,6 +2803,52 @@ class MonitoringTest(Case):
 # == 16 ADMIN =============================================================
 
 
+class OpenApiTest(Case):
+    """What others make of /openapi.json: a validator of its form, and a fuzzer that calls what it describes."""
+    FUNCTIONS = {  # several kinds; none of them fails by itself
+        "reads": "SETTINGS = {'parameters': {'n': {'type': 'integer', 'required': True}, 'x-h': {'in': 'header'}, 'c': {'in': 'cookie'}}}\n"
+                 "def main(request):\n    return {'n': request.args.get('n', 0, type=int), 'json': request.get_json(silent=True),\n"
+                 "        'all': request.values.to_dict(flat=False), 'h': dict(request.headers), 'c': dict(request.cookies),\n"
+                 "        'data': request.get_data(as_text=True), 'files': list(request.files), 'url': request.url}",
+        "strict": "def main(request): return {'got': request.get_json()}",
+        "v1/users": "SETTINGS = {'methods': ['GET', 'PUT', 'PATCH', 'DELETE', 'OPTIONS', 'HEAD'], 'cors': '*', 'max_body': '1kB'}\n"
+                    "def main(request): return None if request.method == 'DELETE' else (request.args.to_dict(), 200, {'X-A': 'b'})",
+        "v1_users": "SETTINGS = {'methods': 'GET', 'parameters': {'p': {'in': 'path', 'type': 5}, 'q': 'text', 7: []}}\n"
+                    "def main(request): return 'x'",
+        "token": "SETTINGS = {'auth': 'token', 'methods': 'POST', 'rate': '5/s'}\ndef main(request): return 'in'",
+        "signed": "SETTINGS = {'verify': 'github', 'methods': 'POST'}\ndef main(request): return 'never'",
+        "later": "SETTINGS = {'async': True, 'methods': 'POST'}\ndef main(request): return 'done'",
+        "stream": "SETTINGS = {'methods': 'GET'}\ndef main(request):\n    yield 'a'\n    yield request.full_path",
+        "keeps": "from flask import session, redirect, url_for\nSETTINGS = {'methods': 'GET'}\ndef main(request):\n"
+                 "    session['q'] = request.query_string.decode('latin-1')\n    return redirect(url_for('keeps', subpath='x'))",
+        "漢字": "SETTINGS = {'methods': 'GET'}\nasync def main(request): return request.view_args['subpath']"}
+
+    def test_fuzzed(self):
+        schemathesis, hypothesis = module("schemathesis"), module("hypothesis")
+        validate = module("openapi_spec_validator").validate
+        for name, code in self.FUNCTIONS.items():
+            self.write(name, code)
+        (self.dir / ".env").write_text("GITHUB_WEBHOOK_SECRET=s\n")
+        app = self.make_app(DOCS="public", API_TOKENS="caller")
+        document = self.call(app, "GET", "/openapi.json").json
+        validate(document)
+        self.assertEqual(len(document["paths"]), len(self.FUNCTIONS))
+        seen: dict[str, set[int]] = {}
+        for found in schemathesis.openapi.from_wsgi("/openapi.json", app).get_all_operations():
+            operation = found.ok()
+
+            @hypothesis.settings(max_examples=8, derandomize=True, database=None, deadline=None, phases=[hypothesis.Phase.generate],
+                                 suppress_health_check=list(hypothesis.HealthCheck))
+            @hypothesis.given(case=operation.as_strategy())
+            def fuzz(case):
+                answer = case.call(headers={"Authorization": "Bearer caller"})
+                seen.setdefault(case.operation.label, set()).add(answer.status_code)
+            fuzz()
+        self.assertEqual({label: codes for label, codes in seen.items() if max(codes) >= 500}, {})
+        self.assertLessEqual({"GET /function/reads", "POST /function/strict", "DELETE /function/v1/users"}, seen.keys())
+        self.assertEqual((seen["POST /function/signed"], seen["POST /function/later"]), ({401}, {202}))
+
+
 EVIL = """"><img src=x onerror="window.evil=1"><script>window.evil=1</script>'"""
 EVIL_TABLE = "/admin/data/" + urllib.parse.quote(EVIL, safe="")
 PAGES = [  # every page there is, for who is logged in
@@ -2928,6 +2974,74 @@ class AdminTest(Case):
         self.assertEqual(client.get("/function/f").data, b"one")
         self.assertEqual(client.get("/function/edit_function?module_name=nope").code, 404)
 
+    def html(self, app, path: str, method: str = "GET", **options: object):
+        """Ask as a browser does."""
+        return self.client(app, Authorization="Bearer " + TOKEN, Accept="text/html", Accept_Language="en").open(path, method, **options)
+
+    def test_list(self):
+        self.write("hello", "'Say hello.'\nSETTINGS = {'methods': ['get', 'PUT']}\ndef main(request): return 'x'")
+        self.write("bad", "def main(request): raise ValueError('first\\nlast <line>')")
+        self.write("v1/half", "x = 1\ndef main(")
+        self.write("v1/text", "def main(request): return 'no docstring'")
+        app = self.make_app()
+        for name in ("hello", "hello", "bad", "v1/half"):
+            self.call(app, "PUT", "/function/" + name)
+        rows = {row["name"]: row for row in self.admin(app).get("/function/list_functions").json["functions"]}
+        self.assertEqual((rows["hello"]["methods"], rows["hello"]["summary"], rows["hello"]["calls"]), (["GET", "PUT"], "Say hello.", 2))
+        self.assertEqual((rows["bad"]["methods"], rows["bad"]["last_error"]), (list(fnserve.METHODS), "last <line>"))
+        self.assertEqual((rows["v1/half"]["status"], rows["v1/text"]["status"], rows["v1/text"]["summary"]), ("broken", "fine", ""))
+        self.assertIn("line 2", rows["v1/half"]["reason"])
+        for query, names in (("q=SAY", ["hello"]), ("q=v1/", ["v1/half", "v1/text"]), ("q=nothing", []), ("sort=calls", list(rows))):
+            found = self.admin(app).get("/function/list_functions?" + query).json["functions"]
+            self.assertEqual(sorted(row["name"] for row in found), sorted(names), query)
+        for query, first in (("", "bad"), ("sort=calls", "hello"), ("sort=errors", "bad"), ("sort=nonsense", "bad"), ("sort=broken&group=v1", "v1/half")):
+            page = self.html(app, "/function/list_functions?" + query).text
+            self.assertEqual(re.search(r'<td data-label="Name"><a href="[^"]*">([^<]+)', page)[1], first, query)
+        page = self.html(app, "/function/list_functions").text
+        self.assertIn("last &lt;line&gt;</a>", page)
+        self.assertIn("<details><summary>v1/ ", page)
+        self.assertIn("<details open><summary>v1/ ", self.html(app, "/function/list_functions?q=half").text)
+
+    def test_list_of_many(self):
+        for number in range(450):
+            self.write(f"{('', 'a/', 'b/')[number % 3]}f{number:03}", "def main(request): return 'x'")
+        app = self.make_app()
+        page = self.html(app, "/function/list_functions").text
+        self.assertEqual(page.count("/function/edit_function?"), 2 * 300)
+        looked, described = [], app.functions.describe
+        app.functions.describe = lambda name: looked.append(name) or described(name)
+        seen, url = [], "/function/list_functions?group=b"
+        while url:
+            page = self.html(app, url).text
+            seen += re.findall(r'<td data-label="Name"><a href="[^"]*">([^<]+)', page)
+            more = re.search(r'href="([^"]*start=[^"]*)"', page)
+            url = more and more[1].replace("&amp;", "&")
+        self.assertEqual(seen, [f"b/f{number:03}" for number in range(2, 450, 3)])
+        self.assertEqual(looked, seen)  # no other file was read
+        self.assertEqual(len(self.admin(app).get("/function/list_functions").json["functions"]), 450)
+
+    def test_stats_page(self):
+        self.write("hello", "def main(request): return 'x'")
+        self.write("bad", "def main(request): 1/0")
+        app = self.make_app(KEEP_DAYS=3)
+        for days, calls in ((2, 4), (1, 0), (0, 1)):
+            self.clock.now = 1_700_000_000 - days * 86400
+            for name in ["hello"] * calls + ["bad"]:
+                self.call(app, "GET", "/function/" + name)
+        self.admin(app).get("/function/show_stats")
+        history = fnserve.call_history(app, [1_700_000_000 // 86400 * 1440 - days * 1440 for days in (2, 1, 0)], 15)
+        self.assertEqual(history, {"hello": ([4, 0, 1], [0, 0, 0]), "bad": ([1, 1, 1], [1, 1, 1])})  # pages aren't functions
+        page = self.html(app, "/function/show_stats").text
+        self.assertRegex(page, r"<title>\d\d-\d\d: 5</title>")
+        self.assertIn("· max 5", page)
+        self.assertIn("· max 4", self.html(app, "/function/show_stats?function=hello").text)
+        self.assertEqual(self.html(app, "/function/show_stats?function=nope%3Cb%3E").status_code, 200)
+
+    def test_assets_are_small(self):
+        self.assertLess(len((fnserve.CSS + fnserve.JS).encode()), 60_000)
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/admin/assets/fnserve.js").text, fnserve.JS)
+
     def test_clear(self):
         self.write("hello", "def main(request): return 'x'")
         app = self.make_app()
@@ -2988,6 +3102,89 @@ class AdminTest(Case):
         self.assertNotIn("<b>漢", page)
         self.assertEqual(admin.get("/function/show_stats").json["stats"], {"f": 1})
 
+    def test_data_forms(self):
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
+            db.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT, n INTEGER, any, data BLOB, nil)")
+            db.execute("INSERT INTO t VALUES (1, 'a\r\nb', 5, 6, x'00ff', NULL)")
+            db.execute("CREATE TABLE odd (rowid TEXT, \"_ROWID_\" TEXT)")
+            db.executemany("INSERT INTO odd VALUES ('same', ?)", [("x",), ("y",)])
+            db.execute("CREATE TABLE blobs (k BLOB PRIMARY KEY, v TEXT) WITHOUT ROWID")
+            db.executemany("INSERT INTO blobs VALUES (?, ?)", [(b"\xff", "one"), (b"\xff\x00", "two")])
+            db.execute("CREATE TABLE torn (a TEXT)")
+            db.execute("INSERT INTO torn VALUES (CAST(x'e6bc' AS TEXT))")
+        app = self.make_app()
+
+        def row(sql: str):
+            with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db:
+                return db.execute(sql).fetchone()
+        page = self.html(app, "/admin/data/t?key=[1]").text
+        self.assertIn(">\na\nb</textarea>", page)
+        form = {"action": "update", "table": "t", "key": "[1]", "value_id": "1", "value_text": "a\r\nb", "value_n": "5", "value_any": "6",
+                "value_data": "2 bytes", "value_nil": ""}
+        before = row("SELECT *, typeof(any), typeof(data) FROM t")
+        for changes, after in (({}, before), ({"value_any": "7"}, (*before[:3], 7, *before[4:])),
+                               ({"value_any": "7", "value_n": ""}, (*before[:2], None, 7, *before[4:])),
+                               ({"value_any": "7", "value_n": "", "value_text": ""}, (1, "", None, 7, *before[4:]))):
+            self.assertEqual(self.html(app, "/admin/data", "POST", data={**form, **changes}).status_code, 303)
+            self.assertEqual(row("SELECT *, typeof(any), typeof(data) FROM t"), after)
+        self.assertEqual(self.html(app, "/admin/data", "POST", data={"action": "insert", "table": "t", "value_id": "", "value_text": "new"}).status_code, 303)
+        self.assertEqual(row("SELECT id, text, n FROM t WHERE id = 2"), (2, "new", None))
+        for bad in ("[2, 3]", "5", "[[1]]", '["x"]', "{", "[99999999999999999999]", '[{"a": 1}]', ""):
+            self.assertIn(self.html(app, "/admin/data/t", query={"key": bad}).status_code, (400, 404), bad)
+            self.assertIn(self.html(app, "/admin/data/t", query={"after": bad}).status_code, (200, 400), bad)
+        admin = self.admin(app)
+        keys = [found["key"] for found in admin.get("/admin/data/odd").json["rows"]]
+        self.assertEqual(keys, [[1], [2]])
+        admin.post("/admin/data", json={"action": "update", "table": "odd", "key": [2], "values": {"_ROWID_": "z"}})
+        self.assertEqual(row("SELECT group_concat(\"_ROWID_\") FROM odd"), ("x,z",))
+        found = admin.get("/admin/data/blobs?limit=1").json
+        self.assertEqual(found["next"], [{"hex": "ff"}])
+        second = admin.get("/admin/data/blobs", query={"after": json.dumps(found["next"])}).json["rows"]
+        self.assertEqual(second, [{"key": [{"hex": "ff00"}], "values": {"k": "2 bytes", "v": "two"}}])
+        self.assertEqual(admin.post("/admin/data", json={"action": "delete", "table": "blobs", "key": second[0]["key"]}).status_code, 200)
+        self.assertEqual(row("SELECT count(*) FROM blobs"), (1,))
+        self.assertIn("ff,one", admin.get("/admin/data/blobs?format=csv").text)
+        self.assertIn("\ufffd", admin.get("/admin/data/torn").text)
+        for sent in ({"action": "insert", "table": "t", "values": {"n": 1 << 70}}, {"action": "insert", "table": "t", "values": {"text": "\ud800"}},
+                     {"action": "insert", "table": "t", "values": {"nope": 1}}, {"action": "sql", "sql": "SELECT '\ud800'"},
+                     {"action": "create", "table": "", "columns": "a"}, {"action": "create", "table": "u", "columns": "a); DROP TABLE t; --"},
+                     {"action": "sql", "sql": "SELECT \0"}):
+            self.assertEqual(admin.post("/admin/data", json=sent).status_code, 400, sent)
+        wrong = self.html(app, "/admin/data", "POST", data={"action": "sql", "sql": "SELECT <b>"})
+        self.assertEqual(wrong.status_code, 400)
+        self.assertIn(">\nSELECT &lt;b&gt;</textarea>", wrong.text)  # what was typed is still there
+
+    def test_data_of_a_million_rows(self):
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
+            db.execute("CREATE TABLE big (a TEXT, b INTEGER, PRIMARY KEY (a, b)) WITHOUT ROWID")
+            db.execute("WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 1000000) INSERT INTO big SELECT x % 7, x FROM n")
+        admin = self.admin(self.make_app())
+        self.assertEqual({row["name"]: row["rows"] for row in admin.get("/admin/data").json["tables"]}["big"], 1_000_000)
+        seconds, fnserve.SQL_SECONDS = fnserve.SQL_SECONDS, .05
+        self.addCleanup(setattr, fnserve, "SQL_SECONDS", seconds)
+        for after, first in (('["3", 500000]', ["3", 500_006]), ('["6", 999990]', ["6", 999_991]), ('["9", 0]', None)):
+            rows = admin.get("/admin/data/big", query={"after": after}).json["rows"]  # a scan would take longer than it may
+            self.assertEqual(rows[0]["key"] if rows else None, first)
+        fnserve.SQL_SECONDS = 0
+        self.assertIn({"name": "big", "rows": None, "read_only": False}, admin.get("/admin/data").json["tables"])
+
+    def test_backup_button(self):
+        self.write("hello", "def main(request): return 'x'")
+        self.write(".hello.py.draft"[:-3], "half")
+        (self.dir / ".env").write_text("GREETING=hi\nMY_KEY='one\ntwo'\n# OLD_TOKEN=three\nNAME=x\n")
+        app = self.make_app()
+        self.assertEqual([self.call(app, "POST", "/admin/backup").status_code, self.html(app, "/admin/backup").status_code], [401, 405])
+        self.assertIn('action="/admin/backup"', self.html(app, "/admin/settings").text)
+        import zipfile
+        for sent, env in (({}, b"GREETING=hi\nNAME=x\n"), ({"secrets": "1"}, (self.dir / ".env").read_bytes())):
+            answer = self.html(app, "/admin/backup", "POST", data=sent)
+            self.assertRegex(answer.headers["Content-Disposition"], r"attachment; filename=\"?fnserve-\d+-\d+\.zip")
+            with zipfile.ZipFile(io.BytesIO(answer.data)) as archive:
+                self.assertIsNone(archive.testzip())
+                self.assertEqual(archive.namelist(), ["serverless.db", "functions/hello.py", ".env"])
+                self.assertEqual(archive.read(".env"), env)
+        self.assertEqual([name for name in os.listdir(self.dir) if name.startswith("tmp")], [])
+
     def test_settings_page(self):
         app = self.make_app(METRICS_TOKEN="hidden", PORT=8123)
         found = {row["name"]: row for row in self.admin(app).get("/admin/settings").json["settings"]}
@@ -2995,6 +3192,12 @@ class AdminTest(Case):
         self.assertEqual(set(found), {row.name for row in fnserve.SETTINGS_TABLE})
         self.assertNotIn("hidden", json.dumps(found))
         self.assertEqual(self.call(app, "GET", "/admin/settings").status_code, 401)
+        self.assertEqual([name for name, row in found.items() if row["restart"]], [])
+        (self.dir / ".env").write_text("THREADS=3\nPORT=1\n")  # an option goes before it
+        found = self.admin(app).get("/admin/settings").json["settings"]
+        self.assertEqual([(row["name"], row["value"]) for row in found if row["restart"]], [("THREADS", 8)])
+        (self.dir / ".env").write_text("THREADS=none<b>\n")
+        self.assertIn("THREADS=&#39;none&lt;b&gt;&#39;", self.html(app, "/admin/settings").text)
 
     def test_docs(self):
         self.write("greet", "SETTINGS = {'methods': ['GET'], 'parameters': {'name': {'type': 'string', 'required': True, 'description':"
@@ -3858,20 +4061,69 @@ class CommandTest(Case):
         self.write("v1/hello", "def main(request): return 'new'")
         with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
             db.execute("DELETE FROM mine")
-        damaged = bytearray((self.dir / "b.zip").read_bytes())
-        damaged[60] ^= 255
-        (self.dir / "bad.zip").write_bytes(damaged)
-        for bad in ("bad.zip", "fnone.zip", ".env"):
+        for bad in ("fnone.zip", ".env"):
             answer = self.run_command("restore", bad)
             self.assertIn(answer.returncode, (1, 2), bad)
             self.assertNotIn("Traceback", answer.stderr)
-        self.assertIn("new", (self.dir / "functions" / "v1" / "hello.py").read_text())
         done = self.run_command("restore", "b.zip")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("old", (self.dir / "functions" / "v1" / "hello.py").read_text())
         with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db:
             self.assertEqual(db.execute("SELECT x FROM mine").fetchall(), [(7,)])
         self.assertIn("new", next(self.dir.glob("functions.*/v1/hello.py")).read_text())
+
+    def test_restore_of_a_damaged_backup_touches_nothing(self):
+        import types
+        import zipfile
+        self.write("hello", "def main(request): return 'old'")
+        self.assertEqual(self.run_command("backup", "b.zip").returncode, 0)
+        good, seeded = (self.dir / "b.zip").read_bytes(), random.Random(7)
+        with zipfile.ZipFile(io.BytesIO(good)) as archive:
+            database = bytearray(archive.read("serverless.db"))
+        database[5000:9000] = b"\1" * 4000
+        damaged = [good[:end] for end in (0, 10, len(good) // 2, len(good) - 1)]
+        for _ in range(60):
+            at = seeded.randrange(len(good))
+            damaged.append(good[:at] + bytes([good[at] ^ 0xff]) + good[at + 1:])
+        for names in ({"serverless.db": bytes(database)}, {"functions/hello.py": b"x"}, {"serverless.db": b"none"},
+                      {"serverless.db": b"", "functions": b"a file"}):
+            with zipfile.ZipFile(made := io.BytesIO(), "w") as archive:
+                for name, data in names.items():
+                    archive.writestr(name, data)
+            damaged.append(made.getvalue())
+        self.write("hello", "def main(request): return 'new'")
+
+        def state() -> dict[str, bytes]:
+            return {str(path): path.read_bytes() for path in self.dir.rglob("*") if path.is_file() and path.name != "bad.zip"}
+        os.chdir(self.dir)
+        before, accepted = state(), 0
+        for number, data in enumerate(damaged):
+            (self.dir / "bad.zip").write_bytes(data)
+            with self.subTest(number=number):
+                try:
+                    fnserve.cmd_restore(types.SimpleNamespace(file="bad.zip"), {})
+                    accepted += 1  # a byte that says nothing, such as a time: what it holds is whole, by its checksums
+                    self.assertIn("old", (self.dir / "functions" / "hello.py").read_text())
+                    for path in self.dir.iterdir():
+                        if re.search(r"\.\d{8}-\d{6}$", path.name):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    self.write("hello", "def main(request): return 'new'")
+                    before = state()
+                except fnserve.SettingError as error:
+                    self.assertIn("nothing was changed", str(error))
+                    self.assertEqual(state(), before)
+        self.assertLess(accepted, 30)
+
+    def test_restore_over_a_database_that_is_none(self):
+        self.write("hello", "def main(request): return 'old'")
+        self.assertEqual(self.run_command("backup", "b.zip").returncode, 0)
+        for path in self.dir.glob("serverless.db*"):
+            path.unlink()
+        (self.dir / "serverless.db").write_bytes(b"precious bytes" * 1000)
+        done = self.run_command("restore", "b.zip")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.run_command("stats").returncode, 0)
+        self.assertEqual(next(self.dir.glob("serverless.db.*-*")).read_bytes(), b"precious bytes" * 1000)
 
     def test_deploy(self):
         server = Server(self.dir, "--workers", "1", FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k")
@@ -3882,6 +4134,15 @@ class CommandTest(Case):
             done = self.run_command("deploy", "fresh.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(server.get("/function/fresh")[2], text.encode())
+        self.write("v1/users", "def main(request): return 'grouped'")
+        made = self.run_command("deploy", "functions/v1/users.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
+        self.assertEqual((made.returncode, made.stdout), (0, "v1/users: version 1\n"))
+        self.assertEqual(server.get("/function/v1/users")[2], b"grouped")
+        path.write_bytes(b"x = '\xff'")
+        for to, status in ((f"http://127.0.0.1:{server.port}", 1), (f"http://127.0.0.1:{server.port}/health?", 1), ("nonsense", 2),
+                           ("http://127.0.0.1:1", 1)):
+            done = self.run_command("deploy", "fresh.py", "--to", to, "--token", TOKEN)
+            self.assertEqual((done.returncode, "Traceback" in done.stderr), (status, False), done.stderr)
         path.write_text("def main(")
         done = self.run_command("deploy", "fresh.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
         self.assertEqual(done.returncode, 1)
