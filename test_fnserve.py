@@ -3412,14 +3412,11 @@ class EveryPageTest(BrowserTest):
 
     def ask(self, method: str, path: str, json=None, headers=None):
         """Ask the server as the admin does."""
-        import json as json_module
         headers = {"Authorization": "Bearer " + TOKEN, "Accept": "application/json", **(headers or {})}
-        body = None if json is None else json_module.dumps(json)
-        if body:
+        if json is not None:
             headers["Content-Type"] = "application/json"
-        status, _, data = self.server.get(path, method, body, **headers)
-        answer = fnserve.Response(data, status)
-        return answer
+        status, _, data = self.server.get(path, method, json if json is None else fnserve.dump_json(json), **headers)
+        return fnserve.Response(data, status)
 
     def look(self, language: str, width: int, scheme: str) -> None:
         """Be a browser of this kind."""
@@ -3439,19 +3436,125 @@ class EveryPageTest(BrowserTest):
             " v.nodes.slice(0, 3).map(n => n.html.slice(0, 200) + ' ' + n.failureSummary)])))")
         return wrong + [str(row) for row in found if row[0] in ("serious", "critical")]
 
+    KINDS = (("en", 1280, "light"), ("en", 375, "dark"), ("zh-TW", 1280, "dark"), ("zh-TW", 375, "light"))
+
+    def login(self) -> None:
+        self.browser.execute_cdp_cmd("Network.enable", {})
+        self.open("/login")
+        self.find("#token").send_keys(TOKEN + "\n")
+        self.wait(lambda: self.browser.find_elements("css selector", "header a"))
+
+    def press(self, selector: str) -> None:
+        """Press a button, and wait for the page that it leads to."""
+        button = self.find(selector)
+        self.browser.execute_script("window.before = true")
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+        button.click()
+        self.wait(lambda: not self.browser.execute_script("return window.before") and self.browser.find_elements("css selector", "h1"))
+
+    def put(self, **values: str) -> None:
+        """Type into the fields of these names."""
+        for name, value in values.items():
+            field = self.find(f"main [name={name}]")
+            field.clear()
+            field.send_keys(value)
+
+    def test_every_action(self):
+        self.write("bad", "SETTINGS = {'async': True, 'retries': 0}\ndef main(request): raise ValueError('x')")
+        self.write("v1/users", "SETTINGS = {'parameters': {'name': 'whom'}}\ndef main(request): return 'hi ' + request.args['name']")
+        self.write("tick", "SETTINGS = {'schedule': '@yearly'}\ndef main(request): return 'x'")
+        wait_until(lambda: b"tick" in self.ask("GET", "/scheduler/jobs").data)
+        self.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(self.dir / "got")})
+        self.login()
+        for kind in self.KINDS[1:3]:  # the pages themselves look the same to a driver
+            with self.subTest(kind=kind):
+                self.look(*kind)
+                self.act()
+        bad = [entry["message"] for entry in self.browser.get_log("browser") if "400" not in entry["message"]]  # SQL that is wrong
+        self.assertEqual(bad, [])
+
+    def act(self) -> None:
+        """Do what can be done on the pages beside the editor."""
+        self.write("gone", "def main(request): return 'x'")
+        self.open("/function/list_functions")
+        folded = self.find("details:not([open]) summary")
+        self.assertFalse(self.find("details a").is_displayed())
+        folded.send_keys(webkeys().ENTER)
+        self.assertTrue(self.find("details a").is_displayed())
+        self.put(q="users")
+        self.press("main form button")
+        self.assertEqual(len(self.browser.find_elements("css selector", "main tbody tr")), 1)
+        self.open("/function/list_functions?sort=calls")
+        self.assertEqual(self.find("select").get_property("value"), "calls")
+        self.open("/function/delete_function?module_name=gone")
+        self.press("button.danger")
+        self.assertEqual(self.server.get("/function/gone")[0], 404)
+        self.ask("POST", "/function/bad")
+        wait_until(lambda: b'"dead"' in self.ask("GET", "/admin/queue?function=bad&state=dead").data)
+        for action in ("retry", "replay", "discard"):
+            wait_until(lambda: b'"dead"' in self.ask("GET", "/admin/queue?function=bad&state=dead").data)
+            self.open("/admin/queue?state=dead")
+            self.press(f"input[value={action}] ~ button")
+        for action in ("pause", "resume", "run"):
+            self.open("/admin/jobs")
+            self.press(f"form[action='/scheduler/jobs/tick/{action}'] button")
+        self.open("/admin/logs")
+        self.put(function="bad", status="5xx")
+        self.press("main form button")
+        self.assertIn("ValueError", self.text())
+        self.open("/function/show_stats")
+        self.press("td a[href*='function=bad']")
+        self.assertIn("bad", self.find("h1").text)
+        self.open("/function/clear_stats")
+        self.press("button.danger")
+        self.open("/docs")
+        self.assertIn("curl", self.text())
+        self.act_on_data()
+        self.open("/admin/settings")
+        before = len(list((self.dir / "got").glob("*.zip")))
+        time.sleep(1.1 if before else 0)  # the name of a backup is its second
+        self.find("form[action='/admin/backup'] button").click()
+        wait_until(lambda: len(list((self.dir / "got").glob("*.zip"))) > before)
+
+    def act_on_data(self) -> None:
+        """Make a table of an evil name, fill, change and drop it."""
+        name = 'x"; DROP'
+        self.open("/admin/data")
+        self.find("main details summary").click()
+        self.put(table=name, columns="id INTEGER PRIMARY KEY, text TEXT")
+        self.press("form input[value=create] ~ p button")
+        self.press("main td a[href*=DROP]")
+        self.assertEqual(self.find("h1").text, name)
+        self.browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
+        self.put(value_text="line <b>1</b>\nline 2")
+        self.press("form input[value=insert] ~ p button")
+        self.assertIn("line <b>1</b>", self.text())
+        self.press("td a[href*=key]")
+        self.put(value_text="changed")
+        self.press("form input[value=update] ~ p button")
+        self.assertIn("changed", self.text())
+        self.shot("table")
+        self.press("td a[href*=key]")
+        self.press("form input[value=delete] ~ button")
+        self.assertNotIn("changed", self.text())
+        self.browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
+        self.press("button.danger")
+        for sql, said in (("SELECT 6 * 7 AS answer", "42"), ("SELECT <b>", "<b>")):
+            self.open("/admin/data")
+            self.put(sql=sql)
+            self.press("form input[value=sql] ~ p button")
+            self.assertIn(said, self.text() + self.find("[name=sql]").get_property("value"))
+
     def test_every_page(self):
         path = os.environ.get("FNSERVE_AXE", "")
         need("axe-core (FNSERVE_AXE, the path of axe.min.js)", os.path.isfile(path))
         self.axe = Path(path).read_text(encoding="utf-8")
-        self.browser.execute_cdp_cmd("Network.enable", {})
         fill(self, self.ask)
         wait_until(lambda: b"dead" in self.ask("GET", "/admin/queue").data)
         wait_until(lambda: b"tick" in self.ask("GET", "/scheduler/jobs").data)
         queued = json.loads(self.ask("GET", "/admin/queue").data)["calls"][0]["id"]
-        self.open("/login")
-        self.find("#token").send_keys(TOKEN + "\n")
-        self.wait(lambda: self.browser.find_elements("css selector", "header a"))
-        for kind in (("en", 1280, "light"), ("en", 375, "dark"), ("zh-TW", 1280, "dark"), ("zh-TW", 375, "light")):
+        self.login()
+        for kind in self.KINDS:
             self.look(*kind)
             for path in [*PAGES, "/admin/queue?id=" + queued]:
                 with self.subTest(kind=kind, path=path):
