@@ -5500,7 +5500,7 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "restart": ("設定在啟動時讀取，改動在重新啟動後生效；函式的 config 則立即生效。",
                 "Settings are read at the start, so a change takes effect after a restart; functions' config follows at once."),
     "backup": ("下載備份", "Download a backup"),
-    "secrets": ("包含密鑰（SECRET_TOKEN 等）", "With secrets (SECRET_TOKEN and such)"),
+    "secrets": ("包含金鑰與密碼（SECRET_TOKEN 等）", "With secrets (SECRET_TOKEN and such)"),
     "backup_help": ("函式、資料庫與設定；用 fnserve.py restore 還原。",
                     "Functions, database and settings; fnserve.py restore brings them back."),
     "dashboard": ("監控", "Monitoring"), "cpu_percent": ("CPU", "CPU"), "memory_rss_mb": ("記憶體", "Memory"),

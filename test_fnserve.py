@@ -260,6 +260,25 @@ class SettingsTest(Case):
             with self.subTest(setting=row.name):
                 self.assertIn(f"| {row.name} | {row.default} | {row.help} |", readme)
 
+    def test_the_chinese_readme_says_the_same(self):
+        english, chinese = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-TW.md"))
+        self.assertEqual(("(README.zh-TW.md)" in english, "(README.md)" in chinese), (True, True))
+        for row in fnserve.SETTINGS_TABLE:
+            self.assertIn(f"| {row.name} | {row.default} | {fnserve.TEXTS[row.name][0]} |", chinese)
+        blocks = re.findall(r"(?s)```\w+\n.*?```", chinese)
+        self.assertGreater(len(blocks), 6)
+        for block in blocks:
+            self.assertIn(block, english)
+        for table in ("methods", "/login"):  # the first columns of SETTINGS and of the pages
+            columns = [re.findall(r"(?m)^\| (`.*?) \|", re.search(rf"(?ms)^\| `{table}`.*?\n\n", text)[0]) for text in (english, chinese)]
+            self.assertEqual(*columns)
+        commands = [re.findall(r"`([^`]+)`", re.search(rf"(?s)## {title}\n\n(.*?)\n\n", text)[1]) for title, text in (
+            ("Commands", english), ("指令", chinese))]
+        self.assertEqual(commands[0][:len(commands[1])], commands[1])
+        self.assertEqual({text.split()[0] for text in commands[1]}, {command.__name__[4:] for command in fnserve.COMMANDS})
+        self.assertEqual({name for name in re.findall(r"[A-Z]+(?:_[A-Z]+)+", english) if "SECRET" in name and name in str(fnserve.SCHEMES)},
+                         {name for name in re.findall(r"[A-Z]+(?:_[A-Z]+)+", chinese) if "SECRET" in name and name in str(fnserve.SCHEMES)})
+
     def test_env_file_explains_every_setting_and_holds_no_secret(self):
         text = (HERE / ".env").read_text(encoding="utf-8")
         values = fnserve.parse_env(text, {})
@@ -3466,7 +3485,7 @@ class EveryPageTest(BrowserTest):
         wait_until(lambda: b"tick" in self.ask("GET", "/scheduler/jobs").data)
         self.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(self.dir / "got")})
         self.login()
-        for kind in self.KINDS[1:3]:  # the pages themselves look the same to a driver
+        for kind in self.KINDS[1:3]:  # wide and narrow, both languages
             with self.subTest(kind=kind):
                 self.look(*kind)
                 self.act()
