@@ -5804,9 +5804,9 @@ def view_list(app: Any, call: Call) -> Response:
     sparks = {name: row[0] for name, row in call_history(app, list(range(minute - 59, minute, 3))).items()}
     for name, members in ((name, list(found)) for name, found in groups if group in (None, name)):
         shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
-        left, more = left - len(shown), first + len(shown) if len(members) > first + len(shown) else None
-        parts.append(list_group(t, name, len(members), shown, sparks, bool(text or group), more and link(
-            t("go_on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": more})))
+        left, end = left - len(shown), first + len(shown)
+        more = link(t("go_on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": end})
+        parts.append(list_group(t, name, len(members), shown, sparks, bool(text or group), more if len(members) > end else None))
     return page(call, t("functions"), list_form(t, args, order), *(parts or [note(t("none"))]))
 
 
@@ -5824,7 +5824,7 @@ def list_group(t: Texts, name: str, count: int, rows: list[dict[str, Any]], spar
     """Show the functions of one group, folded unless it is the top one or asked for."""
     columns = {"name": None, "calls": "n", "errors": "n", "last": "n soft wide", "hour": "wide", "status": None}
     shown = table(t, columns, "none", (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
-    content = join(shown, more and tag("p", more))
+    content = join(shown, tag("p", more) if more else None)
     head = tag("summary", f"{name}/ ", tag("span", f"{count:,}", class_="soft"))
     return tag("details", head, content, open=unfolded) if name else content
 
@@ -5975,43 +5975,45 @@ def view_stats(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"stats": {row["name"]: row["calls"] for row in rows}})
     t, first, one = Texts(call), args.get("start", 0, type=whole(0, 1 << 53)), args.get("function")
-    today = time.localtime(call.started)[:3]
-    days = [int(time.mktime((*today[:2], today[2] - back, 0, 0, 0, 0, 0, -1))) // 60
+    year, month, today = time.localtime(call.started)[:3]
+    days = [int(time.mktime((year, month, today - back, 0, 0, 0, 0, 0, -1))) // 60
             for back in range(min(app.settings.KEEP_DAYS, 31), -1, -1)]
-    hours = [(int(call.started) // 3600 - back) * 60 for back in range(23, -1, -1)]
     history = call_history(app, days, 15)
     shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n", "by_day": "wide"}, "no_calls", (
         (link(row["name"], "/function/show_stats", function=row["name"]), f"{row['calls']:,}", f"{row['errors']:,}",
          *(f"{row[key] * 1000:.0f} ms" for key in ("p50", "p95")),
          bars(history[row["name"]][0], 120, 24, t("by_day")) if row["name"] in history else None)
         for row in rows[first:first + LIST_ROWS]))
-    charts = [calls_chart(history, t("by_day"), days, "%m-%d", one),
-              calls_chart(call_history(app, hours, 15), t("by_hour"), hours, "%H:%M", one),
-              latency_chart(app, t("latency"), hours, one)]
     more = link(t("go_on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
-    return page(call, f"{t('stats')}: {one}" if one else t("stats"), tag("div", *charts, class_="charts"), shown,
-                tag("p", more if len(rows) > first + LIST_ROWS else None,
-                    link(t("clear"), "/function/clear_stats", "button plain"), class_="row"))
+    return page(call, f"{t('stats')}: {one}" if one else t("stats"), stats_charts(app, t, call.started, one, days, history),
+                shown, tag("p", more if len(rows) > first + LIST_ROWS else None,
+                           link(t("clear"), "/function/clear_stats", "button plain"), class_="row"))
 
 
-def calls_chart(history: Mapping[str, tuple[list[int], list[int]]], label: str, edges: list[int], shape: str,
-                one: Optional[str]) -> Markup:
-    """Draw calls and, over them, errors of one function or all."""
+def stats_charts(app: Any, t: Texts, now: float, one: Optional[str], days: list[int],
+                 history: Mapping[str, tuple[list[int], list[int]]]) -> Markup:
+    """Draw calls by day and by hour with errors over them, and p95 with p50 over it, of one function or all."""
     rows = [row for name, row in history.items() if one in (None, name)]
-    calls, errors = ([sum(column) for column in zip([0] * len(edges), *(row[kind] for row in rows))] for kind in (0, 1))
-    return chart_card(label, calls, edges, shape, errors)
+    calls, errors = ([sum(column) for column in zip([0] * len(days), *(row[kind] for row in rows))] for kind in (0, 1))
+    hours = [(int(now) // 3600 - back) * 60 for back in range(23, -1, -1)]
+    hourly = sum_minutes(app, hours, f"/function/{one or '*'}")
+    high, low = ([round(quantile(row[2], q) * 1000, 1) for row in hourly] for q in (.95, .5))
+    return tag("div", chart_card(t("by_day"), calls, days, "%m-%d", errors), chart_card(
+        t("by_hour"), [row[0] for row in hourly], hours, "%H:%M", [row[1] for row in hourly]),
+               chart_card(t("latency"), high, hours, "%H:%M", low, "calm"), class_="charts")
 
 
-def latency_chart(app: Any, label: str, edges: list[int], one: Optional[str]) -> Markup:
-    """Draw p95 and, over it, p50 in ms of one function or all."""
-    sums = [[0] * (len(BUCKETS) + 1) for _ in edges]
-    for minute, endpoint, text in app.store.read(
-            "SELECT minute, endpoint, buckets FROM fn_minutes WHERE minute >= ? AND endpoint LIKE '/function/%'", edges[0]):
-        if endpoint not in app.routes and one in (None, endpoint[10:]):
+def sum_minutes(app: Any, edges: list[int], endpoints: str) -> list[Any]:
+    """Return calls, errors and latency buckets since each of the minutes `edges`, of what the pattern (GLOB) names."""
+    found: list[Any] = [(0, 0, [0] * (len(BUCKETS) + 1)) for _ in edges]
+    for minute, endpoint, calls, errors, text in app.store.read(
+            "SELECT minute, endpoint, calls, errors, buckets FROM fn_minutes WHERE minute >= ? AND endpoint GLOB ?",
+            edges[0], endpoints):
+        if endpoints == "*" or endpoint not in app.routes:
             at = bisect_right(edges, minute) - 1
-            sums[at] = [a + b for a, b in zip(sums[at], json.loads(text))]
-    high, low = ([round(quantile(counts, q) * 1000, 1) for counts in sums] for q in (.95, .5))
-    return chart_card(label, high, edges, "%H:%M", low, "calm")
+            row = found[at]
+            found[at] = (row[0] + calls, row[1] + errors, [a + b for a, b in zip(row[2], json.loads(text))])
+    return found
 
 
 def view_clear(app: Any, call: Call) -> Response:
@@ -6176,8 +6178,8 @@ def dashboard(app: Any, t: Texts) -> Markup:
     boxes = (tag("div", tag("div", t(name), class_="soft"), tag("b", f"{value}{units.get(name, '')}"), class_="card")
              for name, value in {**found, **recent}.items() if not isinstance(value, list))
     minute = int(now) // 60
-    charts = [chart(app, t, column, first, step) for first, step in ((minute - 59, 1), (minute - 1439, 24))
-              for column in ("calls", "errors", "p95_ms", "memory_rss_mb", "cpu_percent")]
+    charts = [drawn for first, step, span in ((minute - 59, 1, "hour"), (minute - 1439, 24, "one_day"))
+              for drawn in dashboard_charts(app, t, list(range(first, first + 60 * step, step)), t(span))]
     slow = table(t, {"endpoint": None, "p95_ms": "n"}, "no_calls", (row.values() for row in recent["slowest"]))
     last = table(t, {"time": "soft time", "function": None, "error": "break"}, "no_errors", (
         (local_time(row["time"]), row["function"], (row["error"] or "").strip().rpartition("\n")[2])
@@ -6186,24 +6188,16 @@ def dashboard(app: Any, t: Texts) -> Markup:
                 tag("h2", t("last_errors")), last)
 
 
-def chart(app: Any, t: Texts, column: str, first: int, step: int) -> Markup:
-    """Draw one figure in 60 steps of so many minutes."""
-    values = [0.0] * 60
-    if column in ("memory_rss_mb", "cpu_percent"):
-        rows = app.store.read(f"SELECT minute, {column} FROM fn_samples WHERE minute >= ?", first)
-    elif column == "p95_ms":
-        buckets: dict[int, list[int]] = {}
-        for minute, text in app.store.read("SELECT minute, buckets FROM fn_minutes WHERE minute >= ?", first):
-            buckets[minute] = [a + b for a, b in zip(buckets.get(minute, [0] * 15), json.loads(text))]
-        rows = [(minute, quantile(counts, .95) * 1000) for minute, counts in buckets.items()]
-    else:
-        rows = app.store.read(f"SELECT minute, sum({column}) FROM fn_minutes WHERE minute >= ? GROUP BY minute", first)
-    for minute, value in rows:
-        at = (minute - first) // step
-        if 0 <= at < 60:
-            values[at] = values[at] + value if column in ("calls", "errors") else max(values[at], value)
-    return chart_card(f"{t(column)}, {t('hour' if step == 1 else 'one_day')}", values,
-                      list(range(first, first + 60 * step, step)), "%H:%M")
+def dashboard_charts(app: Any, t: Texts, edges: list[int], span: str) -> Iterator[Markup]:
+    """Draw calls, errors, p95, memory and CPU since each of the minutes `edges`."""
+    rows, samples = sum_minutes(app, edges, "*"), [(0.0, 0.0)] * len(edges)
+    for minute, memory, cpu in app.store.read("SELECT minute, memory_rss_mb, cpu_percent FROM fn_samples WHERE minute >= ?",
+                                              edges[0]):
+        at = bisect_right(edges, minute) - 1
+        samples[at] = (max(samples[at][0], memory), max(samples[at][1], cpu))
+    columns = zip(*((row[0], row[1], round(quantile(row[2], .95) * 1000, 1), *more) for row, more in zip(rows, samples)))
+    for name, values in zip(("calls", "errors", "p95_ms", "memory_rss_mb", "cpu_percent"), columns):
+        yield chart_card(f"{t(name)}, {span}", list(values), edges, "%H:%M")
 
 
 def view_dashboard(app: Any, call: Call) -> Response:

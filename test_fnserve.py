@@ -3023,10 +3023,11 @@ class AdminTest(Case):
 
     def test_list_of_many(self):
         for number in range(450):
-            self.write(f"{('', 'a/', 'b/')[number % 3]}f{number:03}", "def main(request): return 'x'")
+            self.write(f"{('', 'a/', 'b/', 'c/')[number % 4]}f{number:03}", "def main(request): return 'x'")
         app = self.make_app()
         page = self.html(app, "/function/list_functions").text
         self.assertEqual(page.count("/function/edit_function?"), 2 * 300)
+        self.assertIn("group=c&amp;start=0", page)  # for which there was no room
         looked, described = [], app.functions.describe
         app.functions.describe = lambda name: looked.append(name) or described(name)
         seen, url = [], "/function/list_functions?group=b"
@@ -3035,7 +3036,7 @@ class AdminTest(Case):
             seen += re.findall(r'<td data-label="Name"><a href="[^"]*">([^<]+)', page)
             more = re.search(r'href="([^"]*start=[^"]*)"', page)
             url = more and more[1].replace("&amp;", "&")
-        self.assertEqual(seen, [f"b/f{number:03}" for number in range(2, 450, 3)])
+        self.assertEqual(seen, [f"b/f{number:03}" for number in range(2, 450, 4)])
         self.assertEqual(looked, seen)  # no other file was read
         self.assertEqual(len(self.admin(app).get("/function/list_functions").json["functions"]), 450)
 
