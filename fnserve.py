@@ -5806,7 +5806,8 @@ def view_list(app: Any, call: Call) -> Response:
         shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
         left, end = left - len(shown), first + len(shown)
         more = link(t("go_on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": end})
-        parts.append(list_group(t, name, len(members), shown, sparks, bool(text or group), more if len(members) > end else None))
+        parts.append(list_group(t, name, len(members), shown, sparks, bool(text or group),
+                                more if len(members) > end else None))
     return page(call, t("functions"), list_form(t, args, order), *(parts or [note(t("none"))]))
 
 
