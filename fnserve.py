@@ -5524,7 +5524,7 @@ SETTINGS_ZH = {  # what the settings are for; in English it stands in their tabl
     "SECRET_TOKEN": "管理頁面的密碼；空白時在第一次啟動產生", "SECRET_KEY": "簽署 session cookie；空白時在第一次啟動產生",
     "HOST": "監聽的位址", "PORT": "監聽的連接埠；0 自動選一個空的",
     "WORKERS": "行程數；auto 是每個核心一個，0 是沒有監督者的單一行程",
-    "THREADS": "每個行程的執行緒數", "FUNCTIONS_DIR": "函式檔案的目錄", "DB_PATH": "SQLite 資料庫", "LOG_FILE": "錯誤紀錄檔",
+    "THREADS": "每個行程同時執行的函式呼叫數", "FUNCTIONS_DIR": "函式檔案的目錄", "DB_PATH": "SQLite 資料庫", "LOG_FILE": "錯誤紀錄檔",
     "LOG_MAX_BYTES": "錯誤紀錄檔達到此大小時輪替", "LOG_BACKUPS": "保留幾個輪替後的錯誤紀錄檔", "JOURNAL_DIR": "存取日誌的目錄",
     "KEEP_INVOCATIONS": "紀錄頁保留的呼叫數", "KEEP_DAYS": "已彙整的日誌與圖表保留的天數", "MAX_BODY": "請求內容的大小上限",
     "TIMEOUT": "呼叫超過此秒數會被中斷並回應 504；見 context.deadline", "GRACE": "停止時留給呼叫完成的秒數",
