@@ -285,6 +285,7 @@ class Settings:
     def __init__(self, options: Mapping[str, Any] = types.MappingProxyType({}), directory: str = ".") -> None:
         self.directory, self.options = os.path.abspath(directory), options
         self.sources: dict[str, str] = {}
+        self.texts: dict[str, str] = {}  #: the values as they were written
         for name in set(options) - {row.name for row in SETTINGS_TABLE}:
             raise SettingError(f"{name}: there is no such setting")
         environ = {row.name: os.environ.get("FNSERVE_" + row.name) for row in SETTINGS_TABLE}
@@ -305,7 +306,7 @@ class Settings:
             given = values.get(row.name)
             if given is not None and (given.strip() or "blank:" in row.help):
                 text, source = given.strip(), name
-        self.sources[row.name] = source
+        self.sources[row.name], self.texts[row.name] = source, text
         try:
             return row.cast(text)
         except ValueError as error:
@@ -371,7 +372,7 @@ def make_secrets(settings: Settings) -> dict[str, str]:
             file.write("".join(f"{name}={value}\n" for name, value in made.items()))
         for name, value in made.items():
             setattr(settings, name, value)
-            settings.sources[name] = ".env.local"
+            settings.sources[name], settings.texts[name] = ".env.local", value
     return made
 
 
@@ -5524,7 +5525,8 @@ SETTINGS_ZH = {  # what the settings are for; in English it stands in their tabl
     "SECRET_TOKEN": "管理頁面的密碼；空白時在第一次啟動產生", "SECRET_KEY": "簽署 session cookie；空白時在第一次啟動產生",
     "HOST": "監聽的位址", "PORT": "監聽的連接埠；0 自動選一個空的",
     "WORKERS": "行程數；auto 是每個核心一個，0 是沒有監督者的單一行程",
-    "THREADS": "每個行程同時執行的函式呼叫數", "FUNCTIONS_DIR": "函式檔案的目錄", "DB_PATH": "SQLite 資料庫", "LOG_FILE": "錯誤紀錄檔",
+    "THREADS": "每個行程同時執行的函式呼叫數", "FUNCTIONS_DIR": "函式檔案的目錄",
+    "DB_PATH": "SQLite 資料庫", "LOG_FILE": "錯誤紀錄檔",
     "LOG_MAX_BYTES": "錯誤紀錄檔達到此大小時輪替", "LOG_BACKUPS": "保留幾個輪替後的錯誤紀錄檔", "JOURNAL_DIR": "存取日誌的目錄",
     "KEEP_INVOCATIONS": "紀錄頁保留的呼叫數", "KEEP_DAYS": "已彙整的日誌與圖表保留的天數", "MAX_BODY": "請求內容的大小上限",
     "TIMEOUT": "呼叫超過此秒數會被中斷並回應 504；見 context.deadline", "GRACE": "停止時留給呼叫完成的秒數",
@@ -6692,27 +6694,21 @@ def view_settings(app: Any, call: Call) -> Response:
         fresh = Settings(app.settings.options, app.settings.directory)
     except SettingError as error:
         fresh, bad = app.settings, note(str(error), "bad")
-    values = {row.name: getattr(app.settings, row.name) for row in SETTINGS_TABLE}
-    rows = [{"name": row.name, "value": "***" if row.secret and values[row.name] else values[row.name],
-             "source": app.settings.sources[row.name], "restart": getattr(fresh, row.name) != values[row.name],
-             "help": row.help} for row in SETTINGS_TABLE]
+    texts = app.settings.texts
+    rows = [{"name": row.name, "value": "***" if row.secret and texts[row.name] else getattr(app.settings, row.name),
+             "source": app.settings.sources[row.name], "restart": fresh.texts[row.name] != texts[row.name], "help": row.help}
+            for row in SETTINGS_TABLE]
     if wants_json(call):
         return as_json({"settings": rows})
     columns = {"name": None, "value": "break", "source": "soft", "help": "soft"}
+    waits = tag("div", t("waits"), class_="bad")
     shown = table(t, columns, "none", ((
-        row["name"], join(shown_setting(row["value"]), tag("div", t("waits"), class_="bad") if row["restart"] else None),
+        row["name"], join("***" if row["value"] == "***" else texts[row["name"]], waits if row["restart"] else None),
         t(row["source"]) if row["source"] in TEXTS else row["source"], t(row["name"])) for row in rows))
     saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
                  tag("p", tag("button", t("backup"))))
     return page(call, t("settings"), bad, tag("p", t("restart")), shown, tag("div", tag("h2", t("backup")), tag(
         "p", t("backup_help")), saved, class_="card"))
-
-
-def shown_setting(value: Any) -> str:
-    """Write a setting's value as .env takes it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def view_backup(app: Any, call: Call) -> Response:
