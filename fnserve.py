@@ -6409,7 +6409,8 @@ def is_ours(name: Optional[str]) -> bool:
 def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
     """Let SQL do everything but write to fnserve's tables, attach files and set pragmas (sqlite3_set_authorizer)."""
     written = {1: second, 2: first, 7: second, 9: first, 10: second, 11: first, 16: second, 18: first, 23: first, 26: second}
-    denied = action in (24, 25) or action == 19 and first not in ("table_info", "index_list") or is_ours(written.get(action))
+    pragma = action == 19 and first not in ("table_info", "table_xinfo", "index_list")
+    denied = action in (24, 25) or pragma or is_ours(written.get(action))
     if action == 20 and first == "fn_queue" and second in ("request", "headers", "body", "answer"):
         return 2  # reads as NULL: they hold the callers' secrets
     return 1 if denied else 0
@@ -6448,7 +6449,7 @@ def read_table(connection: sqlite3.Connection, name: str) -> Table:
     found = made.fetchone()
     if found is None:
         raise HTTPException(404, f"There is no table {name[:100]}")
-    rows = connection.execute(f"PRAGMA table_info({quote_name(name)})").fetchall()
+    rows = [row for row in connection.execute(f"PRAGMA table_xinfo({quote_name(name)})") if row[6] != 1]  # as SELECT * has them
     columns = [{"name": row[1], "type": row[2], "pk": row[5]} for row in rows]
     taken = {row[1].lower() for row in rows}
     for rowid in ("rowid", "_rowid_", "oid"):

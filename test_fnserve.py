@@ -3130,6 +3130,8 @@ class AdminTest(Case):
             db.executemany("INSERT INTO odd VALUES ('same', ?)", [("x",), ("y",)])
             db.execute("CREATE TABLE blobs (k BLOB PRIMARY KEY, v TEXT) WITHOUT ROWID")
             db.executemany("INSERT INTO blobs VALUES (?, ?)", [(b"\xff", "one"), (b"\xff\x00", "two")])
+            db.execute("CREATE TABLE made (a INTEGER, twice INTEGER AS (a * 2), z TEXT)")
+            db.execute("INSERT INTO made (a, z) VALUES (4, 'last')")
             db.execute("CREATE TABLE torn (a TEXT)")
             db.execute("INSERT INTO torn VALUES (CAST(x'e6bc' AS TEXT))")
         app = self.make_app()
@@ -3163,6 +3165,10 @@ class AdminTest(Case):
         self.assertEqual(second, [{"key": [{"hex": "ff00"}], "values": {"k": "2 bytes", "v": "two"}}])
         self.assertEqual(admin.post("/admin/data", json={"action": "delete", "table": "blobs", "key": second[0]["key"]}).status_code, 200)
         self.assertEqual(row("SELECT count(*) FROM blobs"), (1,))
+        self.assertEqual(admin.get("/admin/data/made").json["rows"][0]["values"], {"a": 4, "twice": 8, "z": "last"})
+        changed = {"action": "update", "table": "made", "key": "[1]", "value_a": "5", "value_twice": "8", "value_z": "last"}
+        self.assertEqual(self.html(app, "/admin/data", "POST", data=changed).status_code, 303)
+        self.assertEqual(row("SELECT * FROM made"), (5, 10, "last"))
         self.assertIn("ff,one", admin.get("/admin/data/blobs?format=csv").text)
         self.assertIn("\ufffd", admin.get("/admin/data/torn").text)
         for sent in ({"action": "insert", "table": "t", "values": {"n": 1 << 70}}, {"action": "insert", "table": "t", "values": {"text": "\ud800"}},
