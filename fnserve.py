@@ -30,6 +30,7 @@ import functools
 import http
 import importlib.machinery
 import io
+import itertools
 import json
 import logging
 import operator
@@ -43,7 +44,7 @@ import time
 import traceback
 import types
 from binascii import a2b_base64, b2a_base64
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from json.encoder import encode_basestring_ascii as quote_json
 from typing import Any, Callable, NamedTuple, Optional, Union
@@ -284,6 +285,7 @@ class Settings:
     def __init__(self, options: Mapping[str, Any] = types.MappingProxyType({}), directory: str = ".") -> None:
         self.directory, self.options = os.path.abspath(directory), {name: str(value) for name, value in options.items()}
         self.sources: dict[str, str] = {}
+        self.texts: dict[str, str] = {}  #: the values as they were written
         for name in set(options) - {row.name for row in SETTINGS_TABLE}:
             raise SettingError(f"{name}: there is no such setting")
         environ = {row.name: os.environ.get("FNSERVE_" + row.name) for row in SETTINGS_TABLE}
@@ -304,7 +306,7 @@ class Settings:
             given = values.get(row.name)
             if given is not None and (given.strip() or "blank:" in row.help):
                 text, source = given.strip(), name
-        self.sources[row.name] = source
+        self.sources[row.name], self.texts[row.name] = source, text
         try:
             return row.cast(text)
         except ValueError as error:
@@ -370,7 +372,7 @@ def make_secrets(settings: Settings) -> dict[str, str]:
             file.write("".join(f"{name}={value}\n" for name, value in made.items()))
         for name, value in made.items():
             setattr(settings, name, value)
-            settings.sources[name] = ".env.local"
+            settings.sources[name], settings.texts[name] = ".env.local", value
     return made
 
 
@@ -1995,7 +1997,8 @@ def summarize(source: bytes, path: str) -> str:
     tree = compile_source(source, path, 0x400)  # ast.PyCF_ONLY_AST; ast itself costs 500 kB
     mains = [node for node in tree.body if getattr(node, "name", "") == "main" and hasattr(node, "body")]
     for node in [tree, *mains]:
-        value = getattr(getattr(node.body[0], "value", None), "value", None) if node.body else None
+        first = node.body[0] if node.body and type(node.body[0]).__name__ == "Expr" else None  # ast isn't imported
+        value = getattr(getattr(first, "value", None), "value", None)
         if isinstance(value, str) and value.strip():
             return value.strip().splitlines()[0]
     return ""
@@ -2173,7 +2176,7 @@ class Functions:
         self._watched: dict[str, Any] = {}  #: helper file -> its stamp when it was imported
         self._looked, self._warned = 0.0, set()  # type: float, set[str]
         self._generation = 0  #: how often helpers have changed
-        self._summaries: dict[str, tuple[Any, str, Optional[LoadError]]] = {}
+        self._described: dict[str, tuple[Any, str, dict[str, Any], Optional[LoadError]]] = {}
         self._schedules: dict[str, tuple[Any, Any]] = {}
         self._hooked: dict[str, bool] = {}  #: group -> whether it has hooks, as of the last look
 
@@ -2277,16 +2280,18 @@ class Functions:
                         groups.append(name + "/")
         return sorted(found)
 
-    def summary(self, name: str) -> tuple[str, Optional[LoadError], float]:
-        """Return a file's docstring line, why it does not compile, and its time; nothing of it is run."""
+    def describe(self, name: str) -> tuple[str, dict[str, Any], Optional[LoadError], float]:
+        """Return a file's docstring line, its literal SETTINGS, why it does not compile, and its time; nothing of it is run."""
         path = self.path(name)
         stamp = file_stamp(path)
-        if self._summaries.get(name, ("",))[0] != stamp:
+        if self._described.get(name, ("",))[0] != stamp:
             try:
-                self._summaries[name] = stamp, summarize(read_source(path), path), None
+                source = read_source(path)
+                summary, settings = summarize(source, path), read_literals(source)
+                self._described[name] = stamp, summary, {} if settings is UNREADABLE else settings, None
             except LoadError as error:
-                self._summaries[name] = stamp, "", error
-        return (*self._summaries[name][1:], stamp[0] / 1e9 if stamp else 0.0)
+                self._described[name] = stamp, "", {}, error
+        return (*self._described[name][1:], stamp[0] / 1e9 if stamp else 0.0)
 
     def schedules(self) -> dict[str, Any]:
         """Return SETTINGS["schedule"] of every function that has one; nothing is run, so it must be a literal."""
@@ -5398,14 +5403,14 @@ CSS = """\
 --warn:#b3261e;--good:#1d7a3e;--mark:#fdecea;--plus:#e3f5e8}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9fb0bf;--line:#33414d;--paper:#18212a;--back:#10171e;
 --main:#57c7ae;--warn:#ff8a80;--good:#7bd88f;--mark:#4a2422;--plus:#1d3b28}}
-*{box-sizing:border-box} a{color:var(--main)} h1{font-size:1.35rem;margin:.4rem 0 1rem}
+*{box-sizing:border-box} a{color:var(--main)} h1{font-size:1.35rem;margin:.4rem 0 1rem;overflow-wrap:anywhere}
 body{margin:0;background:var(--back);color:var(--ink);font:16px/1.5 system-ui,"Noto Sans TC","PingFang TC",sans-serif}
 header{background:var(--paper);border-bottom:1px solid var(--line);padding:0 1rem;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem}
 header b{font-size:1.1rem;color:var(--main)} header *{padding:.7rem 0} header a{color:var(--ink);text-decoration:none}
 header{align-items:center} header a[aria-current]{box-shadow:inset 0 -3px var(--main)}
-main{max-width:70rem;margin:0 auto;padding:1rem} .figures .card{min-width:8rem;margin:0}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem;margin-top:1rem}
-.charts .card{margin:0}h2{font-size:1.1rem}
+main{max-width:70rem;margin:0 auto;padding:1rem} .figures .card{min-width:8rem;margin:0;flex:1}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem;margin:1rem 0}
+.charts .card{margin:0} .charts svg{width:100%}h2{font-size:1.1rem}
 .narrow{max-width:24rem;margin:10vh auto} .scroll{overflow-x:auto}
 .card{background:var(--paper);border:1px solid var(--line);border-radius:.6rem;padding:1rem;margin-bottom:1rem}
 .note{border-left:4px solid var(--main)} .note.bad{border-left-color:var(--warn);background:var(--mark);color:var(--ink)}
@@ -5417,29 +5422,43 @@ th{color:var(--soft);font-weight:600;font-size:.85rem;white-space:nowrap}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 input,select,textarea,button,.button{font:inherit;color:inherit;
 border:1px solid var(--line);border-radius:.4rem;padding:.5rem .7rem}
-input[type=checkbox]{width:auto} input,select,textarea{background:var(--paper);width:100%;max-width:100%}
+input,select,textarea{background:var(--paper);width:100%;max-width:100%;font-weight:400}
+input[type=checkbox]{width:auto;margin-right:.4rem} input[type=search]{width:auto;flex:1 1 9rem}
+.break{overflow-wrap:anywhere} td.time{white-space:nowrap}
 input:focus,select:focus,textarea:focus,button:focus-visible,a:focus-visible{outline:2px solid var(--main);outline-offset:1px}
 button,.button{background:var(--main);border-color:var(--main);color:var(--paper);cursor:pointer;text-decoration:none}
 button.plain,.button.plain{background:none;color:var(--ink);border-color:var(--line)}
 .button{display:inline-block} button.danger{background:var(--warn);border-color:var(--warn)}
-pre,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace} pre{white-space:pre-wrap;overflow-wrap:anywhere}
-pre{overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;margin:.4rem 0}
+pre,.mono,textarea.code,.gutter{font:14px/1.5 ui-monospace,Menlo,Consolas,monospace}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;overflow:auto;background:var(--back);border-radius:.4rem;padding:.7rem;
+margin:.4rem 0}
 .editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(52vh,40rem)}
 .gutter{margin:0;padding:8px .4rem;text-align:right;color:var(--soft);background:none;overflow:visible;user-select:none;
 min-width:3rem;border-radius:0} .gutter *{display:block}
 .gutter i{font-style:normal;background:var(--warn);color:var(--paper);margin:0 -.4rem;padding:0 .4rem}
 textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:8px .6rem}
+textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
 .beside{display:grid;grid-template-columns:minmax(0,1fr);gap:1rem;align-items:start}
 #try .row>*{flex:1} #try img{max-width:100%}
 #try h2{margin:0} #try h3{font-size:.9rem;margin:.7rem 0 0} #try pre{max-height:20rem} [hidden]{display:none!important}
 #anyway{margin:0;font-weight:400} ins,del{text-decoration:none;display:block;background:var(--plus)} del{background:var(--mark)}
 #news{position:sticky;bottom:.5rem;margin:.6rem 0}
+form.row{margin-bottom:1rem} form.row label{margin:0} form.row select{width:auto;margin-left:.4rem}
+details>summary{cursor:pointer;font-weight:600;padding:.5rem 0}
+svg{display:block;max-width:100%} svg rect{fill:var(--main)} svg .over{fill:var(--warn)}
+.calm rect{fill:var(--soft)} .calm .over{fill:var(--main)}
+.ends{display:flex;justify-content:space-between}
 @media(min-width:64rem){main:has(.beside){max-width:100rem} .beside{grid-template-columns:minmax(0,3fr) minmax(0,2fr)}
 .beside .editor{height:max(52vh,30rem)}}
-textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
-svg{display:block;max-width:100%} svg rect{fill:var(--main)}
 @media(max-width:40rem){textarea.code,.gutter{font-size:16px;line-height:24px} .gutter{min-width:2.2rem}
-main{padding:.6rem} th,td{padding:.4rem} .wide{display:none}}
+main{padding:.6rem} th,td{padding:.4rem} .wide,thead{display:none}
+header{flex-wrap:nowrap;overflow-x:auto;white-space:nowrap;scrollbar-width:none}
+tr{display:block;padding:.4rem 0;border-bottom:1px solid var(--line)} tr:last-child{border:0}
+td{display:block;position:relative;border:0;padding:.15rem 0 .15rem 6.5rem;min-height:1.8rem;overflow-wrap:anywhere}
+td.wide,td:empty{display:none} td:first-child{padding-left:0;font-weight:600} td:first-child .soft{font-weight:400}
+td::before{content:attr(data-label);position:absolute;left:0;color:var(--soft);font-size:.85rem}
+td:first-child::before{content:none}
+td.n{display:inline-block;padding:.1rem 1.2rem .1rem 0} td.n::before{position:static;margin-right:.5rem}}
 """
 
 JS = r"""
@@ -5681,6 +5700,7 @@ if (panel) {
   show();
   list();
 }
+document.querySelector("header [aria-current]")?.scrollIntoView({block: "nearest", inline: "center"});
 const live = document.querySelector("#live"), board = document.querySelector("#dashboard");
 if (live) {
   let source, timer;
@@ -5714,28 +5734,42 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "status": ("狀態", "Status"), "fine": ("正常", "fine"), "broken": ("損壞", "broken"), "run": ("執行", "Run"),
     "edit": ("編輯", "Edit"), "delete": ("刪除", "Delete"), "versions": ("版本", "Versions"), "save": ("儲存", "Save"),
     "code": ("程式碼", "Code"), "cancel": ("取消", "Cancel"), "saved": ("已儲存。", "Saved."),
+    "search": ("搜尋", "Search"), "sort": ("排序", "Sort by"),
     "none": ("還沒有函式。", "There are no functions yet."), "no_calls": ("還沒有呼叫。", "There are no calls yet."),
-    "ask_delete": ("要刪除「{}」嗎?它的版本會保留,可以還原。", "Delete “{}”? Its versions are kept and can be restored."),
+    "ask_delete": ("要刪除「{}」嗎？它的版本會保留，可以還原。", "Delete “{}”? Its versions are kept and can be restored."),
     "deleted": ("已刪除。", "Deleted."), "clear": ("清除統計", "Clear statistics"),
-    "ask_clear": ("要清除所有統計嗎?無法復原。", "Clear all statistics? This can't be undone."),
-    "cleared": ("已清除。", "Cleared."), "day": ("最近 24 小時,每小時的呼叫", "Calls per hour, last 24 hours"),
+    "ask_clear": ("要清除所有統計嗎？無法復原。", "Clear all statistics? This can't be undone."),
+    "cleared": ("已清除。", "Cleared."), "by_day": ("每日呼叫（紅色：錯誤）", "Calls by day (red: errors)"),
+    "by_hour": ("一天內每小時呼叫", "Calls by hour, one day"),
+    "latency": ("延遲 p95（綠色：p50）ms", "Latency p95 (green: p50), ms"),
     "time": ("時間", "Time"), "function": ("函式", "Function"), "request": ("請求", "Request"), "took": ("耗時", "Took"),
     "restore": ("還原", "Restore"), "restored": ("已還原。", "Restored."), "size": ("大小", "Size"),
     "current": ("目前", "current"), "line": ("第 {} 行", "Line {}"),
     "cross": ("這個請求來自其他網站。", "This request came from another site."), "go_on": ("繼續", "Go on"),
     "exists": ("這個名稱已經存在。", "A function of this name exists already."),
-    "bad_name": ("名稱必須是 Python 識別字,不以底線開頭,也不是平台保留的名稱。",
+    "bad_name": ("名稱必須是 Python 識別字，不以底線開頭，也不是平台保留的名稱。",
                  "The name must be a Python identifier that does not start with _ and is not one of the platform's own."),
     "no_code": ("程式碼是空的。", "The code is empty."),
     "stale": ("別人已經存了新版本。您的文字還在這裡;請先看看新的版本。",
               "Somebody has saved a newer version. Your text is still here; look at theirs first."),
     "failed": ("請求無法完成。", "The request could not be completed."),
     "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
-    "data": ("資料", "Data"), "rows": ("列數", "Rows"), "read_only": ("唯讀", "Read only"),
+    "data": ("資料", "Data"), "rows": ("列數", "Rows"),
+    "read_only": ("fnserve 的資料表（唯讀）", "fnserve's own tables (read only)"),
+    "no_tables": ("還沒有自己的資料表。", "There are no tables of your own yet."),
     "no_rows": ("沒有資料。", "There are no rows."),
-    "add_row": ("新增一列", "Add a row"), "settings": ("設定", "Settings"),
+    "add_row": ("新增一列", "Add a row"), "add_table": ("新增資料表", "Create a table"), "columns": ("欄位", "Columns"),
+    "drop": ("刪除資料表", "Drop this table"), "schema": ("結構", "Schema"),
+    "first_rows": ("只顯示前 {} 列。", "Only the first {} rows are shown."), "settings": ("設定", "Settings"),
     "docs": ("API 說明", "API"), "value": ("值", "Value"), "source": ("來源", "Source"),
-    "help": ("說明", "What for"), "restart": ("改動在重新啟動後生效。", "A change takes effect after a restart."),
+    "help": ("說明", "What for"), "default": ("預設", "default"), "option": ("命令列選項", "option"),
+    "environment": ("環境變數", "environment"), "waits": ("已改動，等待重新啟動", "changed; waits for a restart"),
+    "restart": ("設定在啟動時讀取，改動在重新啟動後生效；函式的 config 則立即生效。",
+                "Settings are read at the start, so a change takes effect after a restart; functions' config follows at once."),
+    "backup": ("下載備份", "Download a backup"),
+    "secrets": ("包含金鑰與密碼（SECRET_TOKEN 等）", "With secrets (SECRET_TOKEN and such)"),
+    "backup_help": ("函式、資料庫與設定；用 fnserve.py restore 還原。",
+                    "Functions, database and settings; fnserve.py restore brings them back."),
     "dashboard": ("監控", "Monitoring"), "cpu_percent": ("CPU", "CPU"), "memory_rss_mb": ("記憶體", "Memory"),
     "memory_percent": ("記憶體 %", "Memory %"), "threads": ("執行緒", "Threads"), "uptime_seconds": ("運行時間", "Uptime"),
     "workers": ("行程", "Processes"), "requests_per_second": ("請求/秒", "Requests/s"), "error_rate": ("錯誤率", "Error rate"),
@@ -5774,6 +5808,23 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "rolled_back": ("失敗,已退回", "failed, rolled back"), "changes": ("與目前的差異", "Difference to the current one"),
     "retry": ("重試", "Retry"), "replay": ("重新執行", "Replay"), "discard": ("捨棄", "Discard"),
 }
+SETTINGS_ZH = {  # what the settings are for; in English it stands in their table
+    "SECRET_TOKEN": "管理頁面的密碼；空白時在第一次啟動產生", "SECRET_KEY": "簽署 session cookie；空白時在第一次啟動產生",
+    "HOST": "監聽的位址", "PORT": "監聽的連接埠；0 自動選一個空的",
+    "WORKERS": "行程數；auto 是每個核心一個，0 是沒有監督者的單一行程",
+    "THREADS": "每個行程同時執行的函式呼叫數", "FUNCTIONS_DIR": "函式檔案的目錄",
+    "DB_PATH": "SQLite 資料庫", "LOG_FILE": "錯誤紀錄檔",
+    "LOG_MAX_BYTES": "錯誤紀錄檔達到此大小時輪替", "LOG_BACKUPS": "保留幾個輪替後的錯誤紀錄檔", "JOURNAL_DIR": "存取日誌的目錄",
+    "KEEP_INVOCATIONS": "紀錄頁保留的呼叫數", "KEEP_DAYS": "已彙整的日誌與圖表保留的天數", "MAX_BODY": "請求內容的大小上限",
+    "TIMEOUT": "呼叫超過此秒數會被中斷並回應 504；見 context.deadline", "GRACE": "停止時留給呼叫完成的秒數",
+    "SESSION_HOURS": "登入有效的小時數", "TRUSTED_PROXY": "信任其 X-Forwarded 標頭的位址；空白：都不信任",
+    "API_TOKENS": "呼叫 auth 為 'token' 的函式所用的權杖，以逗號分隔", "PROTECTED_FUNCTIONS": "另外只有管理者能呼叫的函式",
+    "METRICS_TOKEN": "/metrics 要求的 Bearer 權杖；空白：任何人都能讀", "LOKI_USER": "Loki 的使用者",
+    "LOKI_URL": "日誌推送到的 Loki，例如 http://127.0.0.1:3100；空白：不推送", "LOKI_PASSWORD": "Loki 的密碼",
+    "LOKI_TENANT": "Loki 的租戶", "QUEUE_MAX": "佇列中等待的呼叫上限；超過回應 503", "TIMEZONE": "排程的時區；空白：機器的時區",
+    "SCHEDULER_ALLOWED_HOSTS": "執行排程的機器名稱；* 是全部", "ADMIN": "off：所有管理網址都回應 404",
+    "DOCS": "誰能讀 /docs 與 /openapi.json：管理者，或任何人", "UI_LANG": "頁面的語言；auto：依瀏覽器"}
+TEXTS.update({row.name: (SETTINGS_ZH[row.name], row.help) for row in SETTINGS_TABLE})
 
 NEW_FUNCTION = '''"""What this function does, in one line."""
 from flask import jsonify
@@ -5806,7 +5857,7 @@ LIST = "/function/list_functions"
 MENU = {"functions": LIST, "add": "/function/add_function", "stats": "/function/show_stats", "logs": "/admin/logs",
         "jobs": "/admin/jobs", "queue": "/admin/queue", "dashboard": "/monitoring/dashboard",
         "data": "/admin/data", "settings": "/admin/settings", "docs": "/docs", "logout": "/logout"}
-_VOID = ("input", "meta", "link", "rect")
+_VOID = ("input", "meta", "link")
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
@@ -5852,18 +5903,30 @@ class Texts:
 
 def table(t: Texts, columns: dict[str, Optional[str]], empty: str, rows: Iterable[Iterable[Any]], ours: bool = True) -> Markup:
     """Make a table of cells, or a note; `columns` are headings, keys of TEXTS where they are `ours`, and their cells' class."""
-    body = [tag("tr", *(tag("td", cell, class_=kind) for cell, kind in zip(row, columns.values()))) for row in rows]
-    heads = (tag("th", t(key) if ours and key in TEXTS else key, class_=kind) for key, kind in columns.items())
-    shown = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body))
-    return tag("div", shown, class_="card scroll") if body else note(t(empty))
+    heads = [(t(key) if ours and key in TEXTS else key, kind) for key, kind in columns.items()]
+    body = [tag("tr", *(tag("td", cell, class_=kind, data_label=head or None) for cell, (head, kind) in zip(row, heads)))
+            for row in rows]
+    shown = tag("table", tag("thead", tag("tr", *(tag("th", head, class_=kind) for head, kind in heads))), tag("tbody", *body))
+    return tag("div", shown, class_="card scroll", tabindex="0") if body else note(t(empty))  # who has keys only must scroll
 
 
-def bars(values: list[Any], width: int, height: int, label: str) -> Markup:
-    """Draw numbers as a small bar chart."""
-    top, step = max(values + [1]), width / len(values)
-    rects = [tag("rect", x=f"{index * step:.1f}", y=f"{height - value / top * height:.1f}", width=f"{step * .8:.1f}",
-                 height=f"{value / top * height:.1f}") for index, value in enumerate(values) if value]
-    return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
+def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[Any] = (), names: Iterable[str] = ()) -> Markup:
+    """Draw numbers as a small bar chart, others `over` them; `names` say what each stands for."""
+    top, step, names = max(values + [1]), width / len(values), list(names) or [""] * len(values)
+    drawn = [(kind, index, value) for kind, series in ((None, values), ("over", over)) for index, value in enumerate(series)]
+    rects = [tag("rect", tag("title", f"{names[index]}: {value:,}") if names[index] else None, x=f"{index * step:.1f}",
+                 y=f"{height - value / top * height:.1f}", width=f"{step * .8:.1f}", height=f"{value / top * height:.1f}",
+                 class_=kind) for kind, index, value in drawn if value]
+    return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img",
+               preserveAspectRatio="none")
+
+
+def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over: Iterable[Any] = (), kind: str = "") -> Markup:
+    """Make the box of one chart: what it shows and its maximum, the bars, the times of the minutes where it begins and ends."""
+    names = [time.strftime(shape, time.localtime(minute * 60)) for minute in edges]
+    head = tag("div", f"{label} · max {round(max(values), 1):,}", class_="soft")
+    foot = tag("div", tag("span", names[0]), tag("span", names[-1]), class_="ends soft")
+    return tag("div", head, bars(values, 300, 60, label, over, names), foot, class_=f"card {kind}")
 
 
 def local_time(moment: Optional[float]) -> str:
@@ -5935,7 +5998,9 @@ def login_page(call: Call, going_to: str, status: int, news: Optional[Markup] = 
     t = Texts(call)
     asked = tag("input", id="token", name="token", type="password", autocomplete="current-password", autofocus=True,
                 required=True)
-    shown = form("/login", tag("label", t("token"), for_="token"), asked, tag("p", tag("button", t("login"))), next=going_to)
+    user = tag("input", name="user", value="admin", autocomplete="username", hidden=True)  # for password managers
+    shown = form("/login", user, tag("label", t("token"), for_="token"), asked, tag("p", tag("button", t("login"))),
+                 next=going_to)
     return page(call, t("login"), news, tag("div", shown, class_="card narrow"), menu=False, status=status)
 
 
@@ -5979,36 +6044,90 @@ def error_page(call: Call, error: HTTPException) -> Response:
 
 
 def function_rows(app: Any) -> list[dict[str, Any]]:
-    """Gather what the list shows of every function."""
+    """Gather what was counted of every function; what stands in its file is for `describe_row` to add."""
     app.folder.fold()
     calls = dict(app.store.read("SELECT func_name, call_count FROM call_stats"))
     known = {row[0]: row[1:] for row in app.store.read("SELECT func_name, errors, last_call FROM fn_functions")}
+    failed = {row[0]: (row[1] or "").strip().rpartition("\n")[2] for row in app.store.read(
+        "SELECT function, error, max(number) FROM fn_calls WHERE status >= 500 GROUP BY function")}
     broken, rows = app.functions.versions.broken(), []
     for name in app.functions.names():
-        summary, error, modified = app.functions.summary(name)
         errors, last_call = known.get(name, (0, None))
-        reason = str(error) if error else broken.get(name, "")
-        rows.append({"name": name, "summary": summary, "methods": list(METHODS), "calls": calls.get(name, 0),
-                     "errors": errors, "last_call": last_call, "modified": modified,
-                     "status": "broken" if reason else "fine", "reason": reason})
+        rows.append({"name": name, "calls": calls.get(name, 0), "errors": errors, "last_call": last_call,
+                     "last_error": failed.get(name), "reason": broken.get(name, "")})
     return rows
 
 
+def describe_row(app: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """Add what a function's file says, of which nothing is run."""
+    summary, settings, error, modified = app.functions.describe(row["name"])
+    reason = str(error) if error else row["reason"]
+    return {**row, "summary": summary, "methods": literal_methods(settings, METHODS), "modified": modified,
+            "status": "broken" if reason else "fine", "reason": reason}
+
+
+def literal_methods(settings: Mapping[str, Any], default: Iterable[str]) -> list[str]:
+    """Return the methods that a file's SETTINGS name, else the default."""
+    with contextlib.suppress(ValueError):
+        return list(SETTINGS_CASTS["methods"](settings["methods"])) if "methods" in settings else list(default)
+    return list(default)
+
+
+LIST_ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "name": lambda row: 0, "calls": lambda row: -row["calls"], "errors": lambda row: -row["errors"],
+    "last": lambda row: -(row["last_call"] or 0), "broken": lambda row: not row["reason"]}
+LIST_ROWS, GROUP_ROWS = 300, 100  # of one page, of one group on it: 10,000 functions are a page of 250 kB
+
+
 def view_list(app: Any, call: Call) -> Response:
-    """/function/list_functions"""
-    rows = function_rows(app)
+    """/function/list_functions?q=&sort=&group=&start= : what there is, a folded part for each group."""
+    args, rows = call.request.args, function_rows(app)
+    text, order, group, t = args.get("q", "").strip().lower(), args.get("sort", "name"), args.get("group"), Texts(call)
+    if text or order == "broken" or wants_json(call):  # else only the rows that are shown have their files read
+        rows = [row for row in (describe_row(app, row) for row in rows) if text in f"{row['name']}\n{row['summary']}".lower()]
     if wants_json(call):
         return as_json({"functions": rows})
-    t, sparks = Texts(call), timeline(app, int(call.started) // 60 - 59, 3, 20)
+    rows.sort(key=lambda row: (row["name"].rpartition("/")[0], LIST_ORDERS.get(order, len)(row), row["name"]))
+    groups = itertools.groupby(rows, lambda row: row["name"].rpartition("/")[0])
+    parts, left, first, minute = [], LIST_ROWS, args.get("start", 0, type=whole(0, 1 << 53)), int(call.started) // 60
+    sparks = {name: row[0] for name, row in call_history(app, list(range(minute - 59, minute, 3))).items()}
+    for name, members in ((name, list(found)) for name, found in groups if group in (None, name)):
+        shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
+        left, end = left - len(shown), first + len(shown)
+        more = link(t("go_on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": end})
+        parts.append(list_group(t, name, len(members), shown, sparks, bool(text or group),
+                                more if len(members) > end else None))
+    return page(call, t("functions"), list_form(t, args, order), *(parts or [note(t("none"))]))
+
+
+def list_form(t: Texts, args: Mapping[str, str], order: str) -> Markup:
+    """Make the box that searches and sorts, beside the button for a new function."""
+    found = tag("input", type="search", name="q", value=args.get("q", ""), aria_label=t("search"), placeholder=t("search"))
+    orders = (tag("option", t(key), value=key, selected=key == order) for key in LIST_ORDERS)
+    return tag("form", link(t("add"), "/function/add_function", "button"), found,
+               tag("label", t("sort"), tag("select", *orders, name="sort")), tag("button", t("filter"), class_="plain"),
+               class_="row", method="get", action=LIST)
+
+
+def list_group(t: Texts, name: str, count: int, rows: list[dict[str, Any]], sparks: Mapping[str, list[int]], unfolded: bool,
+               more: Any) -> Markup:
+    """Show the functions of one group, folded unless it is the top one or asked for."""
     columns = {"name": None, "calls": "n", "errors": "n", "last": "n soft wide", "hour": "wide", "status": None}
-    shown = table(t, columns, "none", ((
-        join(link(row["name"], "/function/edit_function", module_name=row["name"]), tag("div", row["summary"], class_="soft"),
-             function_links(t, row["name"])),
-        row["calls"], tag("span", row["errors"], class_="bad" if row["errors"] else None), local_time(row["last_call"]),
-        bars(sparks.get(row["name"], [0]), 120, 24, t("hour")),
-        tag("div", t(row["status"]), tag("div", row["reason"], class_="soft"), class_="bad" if row["reason"] else "good")
-    ) for row in rows))
-    return page(call, t("functions"), tag("p", link(t("add"), "/function/add_function", "button")), shown)
+    shown = table(t, columns, "none", (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
+    content = join(shown, tag("p", more) if more else None)
+    head = tag("summary", f"{name}/ ", tag("span", f"{count:,}", class_="soft"))
+    return tag("details", head, content, open=unfolded) if name else content
+
+
+def list_row(t: Texts, row: dict[str, Any], spark: list[int]) -> tuple[Any, ...]:
+    """Make the cells of one function."""
+    name, failed = row["name"], row["last_error"]
+    last = tag("div", link(failed[:200], "/admin/logs", "bad", function=name, status="5xx"), class_="soft") if failed else None
+    about = join(link(name, "/function/edit_function", module_name=name), tag("div", row["summary"], class_="soft"),
+                 None if failed == row["reason"] else last, function_links(t, name))
+    status = tag("div", t(row["status"]), tag("div", row["reason"], class_="soft"), class_="bad" if row["reason"] else "good")
+    return (about, f"{row['calls']:,}", tag("span", f"{row['errors']:,}", class_="bad" if row["errors"] else None),
+            local_time(row["last_call"]), bars(spark, 120, 24, f"{t('hour')}: {sum(spark)}"), status)
 
 
 def function_links(t: Texts, name: str) -> Markup:
@@ -6019,13 +6138,15 @@ def function_links(t: Texts, name: str) -> Markup:
                link(t("delete"), "/function/delete_function", "bad", module_name=name), class_="row soft")
 
 
-def timeline(app: Any, first: int, step: int, steps: int) -> dict[str, list[int]]:
-    """Return each function's calls from the minute `first` on, in so many steps of `step` minutes."""
-    found: dict[str, list[int]] = {}
-    for minute, endpoint, calls in app.store.read(
-            "SELECT minute, endpoint, calls FROM fn_minutes WHERE minute >= ? AND minute < ? AND endpoint LIKE '/function/%'",
-            first, first + step * steps):
-        found.setdefault(endpoint[10:], [0] * steps)[(minute - first) // step] += calls
+def call_history(app: Any, edges: list[int], grain: int = 1) -> dict[str, tuple[list[int], list[int]]]:
+    """Return each function's calls and errors since each of the minutes `edges`, which are multiples of `grain`."""
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for minute, endpoint, calls, errors in app.store.read(
+            "SELECT minute / ?1 * ?1, endpoint, sum(calls), sum(errors) FROM fn_minutes WHERE minute >= ?2"
+            " AND endpoint LIKE '/function/%' GROUP BY 1, 2", grain, edges[0]):
+        if endpoint not in app.routes:
+            row, at = found.setdefault(endpoint[10:], ([0] * len(edges), [0] * len(edges))), bisect_right(edges, minute) - 1
+            row[0][at], row[1][at] = row[0][at] + calls, row[1][at] + errors
     return found
 
 
@@ -6340,16 +6461,50 @@ def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
 
 
 def view_stats(app: Any, call: Call) -> Response:
-    """/function/show_stats : how often each function was called, exactly, and a chart of the last day."""
-    rows = stats_rows(app, call.started)
+    """/function/show_stats?function=&start= : how often each function was called, exactly, and charts of all or of one."""
+    rows, args = stats_rows(app, call.started), call.request.args
     if wants_json(call):
         return as_json({"stats": {row["name"]: row["calls"] for row in rows}})
-    t, days = Texts(call), timeline(app, (int(call.started) // 3600 - 23) * 60, 60, 24).values()
-    hours = [sum(calls) for calls in zip([0] * 24, *days)]
-    shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n"}, "no_calls", (
-        (row["name"], row["calls"], row["errors"], *(f"{row[key] * 1000:.0f} ms" for key in ("p50", "p95"))) for row in rows))
-    chart = tag("div", tag("div", t("day"), class_="soft"), bars(hours, 600, 120, t("day")), class_="card")
-    return page(call, t("stats"), chart, shown, tag("p", link(t("clear"), "/function/clear_stats", "button plain")))
+    t, first, one = Texts(call), args.get("start", 0, type=whole(0, 1 << 53)), args.get("function")
+    year, month, today = time.localtime(call.started)[:3]
+    days = [int(time.mktime((year, month, today - back, 0, 0, 0, 0, 0, -1))) // 60
+            for back in range(min(app.settings.KEEP_DAYS, 31), -1, -1)]
+    history = call_history(app, days, 15)
+    shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n", "by_day": "wide"}, "no_calls", (
+        (link(row["name"], "/function/show_stats", function=row["name"]), f"{row['calls']:,}", f"{row['errors']:,}",
+         *(f"{row[key] * 1000:.0f} ms" for key in ("p50", "p95")),
+         bars(history[row["name"]][0], 120, 24, t("by_day")) if row["name"] in history else None)
+        for row in rows[first:first + LIST_ROWS]))
+    more = link(t("go_on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
+    return page(call, f"{t('stats')}: {one}" if one else t("stats"), stats_charts(app, t, call.started, one, days, history),
+                shown, tag("p", more if len(rows) > first + LIST_ROWS else None,
+                           link(t("clear"), "/function/clear_stats", "button plain"), class_="row"))
+
+
+def stats_charts(app: Any, t: Texts, now: float, one: Optional[str], days: list[int],
+                 history: Mapping[str, tuple[list[int], list[int]]]) -> Markup:
+    """Draw calls by day and by hour with errors over them, and p95 with p50 over it, of one function or all."""
+    rows = [row for name, row in history.items() if one in (None, name)]
+    calls, errors = ([sum(column) for column in zip([0] * len(days), *(row[kind] for row in rows))] for kind in (0, 1))
+    hours = [(int(now) // 3600 - back) * 60 for back in range(23, -1, -1)]
+    hourly = sum_minutes(app, hours, f"/function/{one or '*'}")
+    high, low = ([round(quantile(row[2], q) * 1000, 1) for row in hourly] for q in (.95, .5))
+    return tag("div", chart_card(t("by_day"), calls, days, "%m-%d", errors), chart_card(
+        t("by_hour"), [row[0] for row in hourly], hours, "%H:%M", [row[1] for row in hourly]),
+               chart_card(t("latency"), high, hours, "%H:%M", low, "calm"), class_="charts")
+
+
+def sum_minutes(app: Any, edges: list[int], endpoints: str) -> list[Any]:
+    """Return calls, errors and latency buckets since each of the minutes `edges`, of what the pattern (GLOB) names."""
+    found: list[Any] = [(0, 0, [0] * (len(BUCKETS) + 1)) for _ in edges]
+    for minute, endpoint, calls, errors, text in app.store.read(
+            "SELECT minute, endpoint, calls, errors, buckets FROM fn_minutes WHERE minute >= ? AND endpoint GLOB ?",
+            edges[0], endpoints):
+        if endpoints == "*" or endpoint not in app.routes:
+            at = bisect_right(edges, minute) - 1
+            row = found[at]
+            found[at] = (row[0] + calls, row[1] + errors, [a + b for a, b in zip(row[2], json.loads(text))])
+    return found
 
 
 def view_clear(app: Any, call: Call) -> Response:
@@ -6387,7 +6542,7 @@ def view_logs(app: Any, call: Call) -> Response:
                       max(1, min(1000, args.get("limit", 100, type=int))), args.get("after", 0, type=whole(0, 1 << 53)))
     if wants_json(call):
         return as_json({"invocations": rows})
-    t, columns = Texts(call), {"time": "soft", "function": None, "request": None, "status": None, "took": "n"}
+    t, columns = Texts(call), {"time": "soft time", "function": None, "request": "break", "status": None, "took": "n"}
     asked = [tag("label", t(label), tag("input", name=name, value=args.get(name, ""))) for name, label in (
         ("function", "function"), ("status", "status"), ("q", "text"))]
     follow = tag("label", tag("input", type="checkbox", name="follow", value="1", checked="follow" in args), t("follow"))
@@ -6538,35 +6693,26 @@ def dashboard(app: Any, t: Texts) -> Markup:
     boxes = (tag("div", tag("div", t(name), class_="soft"), tag("b", f"{value}{units.get(name, '')}"), class_="card")
              for name, value in {**found, **recent}.items() if not isinstance(value, list))
     minute = int(now) // 60
-    charts = [chart(app, t, column, first, step) for first, step in ((minute - 59, 1), (minute - 1439, 24))
-              for column in ("calls", "errors", "p95_ms", "memory_rss_mb", "cpu_percent")]
+    charts = [drawn for first, step, span in ((minute - 59, 1, "hour"), (minute - 1439, 24, "one_day"))
+              for drawn in dashboard_charts(app, t, list(range(first, first + 60 * step, step)), t(span))]
     slow = table(t, {"endpoint": None, "p95_ms": "n"}, "no_calls", (row.values() for row in recent["slowest"]))
-    last = table(t, {"time": "soft", "function": None, "error": None}, "no_errors", (
+    last = table(t, {"time": "soft time", "function": None, "error": "break"}, "no_errors", (
         (local_time(row["time"]), row["function"], (row["error"] or "").strip().rpartition("\n")[2])
         for row in recent["last_errors"]))
     return join(tag("div", *boxes, class_="row figures"), tag("div", *charts, class_="charts"), tag("h2", t("slowest")), slow,
                 tag("h2", t("last_errors")), last)
 
 
-def chart(app: Any, t: Texts, column: str, first: int, step: int) -> Markup:
-    """Draw one figure in 60 steps of so many minutes."""
-    values = [0.0] * 60
-    if column in ("memory_rss_mb", "cpu_percent"):
-        rows = app.store.read(f"SELECT minute, {column} FROM fn_samples WHERE minute >= ?", first)
-    elif column == "p95_ms":
-        buckets: dict[int, list[int]] = {}
-        for minute, text in app.store.read("SELECT minute, buckets FROM fn_minutes WHERE minute >= ?", first):
-            buckets[minute] = [a + b for a, b in zip(buckets.get(minute, [0] * 15), json.loads(text))]
-        rows = [(minute, quantile(counts, .95) * 1000) for minute, counts in buckets.items()]
-    else:
-        rows = app.store.read(f"SELECT minute, sum({column}) FROM fn_minutes WHERE minute >= ? GROUP BY minute", first)
-    for minute, value in rows:
-        at = (minute - first) // step
-        if 0 <= at < 60:
-            values[at] = values[at] + value if column in ("calls", "errors") else max(values[at], value)
-    label = f"{t(column)}, {t('hour' if step == 1 else 'one_day')}"
-    head = tag("div", f"{label} · max {round(max(values), 1):,}", class_="soft")
-    return tag("div", head, bars(values, 300, 60, label), class_="card")
+def dashboard_charts(app: Any, t: Texts, edges: list[int], span: str) -> Iterator[Markup]:
+    """Draw calls, errors, p95, memory and CPU since each of the minutes `edges`."""
+    rows, samples = sum_minutes(app, edges, "*"), [(0.0, 0.0)] * len(edges)
+    for minute, memory, cpu in app.store.read("SELECT minute, memory_rss_mb, cpu_percent FROM fn_samples WHERE minute >= ?",
+                                              edges[0]):
+        at = bisect_right(edges, minute) - 1
+        samples[at] = (max(samples[at][0], memory), max(samples[at][1], cpu))
+    columns = zip(*((row[0], row[1], round(quantile(row[2], .95) * 1000, 1), *more) for row, more in zip(rows, samples)))
+    for name, values in zip(("calls", "errors", "p95_ms", "memory_rss_mb", "cpu_percent"), columns):
+        yield chart_card(f"{t(name)}, {span}", list(values), edges, "%H:%M")
 
 
 def view_dashboard(app: Any, call: Call) -> Response:
@@ -6715,7 +6861,7 @@ def view_queue(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"calls": data, **({"call": whole_call(one)} if one else {})})
     t = Texts(call)
-    columns = {"function": None, "state": None, "tries": "n", "due": "soft", "answer": "n", "error": None, "": None}
+    columns = {"function": None, "state": None, "tries": "n", "due": "soft time", "answer": "n", "error": "break", "": None}
     shown = table(t, columns, "no_calls", ((
         join(link(row["function"], "/admin/queue", id=row["id"]), tag("div", row["id"], class_="soft")),
         tag("span", t(row["state"]), class_="bad" if row["state"] == "dead" else None), row["attempts"], local_time(row["due"]),
@@ -6775,7 +6921,8 @@ def is_ours(name: Optional[str]) -> bool:
 def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
     """Let SQL do everything but write to fnserve's tables, attach files and set pragmas (sqlite3_set_authorizer)."""
     written = {1: second, 2: first, 7: second, 9: first, 10: second, 11: first, 16: second, 18: first, 23: first, 26: second}
-    denied = action in (24, 25) or action == 19 and first not in ("table_info", "index_list") or is_ours(written.get(action))
+    pragma = action == 19 and first not in ("table_info", "table_xinfo", "index_list")
+    denied = action in (24, 25) or pragma or is_ours(written.get(action))
     if action == 20 and first == "fn_queue" and second in ("request", "headers", "body", "answer"):
         return 2  # reads as NULL: they hold the callers' secrets
     return 1 if denied else 0
@@ -6788,10 +6935,11 @@ def user_data(app: Any) -> Iterator[sqlite3.Connection]:
     with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5)) as connection:
         connection.set_authorizer(_authorize)
         connection.set_progress_handler(lambda: time.monotonic() > until, 10_000)
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
             with connection:
                 yield connection
-        except (sqlite3.Error, sqlite3.Warning) as error:  # until Python 3.11 a second statement is a Warning
+        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:  # a second statement was a Warning once
             text = "the statement took longer than 5 s" if "interrupted" in str(error) else str(error)
             raise HTTPException(403 if "prohibited" in text or "authorized" in text else 400, text) from None
 
@@ -6800,53 +6948,81 @@ SQL_SECONDS, SQL_ROWS = 5.0, 1000
 
 
 class Table(NamedTuple):
-    """A table as the data browser sees it: `key` is what tells its rows apart."""
+    """A table as the data browser sees it: `key` is what tells its rows apart, names as SQL writes them."""
     name: str
     columns: list[dict[str, Any]]
     key: list[str]
+    sql: str  #: what made it
 
 
 def read_table(connection: sqlite3.Connection, name: str) -> Table:
     """Look at a table; 404 where there is none."""
-    rows = connection.execute(f"PRAGMA table_info({quote_name(name)})").fetchall()
-    if not rows:
+    made = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE", (name,))
+    found = made.fetchone()
+    if found is None:
         raise HTTPException(404, f"There is no table {name[:100]}")
+    rows = [row for row in connection.execute(f"PRAGMA table_xinfo({quote_name(name)})") if row[6] != 1]  # as SELECT * has them
     columns = [{"name": row[1], "type": row[2], "pk": row[5]} for row in rows]
+    taken = {row[1].lower() for row in rows}
+    for rowid in ("rowid", "_rowid_", "oid"):
+        with contextlib.suppress(sqlite3.OperationalError):  # WITHOUT ROWID
+            if rowid not in taken:
+                connection.execute(f"SELECT {rowid} FROM {quote_name(name)} LIMIT 0")
+                return Table(found[0], columns, [rowid], found[1])
+    keys = sorted((row for row in columns if row["pk"]), key=operator.itemgetter("pk"))
+    return Table(found[0], columns, [quote_name(row["name"]) for row in keys], found[1])
+
+
+def read_key(given: Any) -> list[Any]:
+    """Return the values of a row's key from JSON, or from its text; ``{"hex": ...}`` is a blob. 400 where it is none."""
     try:
-        connection.execute(f"SELECT rowid FROM {quote_name(name)} LIMIT 0")
-        return Table(name, columns, ["rowid"])
-    except sqlite3.OperationalError:  # WITHOUT ROWID
-        return Table(name, columns, [row["name"] for row in sorted(columns, key=lambda row: row["pk"]) if row["pk"]])
+        key = json.loads(given) if isinstance(given, str) else list(given)
+        return [bytes.fromhex(item["hex"]) if isinstance(item, dict) else item for item in key]
+    except (ValueError, TypeError, KeyError):
+        raise HTTPException(400, "a key must be a list of values") from None
+
+
+def count_rows(connection: sqlite3.Connection, name: str) -> Optional[int]:
+    """Count a table's rows; None where that takes too long. A plain count(*) is one step that can't be interrupted."""
+    with contextlib.suppress(sqlite3.OperationalError):
+        return connection.execute(f"SELECT count(*) FROM (SELECT 1 FROM {quote_name(name)} LIMIT -1)").fetchone()[0]
+    return None
 
 
 def view_data(app: Any, call: Call) -> Response:
-    """/admin/data : the tables, and a box for SQL; POST does what `action` says."""
+    """/admin/data : the tables, a form for a new one and a box for SQL; POST does what `action` says."""
     if call.request.method == "POST":
         return change_data(app, call)
     with user_data(app) as connection:
         names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-        data = [{"name": name, "rows": connection.execute(f"SELECT count(*) FROM {quote_name(name)}").fetchone()[0],
-                 "read_only": is_ours(name)} for name in names if not name.startswith("sqlite_")]
+        data = [{"name": name, "rows": count_rows(connection, name), "read_only": is_ours(name)}
+                for name in names if not name.startswith("sqlite_")]
     if wants_json(call):
         return as_json({"tables": data})
     t = Texts(call)
-    shown = table(t, {"name": None, "rows": "n", "read_only": None}, "none", (
-        (link(row["name"], "/admin/data/" + quote(row["name"], safe="")), row["rows"], "✓" if row["read_only"] else "")
-        for row in data))
-    return page(call, t("data"), shown, sql_form(t, ""))
+    theirs, ours = (table(t, {"name": None, "rows": "n"}, "no_tables", (
+        (link(row["name"], "/admin/data/" + row["name"]), "?" if row["rows"] is None else f"{row['rows']:,}")
+        for row in data if row["read_only"] is kind)) for kind in (False, True))
+    asked = form("/admin/data", *(tag("label", t(label), tag("input", name=name, required=True, placeholder=example))
+                                  for name, label, example in (("table", "name", "notes"), (
+                                      "columns", "columns", "id INTEGER PRIMARY KEY, text TEXT"))),
+                 tag("p", tag("button", t("add_table"))), action="create")
+    return page(call, t("data"), theirs, tag("details", tag("summary", t("add_table")), asked, class_="card"), sql_form(t, ""),
+                tag("details", tag("summary", t("read_only")), ours))
 
 
 def sql_form(t: Texts, text: str) -> Markup:
     """Make the box that takes SQL."""
-    box = tag("textarea", "\n" + text, name="sql", rows="4", spellcheck="false", aria_label="SQL")
-    return tag("div", form("/admin/data", box, tag("p", tag("button", t("run"))), action="sql"), class_="card")
+    box = tag("textarea", "\n" + text, name="sql", rows="4", spellcheck="false", class_="mono")
+    asked = form("/admin/data", tag("label", "SQL", box), tag("p", tag("button", t("run"))), action="sql")
+    return tag("div", asked, class_="card")
 
 
 def fetch_rows(app: Any, name: str, after: Any, limit: int) -> tuple[Table, list[Any], list[Any]]:
     """Return a table, the keys and the rows that follow the key `after`: by the key, so as fast in a million as in ten."""
     with user_data(app) as connection:
         found = read_table(connection, name)
-        keys = ", ".join(name if name == "rowid" else quote_name(name) for name in found.key)
+        keys = ", ".join(found.key)
         where = f"WHERE ({keys}) > ({', '.join('?' * len(found.key))})" if after else ""
         rows = connection.execute(f"SELECT {keys}, * FROM {quote_name(name)} {where} ORDER BY {keys} LIMIT ?",
                                   (*(after or ()), limit)).fetchall()
@@ -6855,17 +7031,21 @@ def fetch_rows(app: Any, name: str, after: Any, limit: int) -> tuple[Table, list
 
 
 def view_rows(app: Any, call: Call) -> Response:
-    """/admin/data/<table>?after=&limit=&format=csv : a page of rows, or all of them as CSV."""
+    """/admin/data/<table>?after=&limit=&format=csv, or ?key= : a page of rows, all of them as CSV, or the form of one."""
     name, args = call.request.path[len("/admin/data/"):], call.request.args
+    if "key" in args:
+        return row_page(app, call, name, read_key(args["key"]))
     limit = max(1, min(SQL_ROWS, args.get("limit", 50, type=int)))
-    found, keys, rows = fetch_rows(app, name, args.get("after", type=json.loads), limit)
+    found, keys, rows = fetch_rows(app, name, read_key(args["after"]) if "after" in args else None, limit)
     names = [column["name"] for column in found.columns]
     if args.get("format") == "csv":
         return csv_response(name, csv_pages(app, name, names))
+    keys = [[{"hex": value.hex()} if isinstance(value, bytes) else value for value in key] for key in keys]
     following = keys[-1] if len(rows) == limit else None
     data = [{"key": key, "values": dict(zip(names, map(shown_value, row)))} for key, row in zip(keys, rows)]
     if wants_json(call):
-        return as_json({"table": name, "columns": found.columns, "read_only": is_ours(name), "rows": data, "next": following})
+        return as_json({"table": found.name, "columns": found.columns, "read_only": is_ours(name), "rows": data,
+                        "next": following})
     return rows_page(call, found, data, following)
 
 
@@ -6881,7 +7061,7 @@ def csv_pages(app: Any, name: str, columns: list[str]) -> Iterator[str]:
     mark = "\ufeff"
     while rows:
         out = io.StringIO()
-        csv.writer(out).writerows(rows)
+        csv.writer(out).writerows([value.hex() if isinstance(value, bytes) else value for value in row] for row in rows)
         yield mark + out.getvalue()
         mark = ""
         _, keys, rows = fetch_rows(app, name, after, SQL_ROWS)
@@ -6896,22 +7076,53 @@ def csv_response(name: str, pages: Iterator[str]) -> Response:
 
 
 def rows_page(call: Call, found: Table, data: list[dict[str, Any]], following: Optional[list[Any]]) -> Response:
-    """Show rows, each with a form of its own where the table may be written to."""
-    t, url, writable = Texts(call), "/admin/data/" + quote(found.name, safe=""), not is_ours(found.name)
-
-    def buttons(row: Optional[dict[str, Any]]) -> Optional[Markup]:
-        values = {key: value for key, value in (row["values"] if row else {}).items() if value is not None}
-        inputs = (tag("label", column["name"], tag("input", name="value_" + column["name"],
-                                                   value=values.get(column["name"], ""))) for column in found.columns)
-        kept = {"table": found.name, "key": json.dumps(row["key"]) if row else ""}
-        saved = form("/admin/data", *inputs, tag("button", t("save")), action="update" if row else "insert", **kept)
-        gone = form("/admin/data", tag("button", t("delete"), class_="danger"), action="delete", **kept) if row else None
-        return tag("details", tag("summary", t("edit" if row else "add_row")), saved, gone) if writable else None
+    """Show rows, and what can be done with them where the table may be written to."""
+    t, url, ours = Texts(call), "/admin/data/" + found.name, is_ours(found.name)
     columns: dict[str, Optional[str]] = {**{column["name"]: None for column in found.columns}, "": None}
-    shown = table(t, columns, "no_rows", ((*row["values"].values(), buttons(row)) for row in data), False)
+    shown = table(t, columns, "no_rows", ((
+        *(tag("i", "NULL", class_="soft") if value is None else str(value)[:200] + "…" * (len(str(value)) > 200)
+          for value in row["values"].values()),
+        None if ours else link(t("edit"), url, key=json.dumps(row["key"]))) for row in data), False)
     more = link(t("go_on"), url, "button plain", after=json.dumps(following)) if following else None
-    links = tag("p", more, link("CSV", url, "button plain", format="csv"), class_="row")
-    return page(call, found.name, shown, links, buttons(None))
+    added = tag("details", tag("summary", t("add_row")), row_form(t, found, {}, t("save"), action="insert"), class_="card")
+    gone = tag("details", tag("summary", t("drop")), form(
+        "/admin/data", tag("button", t("drop"), class_="danger"), action="drop", table=found.name), class_="card")
+    made = tag("details", tag("summary", t("schema")), tag("pre", found.sql), class_="card")
+    return page(call, found.name, tag("p", more, link("CSV", url, "button plain", format="csv"), class_="row"), shown, made,
+                *(() if ours else (added, gone)))
+
+
+def row_form(t: Texts, found: Table, values: Mapping[str, Any], button: str, **hidden: str) -> Markup:
+    """Make the form of one row: a box for each column, as high as what stands in it."""
+    boxes = (tag("label", f"{column['name']} ", tag("span", column["type"], class_="soft"), tag(
+        "textarea", "\n" + field_text(values.get(column["name"])), name="value_" + column["name"], spellcheck="false",
+        rows=str(min(12, field_text(values.get(column["name"])).count("\n") + 1)))) for column in found.columns)
+    return form("/admin/data", *boxes, tag("p", tag("button", button)), table=found.name, **hidden)
+
+
+def field_text(value: Any) -> str:
+    """Return a value as the form of a row shows it."""
+    return "" if value is None else str(shown_value(value)).replace("\r\n", "\n")
+
+
+def find_row(connection: sqlite3.Connection, found: Table, key: list[Any]) -> dict[str, Any]:
+    """Return one row by its key; 404 where there is none."""
+    where = " AND ".join(f"{name} = ?" for name in found.key)
+    row = connection.execute(f"SELECT * FROM {quote_name(found.name)} WHERE {where}", key).fetchone()
+    if row is None:
+        raise HTTPException(404, "There is no such row")
+    return {column["name"]: value for column, value in zip(found.columns, row)}
+
+
+def row_page(app: Any, call: Call, name: str, key: list[Any]) -> Response:
+    """Show the form of one row, and what deletes it."""
+    with user_data(app) as connection:
+        found = read_table(connection, name)
+        row = find_row(connection, found, key)
+    t, kept = Texts(call), call.request.args["key"]
+    gone = form("/admin/data", tag("button", t("delete"), class_="danger"), action="delete", table=found.name, key=kept)
+    return page(call, f"{found.name}: {t('edit')}", tag(
+        "div", row_form(t, found, row, t("save"), action="update", key=kept), gone, class_="card"))
 
 
 def change_data(app: Any, call: Call) -> Response:
@@ -6921,7 +7132,7 @@ def change_data(app: Any, call: Call) -> Response:
     if action == "sql":
         return run_sql(app, call, text_field(sent, "sql"))
     with user_data(app) as connection:
-        if action == "create":
+        if action == "create" and name:
             connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
         elif action == "drop":
             connection.execute(f"DROP TABLE {quote_name(name)}")
@@ -6934,52 +7145,117 @@ def change_data(app: Any, call: Call) -> Response:
 
 def change_row(connection: sqlite3.Connection, found: Table, action: str, sent: Mapping[str, Any]) -> None:
     """Write one row: `key` tells which, `values` (or value_<column> of a form) what."""
-    values = sent.get("values") or {name[6:]: value for name, value in sent.items() if name.startswith("value_")}
-    key = json.loads(sent.get("key") or "[]") if isinstance(sent.get("key"), str) else sent.get("key") or []
-    known = {column["name"] for column in found.columns}
-    if not isinstance(values, dict) or not values.keys() <= known or not isinstance(key, list):
-        raise HTTPException(400, "values must be an object of the table's columns, key a list")
-    table_name, names = quote_name(found.name), list(values)
-    where = " AND ".join(f"{quote_name(name) if name != 'rowid' else name} = ?" for name in found.key)
+    key, table_name = read_key(sent.get("key") or []), quote_name(found.name)
+    where = " AND ".join(f"{name} = ?" for name in found.key)
+    values = form_values(connection, found, key, action, sent) if "values" not in sent else sent["values"]
+    if not isinstance(values, dict) or not values.keys() <= {column["name"] for column in found.columns}:
+        raise HTTPException(400, "values must be an object of the table's columns")
     if action == "insert":
-        kept = {name: value for name, value in values.items() if value != ""}  # a blank field of a form is the default
-        marks = f"({', '.join(map(quote_name, kept))}) VALUES ({', '.join('?' * len(kept))})" if kept else "DEFAULT VALUES"
-        connection.execute(f"INSERT INTO {table_name} {marks}", tuple(kept.values()))
+        marks = f"({', '.join(map(quote_name, values))}) VALUES ({', '.join('?' * len(values))})"
+        connection.execute(f"INSERT INTO {table_name} {marks if values else 'DEFAULT VALUES'}", (*values.values(),))
     elif len(key) != len(found.key):
         raise HTTPException(400, f"key must hold {', '.join(found.key)}")
-    else:
-        sets = ", ".join(f"{quote_name(name)} = ?" for name in names)
+    elif action == "delete" or values:
+        sets = ", ".join(f"{quote_name(name)} = ?" for name in values)
         begin = f"DELETE FROM {table_name}" if action == "delete" else f"UPDATE {table_name} SET {sets}"
         given = (*key,) if action == "delete" else (*values.values(), *key)
         if connection.execute(f"{begin} WHERE {where}", given).rowcount != 1:
             raise HTTPException(404, "There is no such row")
 
 
+def form_values(connection: sqlite3.Connection, found: Table, key: list[Any], action: str,
+                sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a form changed in a row, or gives a new one. A field left as it was shown isn't written, since a blob is
+    shown as its size; a blank one is the column's default or, but for text, NULL."""
+    before = find_row(connection, found, key) if action == "update" else {}
+    changed: dict[str, Any] = {}
+    for column in found.columns if action != "delete" else ():
+        name, old = column["name"], before.get(column["name"])
+        text = text_field(sent, "value_" + name).replace("\r\n", "\n") if "value_" + name in sent else field_text(old)
+        if text != field_text(old):
+            changed[name] = text if text or "TEXT" in column["type"].upper() else None
+            with contextlib.suppress(ValueError):  # a column without a type would keep a number as text
+                changed[name] = type(old)(text) if isinstance(old, (int, float)) and text else changed[name]
+    return changed
+
+
 def run_sql(app: Any, call: Call, text: str) -> Response:
     """Run one statement: a SELECT gives its first rows, anything else the number of rows it changed."""
-    if not text.strip():
-        raise HTTPException(400, "There is no statement")
-    with user_data(app) as connection:
-        cursor = connection.execute(text)
-        rows = [list(map(shown_value, row)) for row in cursor.fetchmany(SQL_ROWS)] if cursor.description else []
-        columns, changed = [column[0] for column in cursor.description or ()], cursor.rowcount
+    t = Texts(call)
+    try:
+        if not text.strip():
+            raise HTTPException(400, "There is no statement")
+        with user_data(app) as connection:
+            cursor = connection.execute(text)
+            rows = [list(map(shown_value, row)) for row in cursor.fetchmany(SQL_ROWS)] if cursor.description else []
+            columns, changed = [column[0] for column in cursor.description or ()], cursor.rowcount
+    except HTTPException as error:
+        if wants_json(call):
+            raise
+        return page(call, t("data"), sql_form(t, text), note(error.description, "bad"), status=error.code)
     if wants_json(call):
         return as_json({"columns": columns, "rows": rows} if columns else {"rowcount": changed})
-    t = Texts(call)
-    result = table(t, dict.fromkeys(columns), "no_rows", rows, False) if columns else note(f"{changed}")
-    return page(call, t("data"), sql_form(t, text), result)
+    result = table(t, dict.fromkeys(columns), "no_rows", rows, False) if columns else note(f"{t('rows')}: {changed}")
+    return page(call, t("data"), sql_form(t, text), note(t("first_rows", SQL_ROWS)) if len(rows) == SQL_ROWS else None, result)
 
 
 def view_settings(app: Any, call: Call) -> Response:
-    """/admin/settings : every setting, its value (secrets masked) and where it comes from. A change needs a restart."""
-    values = {row.name: getattr(app.settings, row.name) for row in SETTINGS_TABLE}
-    rows = [{"name": row.name, "value": "***" if row.secret and values[row.name] else values[row.name],
-             "source": app.settings.sources[row.name], "help": row.help} for row in SETTINGS_TABLE]
+    """/admin/settings : every setting, its value (secrets masked), where it comes from, and whether a change waits for a
+    restart; a button that downloads a backup."""
+    t, bad = Texts(call), None
+    try:
+        fresh = Settings(app.settings.options, app.settings.directory)
+    except SettingError as error:
+        fresh, bad = app.settings, note(str(error), "bad")
+    texts = app.settings.texts
+    rows = [{"name": row.name, "value": "***" if row.secret and texts[row.name] else getattr(app.settings, row.name),
+             "source": app.settings.sources[row.name], "restart": fresh.texts[row.name] != texts[row.name], "help": row.help}
+            for row in SETTINGS_TABLE]
     if wants_json(call):
         return as_json({"settings": rows})
-    t = Texts(call)
-    columns = {"name": None, "value": None, "source": "soft", "help": "soft"}
-    return page(call, t("settings"), tag("p", t("restart")), table(t, columns, "none", (row.values() for row in rows)))
+    columns = {"name": None, "value": "break", "source": "soft", "help": "soft"}
+    waits = tag("div", t("waits"), class_="bad")
+    shown = table(t, columns, "none", ((
+        row["name"], join("***" if row["value"] == "***" else texts[row["name"]], waits if row["restart"] else None),
+        t(row["source"]) if row["source"] in TEXTS else row["source"], t(row["name"])) for row in rows))
+    saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
+                 tag("p", tag("button", t("backup"))))
+    return page(call, t("settings"), bad, tag("p", t("restart")), shown, tag("div", tag("h2", t("backup")), tag(
+        "p", t("backup_help")), saved, class_="card"))
+
+
+def view_backup(app: Any, call: Call) -> Response:
+    """/admin/backup : POST downloads what the command `backup` writes; `secrets` puts those of the settings into it too."""
+    import tempfile
+    file = tempfile.TemporaryFile(dir=app.settings.directory)
+    write_backup(app.settings, file, bool(fields(call).get("secrets")))
+    file.seek(0)
+    name = time.strftime("fnserve-%Y%m%d-%H%M%S.zip", time.localtime(call.started))
+    response = send_file(file, as_attachment=True, download_name=name, conditional=False)
+    response.headers.update(PAGE_HEADERS)
+    return response
+
+
+def write_backup(settings: Settings, file: Any, secrets: bool) -> None:
+    """Write functions, database and settings into a zip file, while the server runs: the database as of one moment."""
+    import tempfile
+    import zipfile
+    with tempfile.TemporaryDirectory(dir=settings.directory) as scratch, zipfile.ZipFile(
+            file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        copy = os.path.join(scratch, "copy.db")
+        with contextlib.closing(sqlite3.connect(settings.DB_PATH)) as old, contextlib.closing(sqlite3.connect(copy)) as new:
+            old.backup(new)
+        archive.write(copy, "serverless.db")
+        for directory, _, names in os.walk(settings.FUNCTIONS_DIR):
+            for path in (os.path.join(directory, name) for name in names if not name.startswith(".")):  # . is a draft
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    if os.path.isfile(path) and os.path.basename(directory) != "__pycache__":
+                        archive.write(path, os.path.join(PACKAGE, os.path.relpath(path, settings.FUNCTIONS_DIR)))
+        for name in (".env", ".env.local"):
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(settings.directory, name), encoding="utf-8") as env:
+                archive.writestr(name, "".join(  # by bindings, since a secret may have several lines
+                    found[0] for found in _ENV_BINDING.finditer(env.read())
+                    if secrets or not _SECRET.search(found[0].partition("=")[0])))
 
 
 def may_read_docs(app: Any, call: Call) -> None:
@@ -6994,15 +7270,13 @@ def describe_functions(app: Any) -> list[dict[str, Any]]:
     """Gather what is said of each public function: its docstring and its SETTINGS, as they are written."""
     rows = []
     for name in app.functions.names():
-        with contextlib.suppress(LoadError):
-            source = read_source(app.functions.path(name))
-            summary, settings = summarize(source, app.functions.path(name)), read_literals(source)
-            if settings is not UNREADABLE and settings.get("auth") != "internal" and name not in app.protected:
-                methods = _list_of(str.upper, "")(settings["methods"]) if settings.get("methods") else ("GET", "POST")
-                given = settings.get("parameters") if isinstance(settings.get("parameters"), dict) else {}
-                rows.append({"name": name, "summary": summary, "methods": methods, "auth": settings.get("auth", "public"),
-                             "parameters": {str(key): item if isinstance(item, dict) else {"description": str(item)}
-                                            for key, item in given.items()}})
+        summary, settings, error, _ = app.functions.describe(name)
+        if not error and settings.get("auth") != "internal" and name not in app.protected:
+            given = settings.get("parameters") if isinstance(settings.get("parameters"), dict) else {}
+            rows.append({"name": name, "summary": summary, "methods": literal_methods(settings, ("GET", "POST")),
+                         "auth": settings.get("auth", "public"),
+                         "parameters": {str(key): item if isinstance(item, dict) else {"description": str(item)}
+                                        for key, item in given.items()}})
     return rows
 
 
@@ -7011,12 +7285,13 @@ def view_openapi(app: Any, call: Call) -> Response:
     may_read_docs(app, call)
     paths: dict[str, Any] = {}
     for row in describe_functions(app):
-        parameters = [{"name": key, "in": item.get("in", "query"), "required": bool(item.get("required", False)),
-                       "description": str(item.get("description", "")), "schema": {"type": item.get("type", "string")}}
+        parameters = [{"name": key, "in": one_of(item.get("in"), "query header cookie"),
+                       "required": bool(item.get("required", False)), "description": str(item.get("description", "")),
+                       "schema": {"type": one_of(item.get("type"), "string integer number boolean array object")}}
                       for key, item in row["parameters"].items()]
         for method in row["methods"]:
             operation: dict[str, Any] = {
-                "operationId": f"{method.lower()}_{row['name'].replace('/', '_')}", "summary": row["summary"],
+                "operationId": f"{method.lower()}_{row['name'].replace('/', '.')}", "summary": row["summary"],
                 "parameters": parameters, "responses": {"default": {"description": "What the function answers"}}}
             if method in ("POST", "PUT", "PATCH"):
                 operation["requestBody"] = {"content": {"application/json": {"schema": {}}}}
@@ -7025,6 +7300,11 @@ def view_openapi(app: Any, call: Call) -> Response:
             paths.setdefault("/function/" + quote(row["name"]), {})[method.lower()] = operation
     return as_json({"openapi": "3.1.0", "info": {"title": "Functions", "version": __version__}, "paths": paths,
                     "components": {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}})
+
+
+def one_of(value: Any, allowed: str) -> str:
+    """Return a word that OpenAPI knows, the first of them where a function's SETTINGS say something else."""
+    return value if value in allowed.split() else allowed.split()[0]
 
 
 def view_docs(app: Any, call: Call) -> Response:
@@ -7059,7 +7339,7 @@ ROUTES = {
     "/scheduler": Route(view_scheduler, basic=True),
     "/scheduler/*": Route(view_jobs, True, ("GET", "HEAD", "POST", "PATCH", "DELETE"), basic=True),
     "/admin/data": Route(view_data, True, GET_POST), "/admin/data/*": Route(view_rows), "/admin/settings": Route(view_settings),
-    "/openapi.json": Route(view_openapi, admin=False),
+    "/openapi.json": Route(view_openapi, admin=False), "/admin/backup": Route(view_backup, True, POST),
     "/docs": Route(view_docs, admin=False), "/admin/jobs": Route(view_admin_jobs),
     "/admin/queue": Route(view_queue, True, GET_POST),
     "/admin/assets/fnserve.css": Route(view_asset, False), "/admin/assets/fnserve.js": Route(view_asset, False),
@@ -7931,7 +8211,8 @@ def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
 
 def cmd_list(arguments: Any, options: dict[str, Any]) -> int:
     """list the functions"""
-    for row in function_rows(prepare(**options)):
+    app = prepare(**options)
+    for row in (describe_row(app, row) for row in function_rows(app)):
         print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  {row['reason'] or row['summary']}")
     return 0
 
@@ -8040,14 +8321,16 @@ def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
     """send function files to a running fnserve"""
     import urllib.error
     import urllib.request
-    token = arguments.token or Settings(options).SECRET_TOKEN
+    settings = Settings(options)
+    token, root = arguments.token or settings.SECRET_TOKEN, settings.FUNCTIONS_DIR + os.sep
     for path in arguments.files:
-        with open(path, encoding="utf-8") as file:
-            sent = {"module_name": os.path.basename(path).removesuffix(".py"), "code": file.read()}
+        full = os.path.abspath(path)
+        name = full[len(root):].replace(os.sep, "/") if full.startswith(root) else os.path.basename(full)
+        sent = {"module_name": name.removesuffix(".py"), "code": read_source(path).decode("utf-8", "surrogateescape")}
         for page in ("update_function", "save_function"):  # the second where there is no such function yet
-            request = urllib.request.Request(f"{arguments.to.rstrip('/')}/function/{page}", json.dumps(sent).encode(), {
-                "Content-Type": "application/json", "Accept": "application/json", "Authorization": f"Bearer {token}"})
             try:
+                request = urllib.request.Request(f"{arguments.to.rstrip('/')}/function/{page}", json.dumps(sent).encode(), {
+                    "Content-Type": "application/json", "Accept": "application/json", "Authorization": f"Bearer {token}"})
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     print(f"{sent['module_name']}: version {json.load(answer)['version']}")
                 break
@@ -8055,29 +8338,20 @@ def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
                 if error.code != 404 or page == "save_function":
                     print(f"{path}: {error.code} {error.read(1000).decode('utf-8', 'replace').strip()}", file=sys.stderr)
                     return 1
+            except (ValueError, KeyError) as error:
+                raise SettingError(f"--to {arguments.to}: there is no fnserve ({error})") from None
     return 0
 
 
 def cmd_backup(arguments: Any, options: dict[str, Any]) -> int:
     """write functions, database and settings into a zip file, while the server runs"""
-    import tempfile
-    import zipfile
-    app = prepare(**options)
-    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(arguments.file, "x", zipfile.ZIP_DEFLATED) as archive:
-        os.chmod(arguments.file, 0o600)
-        copy = os.path.join(scratch, "copy.db")
-        with contextlib.closing(sqlite3.connect(app.settings.DB_PATH)) as old, contextlib.closing(sqlite3.connect(copy)) as new:
-            old.backup(new)
-        archive.write(copy, "serverless.db")
-        for directory, _, names in os.walk(app.settings.FUNCTIONS_DIR):
-            for name in names if os.path.basename(directory) != "__pycache__" else ():
-                path = os.path.join(directory, name)
-                archive.write(path, os.path.join(PACKAGE, os.path.relpath(path, app.settings.FUNCTIONS_DIR)))
-        for name in (".env", ".env.local"):
-            path = os.path.join(app.settings.directory, name)
-            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-                lines = (line for line in file if arguments.secrets or not _SECRET.search(line.partition("=")[0]))
-                archive.writestr(name, "".join(lines))
+    settings = prepare(**options).settings
+    with os.fdopen(os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        try:
+            write_backup(settings, file, arguments.secrets)
+        except BaseException:
+            os.unlink(arguments.file)  # half a backup is worse than none
+            raise
     return 0
 
 
@@ -8087,24 +8361,52 @@ def cmd_restore(arguments: Any, options: dict[str, Any]) -> int:
     import zipfile
     import zlib
     settings = Settings(options)
-    with tempfile.TemporaryDirectory(dir=settings.directory) as scratch:
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(settings.FUNCTIONS_DIR)) as scratch:  # where a rename reaches
+        fresh = os.path.join(scratch, PACKAGE)
         try:
             with zipfile.ZipFile(arguments.file) as archive:
                 if archive.testzip() is not None or "serverless.db" not in archive.namelist():
                     raise zipfile.BadZipFile("a file in it is damaged or missing")
                 archive.extractall(scratch)
+            os.makedirs(fresh, exist_ok=True)
             with contextlib.closing(sqlite3.connect(os.path.join(scratch, "serverless.db"))) as found:
                 if found.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
                     raise zipfile.BadZipFile("its database is damaged")
-                os.makedirs(os.path.join(scratch, PACKAGE), exist_ok=True)
-                if os.path.isdir(settings.FUNCTIONS_DIR):
-                    os.rename(settings.FUNCTIONS_DIR, time.strftime(f"{settings.FUNCTIONS_DIR}.%Y%m%d-%H%M%S"))
-                os.rename(os.path.join(scratch, PACKAGE), settings.FUNCTIONS_DIR)
-                with contextlib.closing(sqlite3.connect(settings.DB_PATH, timeout=30)) as database:
-                    found.backup(database)
-        except (zipfile.BadZipFile, zlib.error, sqlite3.DatabaseError, EOFError, ValueError, RuntimeError) as error:
+                bring_back(found, fresh, settings)
+        except (zipfile.BadZipFile, zlib.error, sqlite3.DatabaseError, EOFError, ValueError, RuntimeError,
+                FileExistsError) as error:
             raise SettingError(f"{arguments.file}: {error}; nothing was changed") from None
     return 0
+
+
+def bring_back(found: sqlite3.Connection, fresh: str, settings: Settings) -> None:
+    """Put the functions and the database of a backup in place: both or, where the database can't be written, neither."""
+    suffix = time.strftime(".%Y%m%d-%H%M%S")
+    aside = settings.FUNCTIONS_DIR + suffix
+    keep_database(settings.DB_PATH, settings.DB_PATH + suffix)
+    if os.path.isdir(settings.FUNCTIONS_DIR):
+        os.rename(settings.FUNCTIONS_DIR, aside)
+    os.rename(fresh, settings.FUNCTIONS_DIR)
+    try:
+        with contextlib.closing(sqlite3.connect(settings.DB_PATH, timeout=30)) as database:
+            found.backup(database)
+    except BaseException:
+        os.rename(settings.FUNCTIONS_DIR, fresh)
+        if os.path.isdir(aside):
+            os.rename(aside, settings.FUNCTIONS_DIR)
+        raise
+
+
+def keep_database(path: str, aside: str) -> None:
+    """Copy the database beside itself; one that can't be read, which may be why a backup is brought back, is moved there."""
+    os.close(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as old, contextlib.closing(sqlite3.connect(aside)) as copy:
+            old.backup(copy)
+    except sqlite3.DatabaseError:
+        for end in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path + end, aside + end)
 
 
 EXPORTED = '''\
@@ -8337,7 +8639,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         if arguments.dir and arguments.run not in (cmd_service, cmd_nginx):
             os.chdir(arguments.dir)
         return arguments.run(arguments, options)
-    except (SettingError, StoreError, OSError, sqlite3.Error) as error:
+    except (SettingError, StoreError, LoadError, OSError, sqlite3.Error) as error:
         print(f"fnserve: {error}", file=sys.stderr)
         return 2 if isinstance(error, (SettingError, StoreError)) else 1
     except KeyboardInterrupt:

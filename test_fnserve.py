@@ -260,6 +260,25 @@ class SettingsTest(Case):
             with self.subTest(setting=row.name):
                 self.assertIn(f"| {row.name} | {row.default} | {row.help} |", readme)
 
+    def test_the_chinese_readme_says_the_same(self):
+        english, chinese = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-TW.md"))
+        self.assertEqual(("(README.zh-TW.md)" in english, "(README.md)" in chinese), (True, True))
+        for row in fnserve.SETTINGS_TABLE:
+            self.assertIn(f"| {row.name} | {row.default} | {fnserve.TEXTS[row.name][0]} |", chinese)
+        blocks = re.findall(r"(?s)```\w+\n.*?```", chinese)
+        self.assertGreater(len(blocks), 6)
+        for block in blocks:
+            self.assertIn(block, english)
+        for table in ("methods", "/login"):  # the first columns of SETTINGS and of the pages
+            columns = [re.findall(r"(?m)^\| (`.*?) \|", re.search(rf"(?ms)^\| `{table}`.*?\n\n", text)[0]) for text in (english, chinese)]
+            self.assertEqual(*columns)
+        commands = [re.findall(r"`([^`]+)`", re.search(rf"(?s)## {title}\n\n(.*?)\n\n", text)[1]) for title, text in (
+            ("Commands", english), ("指令", chinese))]
+        self.assertEqual(commands[0][:len(commands[1])], commands[1])
+        self.assertEqual({text.split()[0] for text in commands[1]}, {command.__name__[4:] for command in fnserve.COMMANDS})
+        self.assertEqual({name for name in re.findall(r"[A-Z]+(?:_[A-Z]+)+", english) if "SECRET" in name and name in str(fnserve.SCHEMES)},
+                         {name for name in re.findall(r"[A-Z]+(?:_[A-Z]+)+", chinese) if "SECRET" in name and name in str(fnserve.SCHEMES)})
+
     def test_env_file_explains_every_setting_and_holds_no_secret(self):
         text = (HERE / ".env").read_text(encoding="utf-8")
         values = fnserve.parse_env(text, {})
@@ -2864,6 +2883,82 @@ class MonitoringTest(Case):
 # == 16 ADMIN =============================================================
 
 
+class OpenApiTest(Case):
+    """What others make of /openapi.json: a validator of its form, and a fuzzer that calls what it describes."""
+    FUNCTIONS = {  # several kinds; none of them fails by itself
+        "reads": "SETTINGS = {'parameters': {'n': {'type': 'integer', 'required': True}, 'x-h': {'in': 'header'}, 'c': {'in': 'cookie'}}}\n"
+                 "def main(request):\n    return {'n': request.args.get('n', 0, type=int), 'json': request.get_json(silent=True),\n"
+                 "        'all': request.values.to_dict(flat=False), 'h': dict(request.headers), 'c': dict(request.cookies),\n"
+                 "        'data': request.get_data(as_text=True), 'files': list(request.files), 'url': request.url}",
+        "strict": "def main(request): return {'got': request.get_json()}",
+        "v1/users": "SETTINGS = {'methods': ['GET', 'PUT', 'PATCH', 'DELETE', 'OPTIONS', 'HEAD'], 'cors': '*', 'max_body': '1kB'}\n"
+                    "def main(request): return None if request.method == 'DELETE' else (request.args.to_dict(), 200, {'X-A': 'b'})",
+        "v1_users": "SETTINGS = {'methods': 'GET', 'parameters': {'p': {'in': 'path', 'type': 5}, 'q': 'text', 7: []}}\n"
+                    "def main(request): return 'x'",
+        "token": "SETTINGS = {'auth': 'token', 'methods': 'POST', 'rate': '5/s'}\ndef main(request): return 'in'",
+        "signed": "SETTINGS = {'verify': 'github', 'methods': 'POST'}\ndef main(request): return 'never'",
+        "later": "SETTINGS = {'async': True, 'methods': 'POST'}\ndef main(request): return 'done'",
+        "stream": "SETTINGS = {'methods': 'GET'}\ndef main(request):\n    yield 'a'\n    yield request.full_path",
+        "keeps": "from flask import session, redirect, url_for\nSETTINGS = {'methods': 'GET'}\ndef main(request):\n"
+                 "    session['q'] = request.query_string.decode('latin-1')\n    return redirect(url_for('keeps', subpath='x'))",
+        "漢字": "SETTINGS = {'methods': 'GET'}\nasync def main(request): return request.view_args['subpath']"}
+
+    def test_fuzzed(self):
+        schemathesis, hypothesis = module("schemathesis"), module("hypothesis")
+        validate = module("openapi_spec_validator").validate
+        for name, code in self.FUNCTIONS.items():
+            self.write(name, code)
+        (self.dir / ".env").write_text("GITHUB_WEBHOOK_SECRET=s\n")
+        app = self.make_app(DOCS="public", API_TOKENS="caller")
+        document = self.call(app, "GET", "/openapi.json").json
+        validate(document)
+        self.assertEqual(len(document["paths"]), len(self.FUNCTIONS))
+        seen: dict[str, set[int]] = {}
+        for found in schemathesis.openapi.from_wsgi("/openapi.json", app).get_all_operations():
+            operation = found.ok()
+
+            @hypothesis.settings(max_examples=8, derandomize=True, database=None, deadline=None, phases=[hypothesis.Phase.generate],
+                                 suppress_health_check=list(hypothesis.HealthCheck))
+            @hypothesis.given(case=operation.as_strategy())
+            def fuzz(case):
+                answer = case.call(headers={"Authorization": "Bearer caller"})
+                seen.setdefault(case.operation.label, set()).add(answer.status_code)
+            fuzz()
+        self.assertEqual({label: codes for label, codes in seen.items() if max(codes) >= 500}, {})
+        self.assertLessEqual({"GET /function/reads", "POST /function/strict", "DELETE /function/v1/users"}, seen.keys())
+        self.assertEqual((seen["POST /function/signed"], seen["POST /function/later"]), ({401}, {202}))
+
+
+EVIL = """"><img src=x onerror="window.evil=1"><script>window.evil=1</script>'"""
+EVIL_TABLE = "/admin/data/" + urllib.parse.quote(EVIL, safe="")
+PAGES = [  # every page there is, for who is logged in
+    "/", "/login", "/function/list_functions", "/function/list_functions?sort=broken&q=e", "/function/list_functions?group=v1",
+    "/function/add_function", "/function/show_stats", "/function/show_stats?function=evil", "/function/clear_stats",
+    "/function/edit_function?module_name=evil", "/function/delete_function?module_name=evil", "/admin/logs?limit=9",
+    "/admin/logs?status=5xx&q=" + urllib.parse.quote(EVIL), "/admin/versions?module_name=evil", "/admin/versions?module_name=evil&version=1",
+    "/admin/jobs", "/admin/queue", "/monitoring/dashboard", "/admin/data", "/admin/data/fn_requests", EVIL_TABLE, EVIL_TABLE + "?key=[1]",
+    "/admin/settings", "/docs", "/function/edit_function?module_name=nope" + urllib.parse.quote(EVIL)]
+
+
+def fill(case: Case, ask) -> None:
+    """Put HTML into every field there is; `ask(method, path, json=, headers=)` is the admin's."""
+    case.write("evil", f"{EVIL!r}\nSETTINGS = {{'async': True, 'retries': 0, 'parameters': {{{EVIL!r}: {{'description': {EVIL!r}}}}}}}\n"
+                       f"def main(request):\n    print({EVIL!r})\n    raise ValueError({EVIL!r})")
+    case.write("v1/users", "def main(request): return 'x'")
+    case.write("v1/broken", f"{EVIL!r}\ndef main(:")
+    case.write("tick", "SETTINGS = {'schedule': '@hourly'}\ndef main(request): return 'x'")
+    case.write("plain", f"def main(request):\n    print({EVIL!r})\n    raise ValueError({EVIL!r})")
+    ask("GET", "/function/plain?q=" + urllib.parse.quote(EVIL), headers={"User-Agent": EVIL})
+    ask("GET", "/function/v1/broken")
+    ask("POST", "/function/evil?q=" + urllib.parse.quote(EVIL), json={EVIL: EVIL}, headers={"X-Evil": EVIL})
+    case.assertEqual(ask("POST", "/scheduler/jobs", json={"id": "evil", "name": EVIL, "func": "plain", "kwargs": {EVIL: EVIL},
+                                                          "trigger": "interval", "hours": 1}).status_code, 200)
+    quoted = EVIL.replace('"', '""')
+    for sent in ({"action": "create", "columns": f'"{quoted}" TEXT, n INTEGER, b BLOB'}, {"action": "insert", "values": {EVIL: EVIL, "n": 1}}):
+        case.assertEqual(ask("POST", "/admin/data", json={"table": EVIL, **sent}).status_code, 200)
+    ask("GET", "/function/edit_function?module_name=evil")
+
+
 class AdminTest(Case):
     def login(self, app, **headers: str):
         client = self.client(app, **headers)
@@ -2959,6 +3054,75 @@ class AdminTest(Case):
         self.assertEqual(client.get("/function/f").data, b"one")
         self.assertEqual(client.get("/function/edit_function?module_name=nope").code, 404)
 
+    def html(self, app, path: str, method: str = "GET", **options: object):
+        """Ask as a browser does."""
+        return self.client(app, Authorization="Bearer " + TOKEN, Accept="text/html", Accept_Language="en").open(path, method, **options)
+
+    def test_list(self):
+        self.write("hello", "'Say hello.'\nSETTINGS = {'methods': ['get', 'PUT']}\ndef main(request): return 'x'")
+        self.write("bad", "def main(request): raise ValueError('first\\nlast <line>')")
+        self.write("v1/half", "x = 1\ndef main(")
+        self.write("v1/text", "def main(request): return 'no docstring'")
+        app = self.make_app()
+        for name in ("hello", "hello", "bad", "v1/half"):
+            self.call(app, "PUT", "/function/" + name)
+        rows = {row["name"]: row for row in self.admin(app).get("/function/list_functions").json["functions"]}
+        self.assertEqual((rows["hello"]["methods"], rows["hello"]["summary"], rows["hello"]["calls"]), (["GET", "PUT"], "Say hello.", 2))
+        self.assertEqual((rows["bad"]["methods"], rows["bad"]["last_error"]), (list(fnserve.METHODS), "last <line>"))
+        self.assertEqual((rows["v1/half"]["status"], rows["v1/text"]["status"], rows["v1/text"]["summary"]), ("broken", "fine", ""))
+        self.assertIn("line 2", rows["v1/half"]["reason"])
+        for query, names in (("q=SAY", ["hello"]), ("q=v1/", ["v1/half", "v1/text"]), ("q=nothing", []), ("sort=calls", list(rows))):
+            found = self.admin(app).get("/function/list_functions?" + query).json["functions"]
+            self.assertEqual(sorted(row["name"] for row in found), sorted(names), query)
+        for query, first in (("", "bad"), ("sort=calls", "hello"), ("sort=errors", "bad"), ("sort=nonsense", "bad"), ("sort=broken&group=v1", "v1/half")):
+            page = self.html(app, "/function/list_functions?" + query).text
+            self.assertEqual(re.search(r'<td data-label="Name"><a href="[^"]*">([^<]+)', page)[1], first, query)
+        page = self.html(app, "/function/list_functions").text
+        self.assertIn("last &lt;line&gt;</a>", page)
+        self.assertIn("<details><summary>v1/ ", page)
+        self.assertIn("<details open><summary>v1/ ", self.html(app, "/function/list_functions?q=half").text)
+
+    def test_list_of_many(self):
+        for number in range(450):
+            self.write(f"{('', 'a/', 'b/', 'c/')[number % 4]}f{number:03}", "def main(request): return 'x'")
+        app = self.make_app()
+        page = self.html(app, "/function/list_functions").text
+        self.assertEqual(page.count("/function/edit_function?"), 2 * 300)
+        self.assertIn("group=c&amp;start=0", page)  # for which there was no room
+        looked, described = [], app.functions.describe
+        app.functions.describe = lambda name: looked.append(name) or described(name)
+        seen, url = [], "/function/list_functions?group=b"
+        while url:
+            page = self.html(app, url).text
+            seen += re.findall(r'<td data-label="Name"><a href="[^"]*">([^<]+)', page)
+            more = re.search(r'href="([^"]*start=[^"]*)"', page)
+            url = more and more[1].replace("&amp;", "&")
+        self.assertEqual(seen, [f"b/f{number:03}" for number in range(2, 450, 4)])
+        self.assertEqual(looked, seen)  # no other file was read
+        self.assertEqual(len(self.admin(app).get("/function/list_functions").json["functions"]), 450)
+
+    def test_stats_page(self):
+        self.write("hello", "def main(request): return 'x'")
+        self.write("bad", "def main(request): 1/0")
+        app = self.make_app(KEEP_DAYS=3)
+        for days, calls in ((2, 4), (1, 0), (0, 1)):
+            self.clock.now = 1_700_000_000 - days * 86400
+            for name in ["hello"] * calls + ["bad"]:
+                self.call(app, "GET", "/function/" + name)
+        self.admin(app).get("/function/show_stats")
+        history = fnserve.call_history(app, [1_700_000_000 // 86400 * 1440 - days * 1440 for days in (2, 1, 0)], 15)
+        self.assertEqual(history, {"hello": ([4, 0, 1], [0, 0, 0]), "bad": ([1, 1, 1], [1, 1, 1])})  # pages aren't functions
+        page = self.html(app, "/function/show_stats").text
+        self.assertRegex(page, r"<title>\d\d-\d\d: 5</title>")
+        self.assertIn("· max 5", page)
+        self.assertIn("· max 4", self.html(app, "/function/show_stats?function=hello").text)
+        self.assertEqual(self.html(app, "/function/show_stats?function=nope%3Cb%3E").status_code, 200)
+
+    def test_assets_are_small(self):
+        self.assertLess(len((fnserve.CSS + fnserve.JS).encode()), 60_000)
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/admin/assets/fnserve.js").text, fnserve.JS)
+
     def test_clear(self):
         self.write("hello", "def main(request): return 'x'")
         app = self.make_app()
@@ -3019,13 +3183,111 @@ class AdminTest(Case):
         self.assertNotIn("<b>漢", page)
         self.assertEqual(admin.get("/function/show_stats").json["stats"], {"f": 1})
 
+    def test_data_forms(self):
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
+            db.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT, n INTEGER, any, data BLOB, nil)")
+            db.execute("INSERT INTO t VALUES (1, 'a\r\nb', 5, 6, x'00ff', NULL)")
+            db.execute("CREATE TABLE odd (rowid TEXT, \"_ROWID_\" TEXT)")
+            db.executemany("INSERT INTO odd VALUES ('same', ?)", [("x",), ("y",)])
+            db.execute("CREATE TABLE blobs (k BLOB PRIMARY KEY, v TEXT) WITHOUT ROWID")
+            db.executemany("INSERT INTO blobs VALUES (?, ?)", [(b"\xff", "one"), (b"\xff\x00", "two")])
+            db.execute("CREATE TABLE made (a INTEGER, twice INTEGER AS (a * 2), z TEXT)")
+            db.execute("INSERT INTO made (a, z) VALUES (4, 'last')")
+            db.execute("CREATE TABLE torn (a TEXT)")
+            db.execute("INSERT INTO torn VALUES (CAST(x'e6bc' AS TEXT))")
+        app = self.make_app()
+
+        def row(sql: str):
+            with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db:
+                return db.execute(sql).fetchone()
+        page = self.html(app, "/admin/data/t?key=[1]").text
+        self.assertIn(">\na\nb</textarea>", page)
+        form = {"action": "update", "table": "t", "key": "[1]", "value_id": "1", "value_text": "a\r\nb", "value_n": "5", "value_any": "6",
+                "value_data": "2 bytes", "value_nil": ""}
+        before = row("SELECT *, typeof(any), typeof(data) FROM t")
+        for changes, after in (({}, before), ({"value_any": "7"}, (*before[:3], 7, *before[4:])),
+                               ({"value_any": "7", "value_n": ""}, (*before[:2], None, 7, *before[4:])),
+                               ({"value_any": "7", "value_n": "", "value_text": ""}, (1, "", None, 7, *before[4:]))):
+            self.assertEqual(self.html(app, "/admin/data", "POST", data={**form, **changes}).status_code, 303)
+            self.assertEqual(row("SELECT *, typeof(any), typeof(data) FROM t"), after)
+        self.assertEqual(self.html(app, "/admin/data", "POST", data={"action": "insert", "table": "t", "value_id": "", "value_text": "new"}).status_code, 303)
+        self.assertEqual(row("SELECT id, text, n FROM t WHERE id = 2"), (2, "new", None))
+        for bad in ("[2, 3]", "5", "[[1]]", '["x"]', "{", "[99999999999999999999]", '[{"a": 1}]', ""):
+            self.assertIn(self.html(app, "/admin/data/t", query={"key": bad}).status_code, (400, 404), bad)
+            self.assertIn(self.html(app, "/admin/data/t", query={"after": bad}).status_code, (200, 400), bad)
+        admin = self.admin(app)
+        keys = [found["key"] for found in admin.get("/admin/data/odd").json["rows"]]
+        self.assertEqual(keys, [[1], [2]])
+        admin.post("/admin/data", json={"action": "update", "table": "odd", "key": [2], "values": {"_ROWID_": "z"}})
+        self.assertEqual(row("SELECT group_concat(\"_ROWID_\") FROM odd"), ("x,z",))
+        found = admin.get("/admin/data/blobs?limit=1").json
+        self.assertEqual(found["next"], [{"hex": "ff"}])
+        second = admin.get("/admin/data/blobs", query={"after": json.dumps(found["next"])}).json["rows"]
+        self.assertEqual(second, [{"key": [{"hex": "ff00"}], "values": {"k": "2 bytes", "v": "two"}}])
+        self.assertEqual(admin.post("/admin/data", json={"action": "delete", "table": "blobs", "key": second[0]["key"]}).status_code, 200)
+        self.assertEqual(row("SELECT count(*) FROM blobs"), (1,))
+        self.assertEqual(admin.get("/admin/data/made").json["rows"][0]["values"], {"a": 4, "twice": 8, "z": "last"})
+        changed = {"action": "update", "table": "made", "key": "[1]", "value_a": "5", "value_twice": "8", "value_z": "last"}
+        self.assertEqual(self.html(app, "/admin/data", "POST", data=changed).status_code, 303)
+        self.assertEqual(row("SELECT * FROM made"), (5, 10, "last"))
+        self.assertIn("ff,one", admin.get("/admin/data/blobs?format=csv").text)
+        self.assertIn("\ufffd", admin.get("/admin/data/torn").text)
+        for sent in ({"action": "insert", "table": "t", "values": {"n": 1 << 70}}, {"action": "insert", "table": "t", "values": {"text": "\ud800"}},
+                     {"action": "insert", "table": "t", "values": {"nope": 1}}, {"action": "sql", "sql": "SELECT '\ud800'"},
+                     {"action": "create", "table": "", "columns": "a"}, {"action": "create", "table": "u", "columns": "a); DROP TABLE t; --"},
+                     {"action": "sql", "sql": "SELECT \0"}):
+            self.assertEqual(admin.post("/admin/data", json=sent).status_code, 400, sent)
+        wrong = self.html(app, "/admin/data", "POST", data={"action": "sql", "sql": "SELECT <b>"})
+        self.assertEqual(wrong.status_code, 400)
+        self.assertIn(">\nSELECT &lt;b&gt;</textarea>", wrong.text)  # what was typed is still there
+
+    def test_data_of_a_million_rows(self):
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
+            db.execute("CREATE TABLE big (a TEXT, b INTEGER, PRIMARY KEY (a, b)) WITHOUT ROWID")
+            db.execute("WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 1000000) INSERT INTO big SELECT x % 7, x FROM n")
+        admin = self.admin(self.make_app())
+        self.assertEqual({row["name"]: row["rows"] for row in admin.get("/admin/data").json["tables"]}["big"], 1_000_000)
+        seconds, fnserve.SQL_SECONDS = fnserve.SQL_SECONDS, .05
+        self.addCleanup(setattr, fnserve, "SQL_SECONDS", seconds)
+        for after, first in (('["3", 500000]', ["3", 500_006]), ('["6", 999990]', ["6", 999_991]), ('["9", 0]', None)):
+            rows = admin.get("/admin/data/big", query={"after": after}).json["rows"]  # a scan would take longer than it may
+            self.assertEqual(rows[0]["key"] if rows else None, first)
+        fnserve.SQL_SECONDS = 0
+        self.assertIn({"name": "big", "rows": None, "read_only": False}, admin.get("/admin/data").json["tables"])
+
+    def test_backup_button(self):
+        self.write("hello", "def main(request): return 'x'")
+        self.write(".hello.py.draft"[:-3], "half")
+        (self.dir / ".env").write_text("GREETING=hi\nMY_KEY='one\ntwo'\n# OLD_TOKEN=three\nNAME=x\n")
+        app = self.make_app()
+        self.assertEqual([self.call(app, "POST", "/admin/backup").status_code, self.html(app, "/admin/backup").status_code], [401, 405])
+        self.assertIn('action="/admin/backup"', self.html(app, "/admin/settings").text)
+        import zipfile
+        for sent, env in (({}, b"GREETING=hi\nNAME=x\n"), ({"secrets": "1"}, (self.dir / ".env").read_bytes())):
+            answer = self.html(app, "/admin/backup", "POST", data=sent)
+            self.assertRegex(answer.headers["Content-Disposition"], r"attachment; filename=\"?fnserve-\d+-\d+\.zip")
+            with zipfile.ZipFile(io.BytesIO(answer.data)) as archive:
+                self.assertIsNone(archive.testzip())
+                self.assertEqual(archive.namelist(), ["serverless.db", "functions/hello.py", ".env"])
+                self.assertEqual(archive.read(".env"), env)
+        self.assertEqual([name for name in os.listdir(self.dir) if name.startswith("tmp")], [])
+
     def test_settings_page(self):
         app = self.make_app(METRICS_TOKEN="hidden", PORT=8123)
+        if hasattr(os, "sched_setaffinity"):  # as a worker is, whose cores say nothing of WORKERS=auto
+            self.addCleanup(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+            os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
         found = {row["name"]: row for row in self.admin(app).get("/admin/settings").json["settings"]}
         self.assertEqual((found["PORT"]["value"], found["PORT"]["source"]), (8123, "option"))
         self.assertEqual(set(found), {row.name for row in fnserve.SETTINGS_TABLE})
         self.assertNotIn("hidden", json.dumps(found))
         self.assertEqual(self.call(app, "GET", "/admin/settings").status_code, 401)
+        self.assertEqual([name for name, row in found.items() if row["restart"]], [])
+        (self.dir / ".env").write_text("THREADS=3\nPORT=1\n")  # an option goes before it
+        found = self.admin(app).get("/admin/settings").json["settings"]
+        self.assertEqual([(row["name"], row["value"]) for row in found if row["restart"]], [("THREADS", 8)])
+        (self.dir / ".env").write_text("THREADS=none<b>\n")
+        self.assertIn("THREADS=&#39;none&lt;b&gt;&#39;", self.html(app, "/admin/settings").text)
 
     def test_docs(self):
         self.write("greet", "SETTINGS = {'methods': ['GET'], 'parameters': {'name': {'type': 'string', 'required': True, 'description':"
@@ -3046,22 +3308,23 @@ class AdminTest(Case):
         self.assertIn("curl ", html)
 
     def test_pages_are_safe(self):
-        evil = '"><script>alert(1)</script>'
-        self.write("hello", f"'''{evil}'''\ndef main(request):\n    print({evil!r})\n    1/0")
-        app = self.make_app()
+        app = self.make_app(LOKI_TENANT=EVIL, DOCS="public")
+        admin = self.admin(app)
+        fill(self, lambda method, path, **options: admin.open(path, method, **options))
         client = self.login(app, Accept_Language="en")
-        client.get("/function/hello?q=" + urllib.parse.quote(evil))
-        for path in ("/", "/login", "/function/list_functions", "/function/add_function", "/function/show_stats",
-                     "/function/edit_function?module_name=hello", "/function/delete_function?module_name=hello",
-                     "/function/clear_stats", "/admin/logs", "/admin/versions?module_name=hello",
-                     "/admin/versions?module_name=hello&version=1", "/login?next=" + urllib.parse.quote(evil)):
+        found = admin.get("/admin/queue").json["calls"][0]["id"]
+        for path in [*PAGES, "/admin/queue?id=" + found, "/login?next=" + urllib.parse.quote(EVIL)]:
             with self.subTest(path=path):
                 answer = client.get(path, headers={"Accept": "text/html"})
-                self.assertIn(answer.code, (200, 302))
-                self.assertNotIn(b"<script>alert", answer.data)
-                if answer.code == 200:
+                self.assertNotRegex(answer.text, r"<(img|script>window)|onerror=\"")
+                if "Location" not in answer.headers:
+                    self.assertEqual(answer.code, 404 if "nope" in path else 200)
                     self.assertIn("script-src 'self'", answer.headers["Content-Security-Policy"])
                     self.assertEqual(answer.headers["X-Frame-Options"], "DENY")
+        for path in ("/admin/logs", "/admin/settings", EVIL_TABLE, EVIL_TABLE + "?key=[1]", "/docs", "/admin/data",
+                     "/function/list_functions", "/function/edit_function?module_name=evil", "/monitoring/dashboard"):
+            with self.subTest(path=path):  # it is there, but as text
+                self.assertIn("&lt;img", client.get(path, headers={"Accept": "text/html"}).text)
 
     def test_languages(self):
         app = self.make_app()
@@ -3238,6 +3501,7 @@ class CheckTest(Case):
 
 class BrowserTest(Case):
     """A real Chromium goes through the pages, as their user does."""
+    options: tuple[str, ...] = ("--ui-lang", "en")
 
     def setUp(self) -> None:
         super().setUp()
@@ -3246,8 +3510,7 @@ class BrowserTest(Case):
         need("chromium", shutil.which("chromium"))
         need("chromedriver", shutil.which("chromedriver"))
         self.browser = self.start_browser("profile")
-        self.server = Server(self.dir, "--workers", "2", "--ui-lang", "en", FNSERVE_SECRET_TOKEN=TOKEN,
-                             FNSERVE_SECRET_KEY="k")
+        self.server = Server(self.dir, "--workers", "2", *self.options, FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k")
         self.addCleanup(self.server.kill_all)
 
     def start_browser(self, profile: str):
@@ -3543,6 +3806,167 @@ class BrowserTest(Case):
         self.open("/logout")
         self.open("/function/list_functions")
         self.assertIn("Password", self.text())
+
+
+class EveryPageTest(BrowserTest):
+    """Every page in both languages, wide and narrow, light and dark, holding HTML in every field."""
+    options = ("--docs", "public", "--loki-tenant", EVIL)
+    test_walk = test_dashboard_jobs_and_queue = None
+
+    def ask(self, method: str, path: str, json=None, headers=None):
+        """Ask the server as the admin does."""
+        headers = {"Authorization": "Bearer " + TOKEN, "Accept": "application/json", **(headers or {})}
+        if json is not None:
+            headers["Content-Type"] = "application/json"
+        status, _, data = self.server.get(path, method, json if json is None else fnserve.dump_json(json), **headers)
+        return fnserve.Response(data, status)
+
+    def look(self, language: str, width: int, scheme: str) -> None:
+        """Be a browser of this kind."""
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        self.browser.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": {"Accept-Language": language}})
+
+    def check(self, path: str) -> list[str]:
+        """Return what is wrong with the page that is open: scripts that ran, a page wider than the window, axe's findings."""
+        wrong = ["HTML was let through"] if self.browser.execute_script("return window.evil") else []
+        if self.browser.execute_script("return document.documentElement.scrollWidth > innerWidth"):
+            wrong.append("wider than the window")
+        found = self.browser.execute_async_script(
+            "const done = arguments[0]; axe.run(document, {preload: false, resultTypes: ['violations']}).then(r => done(r.violations.map(v => [v.impact, v.id,"
+            " v.nodes.slice(0, 3).map(n => n.html.slice(0, 200) + ' ' + n.failureSummary)])))")
+        return wrong + [str(row) for row in found if row[0] in ("serious", "critical")]
+
+    KINDS = (("en", 1280, "light"), ("en", 375, "dark"), ("zh-TW", 1280, "dark"), ("zh-TW", 375, "light"))
+
+    def login(self) -> None:
+        self.browser.execute_cdp_cmd("Network.enable", {})
+        self.open("/login")
+        self.find("#token").send_keys(TOKEN + "\n")
+        self.wait(lambda: self.browser.find_elements("css selector", "header a"))
+
+    def press(self, selector: str) -> None:
+        """Press a button, and wait for the page that it leads to."""
+        button = self.find(selector)
+        self.browser.execute_script("window.before = true")
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+        button.click()
+        self.wait(lambda: not self.browser.execute_script("return window.before") and self.browser.find_elements("css selector", "h1"))
+
+    def put(self, **values: str) -> None:
+        """Type into the fields of these names."""
+        for name, value in values.items():
+            field = self.find(f"main [name={name}]")
+            field.clear()
+            field.send_keys(value)
+
+    def test_every_action(self):
+        self.write("bad", "SETTINGS = {'async': True, 'retries': 0}\ndef main(request): raise ValueError('x')")
+        self.write("v1/users", "SETTINGS = {'parameters': {'name': 'whom'}}\ndef main(request): return 'hi ' + request.args['name']")
+        self.write("tick", "SETTINGS = {'schedule': '@yearly'}\ndef main(request): return 'x'")
+        wait_until(lambda: b"tick" in self.ask("GET", "/scheduler/jobs").data)
+        self.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(self.dir / "got")})
+        self.login()
+        for kind in self.KINDS[1:3]:  # wide and narrow, both languages
+            with self.subTest(kind=kind):
+                self.look(*kind)
+                self.act()
+        bad = [entry["message"] for entry in self.browser.get_log("browser") if "400" not in entry["message"]]  # SQL that is wrong
+        self.assertEqual(bad, [])
+
+    def act(self) -> None:
+        """Do what can be done on the pages beside the editor."""
+        self.write("gone", "def main(request): return 'x'")
+        self.open("/function/list_functions")
+        folded = self.find("details:not([open]) summary")
+        self.assertFalse(self.find("details a").is_displayed())
+        folded.send_keys(webkeys().ENTER)
+        self.assertTrue(self.find("details a").is_displayed())
+        self.put(q="users")
+        self.press("main form button")
+        self.assertEqual(len(self.browser.find_elements("css selector", "main tbody tr")), 1)
+        self.open("/function/list_functions?sort=calls")
+        self.assertEqual(self.find("select").get_property("value"), "calls")
+        self.open("/function/delete_function?module_name=gone")
+        self.press("button.danger")
+        self.assertEqual(self.server.get("/function/gone")[0], 404)
+        self.ask("POST", "/function/bad")
+        wait_until(lambda: b'"dead"' in self.ask("GET", "/admin/queue?function=bad&state=dead").data)
+        for action in ("retry", "replay", "discard"):
+            wait_until(lambda: b'"dead"' in self.ask("GET", "/admin/queue?function=bad&state=dead").data)
+            self.open("/admin/queue?state=dead")
+            self.press(f"input[value={action}] ~ button")
+        for action in ("pause", "resume", "run"):
+            self.open("/admin/jobs")
+            self.press(f"form[action='/scheduler/jobs/tick/{action}'] button")
+        self.open("/admin/logs")
+        self.put(function="bad", status="5xx")
+        self.press("main form button")
+        self.assertIn("ValueError", self.text())
+        self.open("/function/show_stats")
+        self.press("td a[href*='function=bad']")
+        self.assertIn("bad", self.find("h1").text)
+        self.open("/function/clear_stats")
+        self.press("button.danger")
+        self.open("/docs")
+        self.assertIn("curl", self.text())
+        self.act_on_data()
+        self.open("/admin/settings")
+        before = len(list((self.dir / "got").glob("*.zip")))
+        time.sleep(1.1 if before else 0)  # the name of a backup is its second
+        self.find("form[action='/admin/backup'] button").click()
+        wait_until(lambda: len(list((self.dir / "got").glob("*.zip"))) > before)
+
+    def act_on_data(self) -> None:
+        """Make a table of an evil name, fill, change and drop it."""
+        name = 'x"; DROP'
+        self.open("/admin/data")
+        self.find("main details summary").click()
+        self.put(table=name, columns="id INTEGER PRIMARY KEY, text TEXT")
+        self.press("form input[value=create] ~ p button")
+        self.press("main td a[href*=DROP]")
+        self.assertEqual(self.find("h1").text, name)
+        self.browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
+        self.put(value_text="line <b>1</b>\nline 2")
+        self.press("form input[value=insert] ~ p button")
+        self.assertIn("line <b>1</b>", self.text())
+        self.press("td a[href*=key]")
+        self.put(value_text="changed")
+        self.press("form input[value=update] ~ p button")
+        self.assertIn("changed", self.text())
+        self.shot("table")
+        self.press("td a[href*=key]")
+        self.press("form input[value=delete] ~ button")
+        self.assertNotIn("changed", self.text())
+        self.browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
+        self.press("button.danger")
+        for sql, said in (("SELECT 6 * 7 AS answer", "42"), ("SELECT <b>", "<b>")):
+            self.open("/admin/data")
+            self.put(sql=sql)
+            self.press("form input[value=sql] ~ p button")
+            self.assertIn(said, self.text() + self.find("[name=sql]").get_property("value"))
+
+    def test_every_page(self):
+        path = os.environ.get("FNSERVE_AXE", "")
+        need("axe-core (FNSERVE_AXE, the path of axe.min.js)", os.path.isfile(path))
+        self.browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": Path(path).read_text(encoding="utf-8")})
+        fill(self, self.ask)
+        wait_until(lambda: b"dead" in self.ask("GET", "/admin/queue").data)
+        wait_until(lambda: b"tick" in self.ask("GET", "/scheduler/jobs").data)
+        queued = json.loads(self.ask("GET", "/admin/queue").data)["calls"][0]["id"]
+        self.login()
+        for kind in self.KINDS:
+            self.look(*kind)
+            for path in [*PAGES, "/admin/queue?id=" + queued]:
+                with self.subTest(kind=kind, path=path):
+                    self.browser.get_log("browser")
+                    self.open(path)
+                    self.assertEqual(self.browser.execute_script("return document.documentElement.lang"), kind[0])
+                    self.shot("-".join(map(str, kind[::2])) + re.sub(r"\W+", "_", path)[:60])
+                    self.assertEqual(self.check(path), [])
+                    self.assertEqual([entry["message"] for entry in self.browser.get_log("browser")
+                                      if "nope" not in path or "404" not in entry["message"]], [])
 
 
 def webkeys():
@@ -4142,20 +4566,69 @@ class CommandTest(Case):
         self.write("v1/hello", "def main(request): return 'new'")
         with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db, db:
             db.execute("DELETE FROM mine")
-        damaged = bytearray((self.dir / "b.zip").read_bytes())
-        damaged[60] ^= 255
-        (self.dir / "bad.zip").write_bytes(damaged)
-        for bad in ("bad.zip", "fnone.zip", ".env"):
+        for bad in ("fnone.zip", ".env"):
             answer = self.run_command("restore", bad)
             self.assertIn(answer.returncode, (1, 2), bad)
             self.assertNotIn("Traceback", answer.stderr)
-        self.assertIn("new", (self.dir / "functions" / "v1" / "hello.py").read_text())
         done = self.run_command("restore", "b.zip")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("old", (self.dir / "functions" / "v1" / "hello.py").read_text())
         with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db:
             self.assertEqual(db.execute("SELECT x FROM mine").fetchall(), [(7,)])
         self.assertIn("new", next(self.dir.glob("functions.*/v1/hello.py")).read_text())
+
+    def test_restore_of_a_damaged_backup_touches_nothing(self):
+        import types
+        import zipfile
+        self.write("hello", "def main(request): return 'old'")
+        self.assertEqual(self.run_command("backup", "b.zip").returncode, 0)
+        good, seeded = (self.dir / "b.zip").read_bytes(), random.Random(7)
+        with zipfile.ZipFile(io.BytesIO(good)) as archive:
+            database = bytearray(archive.read("serverless.db"))
+        database[5000:9000] = b"\1" * 4000
+        damaged = [good[:end] for end in (0, 10, len(good) // 2, len(good) - 1)]
+        for _ in range(60):
+            at = seeded.randrange(len(good))
+            damaged.append(good[:at] + bytes([good[at] ^ 0xff]) + good[at + 1:])
+        for names in ({"serverless.db": bytes(database)}, {"functions/hello.py": b"x"}, {"serverless.db": b"none"},
+                      {"serverless.db": b"", "functions": b"a file"}):
+            with zipfile.ZipFile(made := io.BytesIO(), "w") as archive:
+                for name, data in names.items():
+                    archive.writestr(name, data)
+            damaged.append(made.getvalue())
+        self.write("hello", "def main(request): return 'new'")
+
+        def state() -> dict[str, bytes]:
+            return {str(path): path.read_bytes() for path in self.dir.rglob("*") if path.is_file() and path.name != "bad.zip"}
+        os.chdir(self.dir)
+        before, accepted = state(), 0
+        for number, data in enumerate(damaged):
+            (self.dir / "bad.zip").write_bytes(data)
+            with self.subTest(number=number):
+                try:
+                    fnserve.cmd_restore(types.SimpleNamespace(file="bad.zip"), {})
+                    accepted += 1  # a byte that says nothing, such as a time: what it holds is whole, by its checksums
+                    self.assertIn("old", (self.dir / "functions" / "hello.py").read_text())
+                    for path in self.dir.iterdir():
+                        if re.search(r"\.\d{8}-\d{6}$", path.name):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    self.write("hello", "def main(request): return 'new'")
+                    before = state()
+                except fnserve.SettingError as error:
+                    self.assertIn("nothing was changed", str(error))
+                    self.assertEqual(state(), before)
+        self.assertLess(accepted, 30)
+
+    def test_restore_over_a_database_that_is_none(self):
+        self.write("hello", "def main(request): return 'old'")
+        self.assertEqual(self.run_command("backup", "b.zip").returncode, 0)
+        for path in self.dir.glob("serverless.db*"):
+            path.unlink()
+        (self.dir / "serverless.db").write_bytes(b"precious bytes" * 1000)
+        done = self.run_command("restore", "b.zip")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.run_command("stats").returncode, 0)
+        self.assertEqual(next(self.dir.glob("serverless.db.*-*")).read_bytes(), b"precious bytes" * 1000)
 
     def test_deploy(self):
         server = Server(self.dir, "--workers", "1", FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k")
@@ -4166,6 +4639,15 @@ class CommandTest(Case):
             done = self.run_command("deploy", "fresh.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(server.get("/function/fresh")[2], text.encode())
+        self.write("v1/users", "def main(request): return 'grouped'")
+        made = self.run_command("deploy", "functions/v1/users.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
+        self.assertEqual((made.returncode, made.stdout), (0, "v1/users: version 1\n"))
+        self.assertEqual(server.get("/function/v1/users")[2], b"grouped")
+        path.write_bytes(b"x = '\xff'")
+        for to, status in ((f"http://127.0.0.1:{server.port}", 1), (f"http://127.0.0.1:{server.port}/health?", 1), ("nonsense", 2),
+                           ("http://127.0.0.1:1", 1)):
+            done = self.run_command("deploy", "fresh.py", "--to", to, "--token", TOKEN)
+            self.assertEqual((done.returncode, "Traceback" in done.stderr), (status, False), done.stderr)
         path.write_text("def main(")
         done = self.run_command("deploy", "fresh.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
         self.assertEqual(done.returncode, 1)
