@@ -2483,6 +2483,29 @@ def read_source(path: str) -> bytes:
         raise LoadError(f"it can't be read: {error.strerror}") from None
 
 
+def coding_of(source: bytes) -> str:
+    """Return the encoding that a file names in its first lines (PEP 263); UTF-8 where it names none, or none that exists."""
+    import tokenize  # only where source is shown or saved
+    with contextlib.suppress(SyntaxError):
+        return tokenize.detect_encoding(io.BytesIO(source).readline)[0]
+    return "utf-8"
+
+
+def encode_source(code: str) -> bytes:
+    """Turn a file's text into what is saved; HTTPException 400 where the encoding it names lacks a character."""
+    data = code.encode("utf-8", "surrogatepass")
+    coding = coding_of(data)
+    try:
+        return data if coding == "utf-8" else code.encode(coding)
+    except UnicodeEncodeError as error:
+        raise HTTPException(400, f"{coding}, which the file names as its encoding, lacks {code[error.start]!r}") from None
+
+
+def decode_source(source: bytes) -> str:
+    """Turn a file into text, for people."""
+    return source.decode(coding_of(source), "replace")
+
+
 def describe_failure(error: BaseException, path: str) -> LoadError:
     """Say what a module raised while it loaded, and at which of its own lines."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -6254,7 +6277,7 @@ def check_code(app: Any, t: Texts, name: str, source: bytes) -> dict[str, Any]:
 
 def read_code(app: Any, t: Texts, name: str, code: str) -> bytes:
     """Return the bytes of code that was sent; HTTPException 400 with line and column where it does not compile."""
-    source = code.replace("\r\n", "\n").encode("utf-8", "surrogatepass")
+    source = encode_source(code.replace("\r\n", "\n"))
     if not source.strip():
         raise HTTPException(400, t("no_code"))
     try:
@@ -6404,7 +6427,7 @@ def view_try(app: Any, call: Call) -> Response:
         raise HTTPException(400, Texts(call)("bad_name"))
     if not isinstance(headers, dict) or method not in METHODS:
         raise HTTPException(400, "headers must be an object, method one of " + ", ".join(METHODS))
-    source = text_field(sent, "code").encode("utf-8", "surrogatepass") if "code" in sent else read_current(app, name)[0]
+    source = encode_source(text_field(sent, "code")) if "code" in sent else read_current(app, name)[0]
     try:
         body = a2b_base64(text_field(sent, "body_base64")) or body
     except ValueError as error:
@@ -6423,7 +6446,7 @@ def view_edit(app: Any, call: Call) -> Response:
     """/function/edit_function?module_name= : the code and its version."""
     name = call.request.args.get("module_name", "")
     source, version = read_current(app, name)
-    code, reason = source.decode("utf-8", "replace"), app.functions.versions.broken().get(name)
+    code, reason = decode_source(source), app.functions.versions.broken().get(name)
     if wants_json(call):
         return as_json({"module_name": name, "code": code, "version": version})
     return editor_page(call, name, code, name, version, HTTPException(200, reason) if reason else None)
@@ -6593,14 +6616,14 @@ def view_versions(app: Any, call: Call) -> Response:
 def view_version(app: Any, call: Call) -> Response:
     """Show one version, its difference to the one before and to what is current."""
     t, name, number = Texts(call), call.request.args["module_name"], call.request.args.get("version", 0, type=whole(0, 1 << 53))
-    code = read_version(app, name, number).decode("utf-8", "replace")
+    code = decode_source(read_version(app, name, number))
     if wants_json(call):
         return as_json({"module_name": name, "version": number, "code": code})
     others = app.store.read(
         "SELECT source FROM fn_versions WHERE func_name = ?1 AND version IN ((SELECT max(version) FROM fn_versions WHERE"
         " func_name = ?1 AND version < ?2), (SELECT max(version) FROM fn_versions WHERE func_name = ?1)) ORDER BY version",
         name, number)
-    before, newest = (bytes(others[at][0]).decode("utf-8", "replace") for at in (0, -1))
+    before, newest = (decode_source(bytes(others[at][0])) for at in (0, -1))
     if len(others) == 1:  # it is the first, or the only one
         before = ""
     links = tag("p", link(t("versions"), "/admin/versions", "button plain", module_name=name),
@@ -6921,8 +6944,8 @@ def is_ours(name: Optional[str]) -> bool:
 def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
     """Let SQL do everything but write to fnserve's tables, attach files and set pragmas (sqlite3_set_authorizer)."""
     written = {1: second, 2: first, 7: second, 9: first, 10: second, 11: first, 16: second, 18: first, 23: first, 26: second}
-    pragma = action == 19 and first not in ("table_info", "table_xinfo", "index_list")
-    denied = action in (24, 25) or pragma or is_ours(written.get(action))
+    pragma = action == 19 and first not in ("table_info", "table_xinfo", "index_list", "data_version")  # FTS5 asks for the last
+    denied = action in (24, 25) or pragma or is_ours(written.get(action)) or action == 23 and first == "sqlite_sequence"
     if action == 20 and first == "fn_queue" and second in ("request", "headers", "body", "answer"):
         return 2  # reads as NULL: they hold the callers' secrets
     return 1 if denied else 0
@@ -6932,19 +6955,29 @@ def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any
 def user_data(app: Any) -> Iterator[sqlite3.Connection]:
     """Open the database for the data browser: fnserve's tables can't be written to, and nothing takes longer than 5 s."""
     until = time.monotonic() + SQL_SECONDS
-    with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5)) as connection:
+    with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5, isolation_level=None)) as connection:
+        known = connection.execute("SELECT sql FROM sqlite_master").fetchall()
         connection.set_authorizer(_authorize)
         connection.set_progress_handler(lambda: time.monotonic() > until, 10_000)
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
-            with connection:
-                yield connection
+            connection.execute("BEGIN")
+            yield connection
+            refuse_ours(connection, known)
+            connection.execute("COMMIT")
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:  # a second statement was a Warning once
             text = "the statement took longer than 5 s" if "interrupted" in str(error) else str(error)
             raise HTTPException(403 if "prohibited" in text or "authorized" in text else 400, text) from None
 
 
-SQL_SECONDS, SQL_ROWS = 5.0, 1000
+def refuse_ours(connection: sqlite3.Connection, known: list[Any]) -> None:
+    """Refuse what was just made under a name of ours, or as a trigger that would write to our tables when it fires."""
+    for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall():
+        if (sql,) not in known and (is_ours(name) or kind == "trigger" and re.search(r"(?i)\b(fn_|call_stats\b)", sql)):
+            raise sqlite3.DatabaseError(f"{name}: not authorized")
+
+
+SQL_SECONDS, SQL_ROWS, CSV_BYTES = 5.0, 1000, 16_000  # a spreadsheet's cell holds 32,767 characters
 
 
 class Table(NamedTuple):
@@ -7018,16 +7051,19 @@ def sql_form(t: Texts, text: str) -> Markup:
     return tag("div", asked, class_="card")
 
 
-def fetch_rows(app: Any, name: str, after: Any, limit: int) -> tuple[Table, list[Any], list[Any]]:
-    """Return a table, the keys and the rows that follow the key `after`: by the key, so as fast in a million as in ten."""
+def fetch_rows(app: Any, name: str, after: Any, limit: int, shown: Callable[[Any], Any]) -> tuple[Table, list[Any], list[Any]]:
+    """Return a table, the keys and the rows that follow the key `after`: by the key, so as fast in a million as in ten.
+
+    `shown` makes of a value what is kept of it, row by row, since a page of photos would fill the memory.
+    """
     with user_data(app) as connection:
         found = read_table(connection, name)
         keys = ", ".join(found.key)
         where = f"WHERE ({keys}) > ({', '.join('?' * len(found.key))})" if after else ""
-        rows = connection.execute(f"SELECT {keys}, * FROM {quote_name(name)} {where} ORDER BY {keys} LIMIT ?",
-                                  (*(after or ()), limit)).fetchall()
-    width = len(found.key)
-    return found, [list(row[:width]) for row in rows], [row[width:] for row in rows]
+        width = len(found.key)
+        rows = [(list(row[:width]), list(map(shown, row[width:]))) for row in connection.execute(
+            f"SELECT {keys}, * FROM {quote_name(name)} {where} ORDER BY {keys} LIMIT ?", (*(after or ()), limit))]
+    return found, [key for key, _ in rows], [row for _, row in rows]
 
 
 def view_rows(app: Any, call: Call) -> Response:
@@ -7036,13 +7072,13 @@ def view_rows(app: Any, call: Call) -> Response:
     if "key" in args:
         return row_page(app, call, name, read_key(args["key"]))
     limit = max(1, min(SQL_ROWS, args.get("limit", 50, type=int)))
-    found, keys, rows = fetch_rows(app, name, read_key(args["after"]) if "after" in args else None, limit)
+    found, keys, rows = fetch_rows(app, name, read_key(args["after"]) if "after" in args else None, limit, shown_value)
     names = [column["name"] for column in found.columns]
     if args.get("format") == "csv":
         return csv_response(name, csv_pages(app, name, names))
     keys = [[{"hex": value.hex()} if isinstance(value, bytes) else value for value in key] for key in keys]
     following = keys[-1] if len(rows) == limit else None
-    data = [{"key": key, "values": dict(zip(names, map(shown_value, row)))} for key, row in zip(keys, rows)]
+    data = [{"key": key, "values": dict(zip(names, row))} for key, row in zip(keys, rows)]
     if wants_json(call):
         return as_json({"table": found.name, "columns": found.columns, "read_only": is_ours(name), "rows": data,
                         "next": following})
@@ -7061,11 +7097,18 @@ def csv_pages(app: Any, name: str, columns: list[str]) -> Iterator[str]:
     mark = "\ufeff"
     while rows:
         out = io.StringIO()
-        csv.writer(out).writerows([value.hex() if isinstance(value, bytes) else value for value in row] for row in rows)
+        csv.writer(out).writerows(rows)
         yield mark + out.getvalue()
         mark = ""
-        _, keys, rows = fetch_rows(app, name, after, SQL_ROWS)
+        _, keys, rows = fetch_rows(app, name, after, SQL_ROWS, csv_value)
         after = keys[-1] if keys else None
+
+
+def csv_value(value: Any) -> Any:
+    """Return a value as a spreadsheet may have it: text that it would calculate, which a stranger may have sent, is quoted."""
+    if isinstance(value, bytes):
+        return value.hex() if len(value) <= CSV_BYTES else shown_value(value)
+    return f"'{value}" if isinstance(value, str) and re.match(r"[=@\t\r]|[+-](?![0-9.]+$)", value) else value
 
 
 def csv_response(name: str, pages: Iterator[str]) -> Response:
@@ -7187,7 +7230,7 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
             raise HTTPException(400, "There is no statement")
         with user_data(app) as connection:
             cursor = connection.execute(text)
-            rows = [list(map(shown_value, row)) for row in cursor.fetchmany(SQL_ROWS)] if cursor.description else []
+            rows = [list(map(shown_value, row)) for _, row in zip(range(SQL_ROWS), cursor)]
             columns, changed = [column[0] for column in cursor.description or ()], cursor.rowcount
     except HTTPException as error:
         if wants_json(call):
@@ -7652,7 +7695,7 @@ def try_in_child() -> None:
     try:
         began, source = time.perf_counter(), job["source"].encode("utf-8", "surrogateescape")
         path = app.functions.path(job["name"])
-        linecache.cache[path] = len(source), None, source.decode("utf-8", "replace").splitlines(True), path  # for tracebacks
+        linecache.cache[path] = len(source), None, decode_source(source).splitlines(True), path  # for tracebacks
         code = app.functions.pretend(job["name"], source)
         found = {"entries": [entry.function.__name__ for entry in code.entries.values()],
                  "settings": dict(getattr(code.module, "SETTINGS", {})), "ms": (time.perf_counter() - began) * 1e3}
@@ -8326,7 +8369,7 @@ def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
     for path in arguments.files:
         full = os.path.abspath(path)
         name = full[len(root):].replace(os.sep, "/") if full.startswith(root) else os.path.basename(full)
-        sent = {"module_name": name.removesuffix(".py"), "code": read_source(path).decode("utf-8", "surrogateescape")}
+        sent = {"module_name": name.removesuffix(".py"), "code": decode_source(read_source(path))}
         for page in ("update_function", "save_function"):  # the second where there is no such function yet
             try:
                 request = urllib.request.Request(f"{arguments.to.rstrip('/')}/function/{page}", json.dumps(sent).encode(), {

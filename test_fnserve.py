@@ -3307,6 +3307,42 @@ class AdminTest(Case):
         self.assertIn("whom &lt;b&gt;", html)
         self.assertIn("curl ", html)
 
+    def test_a_file_keeps_its_encoding(self):
+        text = "# -*- coding: big5 -*-\ndef main(request): return '中文'\n"
+        (self.dir / "functions" / "old.py").write_bytes(text.encode("big5"))
+        app = self.make_app()
+        admin = self.admin(app)
+        self.assertEqual(admin.get("/function/edit_function?module_name=old").json["code"], text)
+        self.assertEqual(admin.post("/function/update_function", json={"module_name": "old", "code": text.replace("中文", "國語")}).status_code, 200)
+        self.assertEqual((self.dir / "functions" / "old.py").read_bytes(), text.replace("中文", "國語").encode("big5"))
+        self.assertEqual(self.call(app, "GET", "/function/old").text, "國語")
+        refused = admin.post("/function/update_function", json={"module_name": "old", "code": text.replace("中文", "🐍")})
+        self.assertEqual((refused.status_code, "big5" in refused.json["error"]), (400, True))
+        self.assertEqual(admin.get("/admin/versions?module_name=old&version=1").json["code"], text)
+
+    def test_sql_that_would_write_to_our_tables(self):
+        app = self.make_app()
+        admin = self.admin(app)
+
+        def sql(text: str) -> int:
+            return admin.post("/admin/data", json={"action": "sql", "sql": text}).status_code
+        for text, status in (("CREATE TABLE u(a)", 200), ("CREATE TABLE users(id INTEGER PRIMARY KEY AUTOINCREMENT)", 200),
+                             ("UPDATE sqlite_sequence SET seq = 9 WHERE name = 'users'", 403), ("DROP TABLE users", 200),
+                             ("CREATE TRIGGER t AFTER INSERT ON u BEGIN UPDATE call_stats SET call_count = 9; END", 403),
+                             ("CREATE TRIGGER t AFTER INSERT ON u BEGIN DELETE FROM u; END", 200), ("ALTER TABLE u RENAME TO fn_u", 403),
+                             ("CREATE VIEW fn_new AS SELECT 1", 403), ("CREATE VIRTUAL TABLE notes USING fts5(body)", 200)):
+            self.assertEqual(sql(text), status, text)
+        self.assertIn("notes", [row["name"] for row in admin.get("/admin/data").json["tables"]])
+
+    def test_csv_for_a_spreadsheet(self):
+        app = self.make_app()
+        admin = self.admin(app)
+        rows = "('=1+1', '-5', '-1+2', x'00ff'), ('@SUM(1)', '+886 2', 7, zeroblob(20000))"
+        for text in ("CREATE TABLE t(a, b, c, d)", "INSERT INTO t VALUES " + rows):
+            self.assertEqual(admin.post("/admin/data", json={"action": "sql", "sql": text}).status_code, 200)
+        self.assertEqual(admin.get("/admin/data/t?format=csv").data.decode("utf-8-sig"),
+                         "a,b,c,d\r\n'=1+1,-5,'-1+2,00ff\r\n'@SUM(1),'+886 2,7,20000 bytes\r\n")
+
     def test_pages_are_safe(self):
         app = self.make_app(LOKI_TENANT=EVIL, DOCS="public")
         admin = self.admin(app)
