@@ -40,19 +40,20 @@ import sqlite3
 import stat
 import sys
 import threading
-import time
 import traceback
 import types
 from binascii import a2b_base64, b2a_base64
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from json.encoder import encode_basestring_ascii as quote_json
+from time import asctime, gmtime, localtime, mktime, monotonic, perf_counter, sleep, strftime, struct_time, time, time_ns
 from typing import Any, Callable, NamedTuple, Optional, Union
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
 
 __version__ = "0.1.0"
 
 log = logging.getLogger("fnserve")
+# time's functions are imported by name, because a function may replace those of the module
 
 # == 01 ERRORS ============================================================
 # Every exception of fnserve's own. One that reaches a client is an HTTPException and is turned into a response in
@@ -712,7 +713,7 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
     domain = domain.lstrip(".").encode("idna").decode() if domain else None
     if max_age is not None:
         max_age = int(max_age.total_seconds() if hasattr(max_age, "total_seconds") else max_age)
-        expires = time.time() + max_age if expires is None else expires
+        expires = time() + max_age if expires is None else expires
     if expires is not None and not isinstance(expires, str):
         expires = http_date(expires)
     if samesite is not None and samesite.title() not in ("Strict", "Lax", "None"):
@@ -731,9 +732,9 @@ def http_date(moment: Any = None) -> str:
     """Format a datetime, struct_time or Unix time as RFC 9110 5.6.7 says: ``Sun, 06 Nov 1994 08:49:37 GMT``."""
     if hasattr(moment, "timetuple"):  # a datetime counts in UTC, a date has only this
         moment = getattr(moment, "utctimetuple", moment.timetuple)()
-    elif not isinstance(moment, time.struct_time):
-        moment = time.gmtime(moment)
-    day, month, _, clock, _ = time.asctime(moment).split()  # in English whatever the locale is
+    elif not isinstance(moment, struct_time):
+        moment = gmtime(moment)
+    day, month, _, clock, _ = asctime(moment).split()  # in English whatever the locale is
     return f"{day}, {moment.tm_mday:02} {month} {moment.tm_year:04} {clock} GMT"
 
 
@@ -1572,6 +1573,14 @@ TABLES = {
 }
 
 
+def file_number(path: str) -> int:
+    """Return what tells a file from another of the same path; 0 where there is none."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
+
+
 class Store:
     """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error."""
 
@@ -1580,9 +1589,17 @@ class Store:
         #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
         self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
-        self._owner, self._durable = 0, False
+        self._owner, self._inode, self._durable = 0, 0, False
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
+
+    def follow(self) -> None:
+        """Let go of a file that was deleted or replaced while it was open; the next use opens what is there by then."""
+        with self._lock:
+            if self._connection is not None and self._inode != file_number(self.path):
+                log.error("%s was deleted or replaced; what the journal still has is counted anew", self.path)
+                self._inherited.append(self._connection)  # closing it would delete the new one's WAL (howtocorrupt 2.4)
+                self._connection = None
 
     def read(self, sql: str, *values: Any) -> list[Any]:
         """Run one SELECT and return its rows."""
@@ -1655,6 +1672,7 @@ class Store:
                 connection.close()
                 raise
             self._connection, self._owner, self._durable = connection, os.getpid(), False
+            self._inode = file_number(self.path)
         return self._connection
 
 # == 06 JOURNAL ===========================================================
@@ -1738,7 +1756,7 @@ class Journal:
         """Open the newest segment, at least number `least`, and hold it."""
         os.makedirs(self.directory, exist_ok=True)
         while True:  # the first number is the clock's: a position stored for a deleted segment never meets another file
-            number = max([least] + (segments(self.directory)[-1:] or [int(time.time())]))
+            number = max([least] + (segments(self.directory)[-1:] or [int(time())]))
             handle = os.open(segment_path(self.directory, number), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             flock(handle, LOCK_SH)
             if segments(self.directory)[-1:] == [number]:
@@ -1752,8 +1770,8 @@ class Journal:
 
     def _complain(self, error: OSError) -> None:
         self.lost += 1
-        if time.monotonic() - self._complained > 60:
-            self._complained = time.monotonic()
+        if monotonic() - self._complained > 60:
+            self._complained = monotonic()
             log.error("%s: %s; %d records lost so far", self.directory, error, self.lost)
 
 
@@ -1794,6 +1812,8 @@ class Tally:
 
     def _add(self, record: dict[str, Any]) -> None:
         name, moment, taken = record.get("f"), float(record["t"]), min(int(record["us"]), 1 << 53)
+        if not (0 <= moment < 1e11 and 0 <= int(record["s"]) < 1000 and taken >= 0):  # a number that SQLite refuses
+            raise ValueError("no record of ours")
         name = sql_value(name) if name else None
         queued = record.get("via") == "queued"  # the function has not run yet; it counts once, when it does
         method = record["m"] if record["m"] in METHODS else "OTHER"  # nobody may grow the series by inventing methods
@@ -2087,7 +2107,7 @@ class Versions:
             with self._store.write() as connection:
                 connection.execute("DELETE FROM fn_broken WHERE func_name = ?", (name,))
                 if error is not None:
-                    connection.execute("INSERT INTO fn_broken VALUES (?, ?, ?)", (name, time.time(), str(error)))
+                    connection.execute("INSERT INTO fn_broken VALUES (?, ?, ?)", (name, time(), str(error)))
 
     def broken(self) -> dict[str, str]:
         """Return the functions that could not be loaded when somebody last tried, or were rolled back, and why."""
@@ -2356,20 +2376,20 @@ class Functions:
         try:
             source = read_source(function.path)
             retry = isinstance(function.error, LoadError) and not isinstance(function.error, NoEntry) \
-                and time.monotonic() - function.tried > 1
+                and monotonic() - function.tried > 1
             if source != function.source or retry:
                 self._swap(function, source)
         except LoadError as error:
             self._fail(function, error)
         # A second edit within the clock's tick would leave the same stamp, so a young file is read again
         tick = 2e9 if stamp[0] % 1_000_000_000 == 0 else 2e7
-        young = abs(time.time_ns() - stamp[0]) < tick
+        young = abs(time_ns() - stamp[0]) < tick
         function.stamp = () if young or function.error else stamp
         if generation != self._generation and function.uses_helpers:  # a helper changed while this was loading
             function.stamp, function.source = (), None
 
     def _swap(self, function: Function, source: bytes) -> None:
-        broken, function.source, function.tried = function.error is not None, source, time.monotonic()
+        broken, function.source, function.tried = function.error is not None, source, monotonic()
         code = self._execute(function, source)
         error = None if code.entries or function.is_hooks else NoEntry("it has no main()")
         if error is None:
@@ -2454,8 +2474,8 @@ class Functions:
 
     def _watch(self) -> None:
         """Twice a second: where a helper has changed, forget all of them and load their users anew."""
-        if time.monotonic() - self._looked >= 0.5:
-            self._looked = time.monotonic()
+        if monotonic() - self._looked >= 0.5:
+            self._looked = monotonic()
             self._hooked = {}
             with self._adding:
                 self._forget_helpers()
@@ -2666,7 +2686,7 @@ class Call:
         if self.run is not _HTTP:
             self.run.call = self
         self.request = Request(environ, app.settings.MAX_BODY)
-        self.id, self.started, self.clock = app.new_id(), app.clock(), time.perf_counter()
+        self.id, self.started, self.clock = app.new_id(), app.clock(), perf_counter()
         self.after: list[Callable[[Response], Any]] = []
         self.hooks: list[types.ModuleType] = []
         self.output: list[str] = []
@@ -3840,7 +3860,7 @@ class Queue:
     def _commit(self, batch: list[_Ticket]) -> None:
         try:
             with self._store.write(durable=True) as connection:
-                if self._room < len(batch) or not 0 <= time.monotonic() - self._counted < 1:
+                if self._room < len(batch) or not 0 <= monotonic() - self._counted < 1:
                     self._count(connection)
                 for ticket in batch[:max(0, self._room)]:
                     ticket.id = self.insert(connection, ticket.call)
@@ -3856,7 +3876,7 @@ class Queue:
         """See how many calls may still wait; once a second will do, since of a full queue it takes 2 ms."""
         waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
         self._room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
-        self._counted = time.monotonic()
+        self._counted = monotonic()
 
     def insert(self, connection: sqlite3.Connection, call: Queued) -> str:
         """Add a call within somebody's transaction; return its id, or the first one's where the key is known."""
@@ -3958,7 +3978,7 @@ class Queue:
     def _own(self) -> str:
         """Return this process's name in the table, and hold its lock."""
         with self._adding:
-            if not self._owner:
+            if not self._owner or not os.fstat(self._handle).st_nlink:
                 os.makedirs(self._directory, exist_ok=True)
                 owner = f"runner-{os.getpid()}-{os.urandom(4).hex()}.lock"
                 self._handle = os.open(os.path.join(self._directory, owner), os.O_RDWR | os.O_CREAT, 0o600)
@@ -4004,7 +4024,7 @@ class Runner:
 
     def _loop(self) -> None:
         while not self.stopping:
-            time.sleep(YIELD_SECONDS)
+            sleep(YIELD_SECONDS)
             try:
                 row = self._queue.claim(self._queue.clock(), max(1, self._most - 1))
             except sqlite3.Error as error:  # locked for long, or the disk is full: the background loop pokes again
@@ -4438,7 +4458,7 @@ def run_queued(app: Any, row: Any) -> None:
             log.error("%s: the end of its queued call can't be stored yet: %s", row["function"], locked)
             if app.runner.stopping:
                 return None
-            time.sleep(1)
+            sleep(1)
 
 
 def has_api_token(app: Any, request: Request) -> bool:
@@ -4570,6 +4590,8 @@ class Watch:
         self._late: dict[int, Call] = {}  #: thread -> the call whose function it runs
         self._lines: dict[Function, list[tuple[float, Any]]] = {}  #: (until when, connection or Event) in line
         self.resume: Callable[[Any], Any] = lambda connection: None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._mark_child)
         self.retire: Optional[Callable[[], Any]] = None  #: ends this process once it has finished what else it has
 
     def enter(self, call: Call, function: Function, concurrency: int) -> None:
@@ -4600,7 +4622,7 @@ class Watch:
         waited = getattr(connection.requests[0], "waits_until", None) if connection is not None else None
         until = waited or call.until
         place = (until, threading.Event() if connection is None else connection)
-        while until > time.perf_counter():
+        while until > perf_counter():
             with self._lock:
                 line = self._lines.setdefault(function, [])
                 if len(line) >= MOST_WAITING:
@@ -4612,7 +4634,7 @@ class Watch:
             if connection is not None:
                 connection.requests[0].waits_until = until
                 raise Parked
-            place[1].wait(until - time.perf_counter())
+            place[1].wait(until - perf_counter())
             place[1].clear()
         raise HTTPException(503, "The function has too much to do", [("Retry-After", "5")])
 
@@ -4623,7 +4645,7 @@ class Watch:
             places.append(None)
             self._places.append(None)
             if self._lines:
-                self._call_next(time.perf_counter())
+                self._call_next(perf_counter())
 
     def _call_next(self, now: float) -> None:
         """Wake who has waited longest of those whose function has room; who has waited too long has no use for the place."""
@@ -4652,15 +4674,29 @@ class Watch:
             return function(*args)
         finally:
             del self._late[ident]
+            if call.interrupted < 0:
+                end_child()
             if call.interrupted:  # what was thrown may be still on its way: let it arrive here, not in fnserve's own code
                 with contextlib.suppress(DeadlineExceeded), self._lock:
                     for _ in range(1000):
                         pass
                 raise DeadlineExceeded  # also where the function has swallowed it
 
+    def _mark_child(self) -> None:
+        """Let a child that a function forks end where it comes back to `run`."""
+        call = self._late.get(threading.get_ident())
+        if call is not None:
+            call.interrupted = -1
+
+    def cut_off(self) -> None:
+        """Answer 503 for the calls of clients that are still running when the process ends."""
+        for call in list(self._late.values()):
+            if call.trigger == "http" and not call.recorded:
+                give_up(self._app, call, "cut off by the end of the server", HTTPException(503, "The server is stopping"))
+
     def step(self) -> None:
         """Interrupt what is late, answer for what can't be interrupted, retire the process where that lasts."""
-        now = time.perf_counter()
+        now = perf_counter()
         late = [(ident, call) for ident, call in list(self._late.items()) if call.until < now]
         for ident, call in late:
             with self._lock:
@@ -4669,7 +4705,8 @@ class Watch:
                     interrupt(ident)
         for _, call in late:
             if call.interrupted > 4 and not call.recorded:  # a second: it is blocked in C
-                give_up(self._app, call)
+                give_up(self._app, call, "blocked beyond its deadline, in code that can't be interrupted",
+                        HTTPException(504, "The function took too long"))
             if call.until + self._app.settings.GRACE < now and self.retire is not None:
                 log.error("%s: can't be interrupted; this worker is replaced", call.function, extra={"call": call.id})
                 self.retire()
@@ -4687,23 +4724,32 @@ MOST_WAITING = 1000
 WATCH_SECONDS = .25
 
 
+def end_child() -> None:
+    """End a process that a function has forked where it comes back to us: its parent is the one that answers."""
+    error = sys.exc_info()[1]
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    code = error.code if isinstance(error, SystemExit) else error and 1
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 def interrupt(ident: int) -> None:
     """Raise DeadlineExceeded in a thread; it arrives with the next bytecode."""
     import ctypes  # 1.5 MB, only where a call is late
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(DeadlineExceeded))
 
 
-def give_up(app: Any, call: Call) -> None:
-    """Answer 504 in place of a thread that is blocked in C; what it makes of it in the end is thrown away."""
-    call.error = call.error or f"{call.function}: blocked beyond its deadline, in code that can't be interrupted"
+def give_up(app: Any, call: Call, why: str, error: HTTPException) -> None:
+    """Answer in place of a thread that is blocked in C or cut off; what it makes of it in the end is thrown away."""
+    call.error = call.error or f"{call.function}: {why}"
     log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error, extra={"call": call.id})
-    record(app, call, 504, 0)
+    record(app, call, error.code, 0)
     connection = call.request.environ.get("fnserve.connection")
     if connection is not None:
-        body = json_error(call, HTTPException(504, "The function took too long")).get_data()
+        body = json_error(call, error).get_data()
         connection.give_up(b"" if call.responding else (
-            b"HTTP/1.1 504 Gateway Timeout\r\nConnection: close\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (call.id.encode(), len(body), body)))
+            b"HTTP/1.1 %d %b\r\nConnection: close\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (error.code, REASONS[error.code].encode(), call.id.encode(), len(body), body)))
 
 
 def run(app: Any, call: Call, target: Union[Route, Function]) -> Any:
@@ -4936,7 +4982,8 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
     except BaseException as error:
         with contextlib.suppress(Exception):
             response.close()
-        return respond(app, call, answer_failure(app, call, error), start_response)
+        failed = recover if isinstance(error, DeadlineExceeded) else answer_failure
+        return respond(app, call, failed(app, call, error), start_response)
     call.responding = True
     start_response(response.status, headers + [("X-Request-Id", call.id)])
     body = stream(app, call, response, chunks, chunk)
@@ -4954,7 +5001,7 @@ def clean_headers(headers: list[tuple[str, str]], bare: bool, whole: bool) -> li
 def next_chunk(app: Any, call: Call, chunks: Iterator[Any]) -> bytes:
     """Return the next chunk that isn't empty, made inside its call and with a deadline of its own; b"" at the end."""
     token = current_call.set(call)
-    call.until = time.perf_counter() + (call.code is not None and call.code.settings.timeout or app.settings.TIMEOUT)
+    call.until = perf_counter() + (call.code is not None and call.code.settings.timeout or app.settings.TIMEOUT)
     try:
         return app.watch.run(call, _first_chunk, chunks)
     finally:
@@ -5013,7 +5060,7 @@ def record(app: Any, call: Call, status: int, size: int) -> None:
         where = f"{where}?{scrub(query)}"
     if not where.isascii():
         where = decode_wsgi(where)
-    taken = (time.perf_counter() - call.clock) * 1e6
+    taken = (perf_counter() - call.clock) * 1e6
     more = ""
     if call.output or call.error or call.run is not _HTTP or call.metrics:
         more = record_details(call)
@@ -5101,7 +5148,7 @@ class ErrorLog(logging.Handler):
         for key, (_, count) in list(self._seen.items()):
             del self._seen[key]
             if count > FLOOD_COUNT:
-                at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+                at = strftime("%Y-%m-%d %H:%M:%S", localtime(now))
                 self._append(f"{at} {count - FLOOD_COUNT:.0f} more: {key[1]}")
 
     def _append(self, text: str) -> None:
@@ -5361,7 +5408,7 @@ class Loki:
                 self._wait = 1.0
         except (OSError, sqlite3.Error) as error:  # down, too busy or unreachable: what waits stays in the journal
             log.warning("Loki: %s; trying again in %.0f s", error, self._wait)
-            time.sleep(self._wait)
+            sleep(self._wait)
             self._wait = min(self._wait * 2, 60.0)
 
     def _push_some(self) -> bool:
@@ -5946,7 +5993,7 @@ def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[
 
 def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over: Iterable[Any] = (), kind: str = "") -> Markup:
     """Make the box of one chart: what it shows and its maximum, the bars, the times of the minutes where it begins and ends."""
-    names = [time.strftime(shape, time.localtime(minute * 60)) for minute in edges]
+    names = [strftime(shape, localtime(minute * 60)) for minute in edges]
     head = tag("div", f"{label} · max {round(max(values), 1):,}", class_="soft")
     foot = tag("div", tag("span", names[0]), tag("span", names[-1]), class_="ends soft")
     return tag("div", head, bars(values, 300, 60, label, over, names), foot, class_=f"card {kind}")
@@ -5954,7 +6001,7 @@ def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over
 
 def local_time(moment: Optional[float]) -> str:
     """Show a Unix time in the machine's zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)) if moment else ""
+    return strftime("%Y-%m-%d %H:%M:%S", localtime(moment)) if moment else ""
 
 
 def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 200) -> Response:
@@ -6230,11 +6277,11 @@ def run_child(given: Any, answer: Any, output: Any, seconds: float) -> int:
         raise OSError("this Python does not know its own program")
     process = subprocess.Popen(python_command("try_in_child()"), stdin=given, stdout=answer, stderr=output,
                                start_new_session=True)
-    until = time.monotonic() + seconds
+    until = monotonic() + seconds
     while process.poll() is None:
-        if time.monotonic() > until or os.fstat(output.fileno()).st_size > MOST_PRINTED:
+        if monotonic() > until or os.fstat(output.fileno()).st_size > MOST_PRINTED:
             process.kill()
-        time.sleep(.005)
+        sleep(.005)
     with contextlib.suppress(OSError, AttributeError):
         os.killpg(process.pid, signal.SIGKILL)  # what it started ends with it
     return process.returncode
@@ -6489,8 +6536,8 @@ def view_stats(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"stats": {row["name"]: row["calls"] for row in rows}})
     t, first, one = Texts(call), args.get("start", 0, type=whole(0, 1 << 53)), args.get("function")
-    year, month, today = time.localtime(call.started)[:3]
-    days = [int(time.mktime((year, month, today - back, 0, 0, 0, 0, 0, -1))) // 60
+    year, month, today = localtime(call.started)[:3]
+    days = [int(mktime((year, month, today - back, 0, 0, 0, 0, 0, -1))) // 60
             for back in range(min(app.settings.KEEP_DAYS, 31), -1, -1)]
     history = call_history(app, days, 15)
     shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n", "by_day": "wide"}, "no_calls", (
@@ -6954,11 +7001,11 @@ def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any
 @contextlib.contextmanager
 def user_data(app: Any) -> Iterator[sqlite3.Connection]:
     """Open the database for the data browser: fnserve's tables can't be written to, and nothing takes longer than 5 s."""
-    until = time.monotonic() + SQL_SECONDS
+    until = monotonic() + SQL_SECONDS
     with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5, isolation_level=None)) as connection:
         known = connection.execute("SELECT sql FROM sqlite_master").fetchall()
         connection.set_authorizer(_authorize)
-        connection.set_progress_handler(lambda: time.monotonic() > until, 10_000)
+        connection.set_progress_handler(lambda: monotonic() > until, 10_000)
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
             connection.execute("BEGIN")
@@ -7273,7 +7320,7 @@ def view_backup(app: Any, call: Call) -> Response:
     file = tempfile.TemporaryFile(dir=app.settings.directory)
     write_backup(app.settings, file, bool(fields(call).get("secrets")))
     file.seek(0)
-    name = time.strftime("fnserve-%Y%m%d-%H%M%S.zip", time.localtime(call.started))
+    name = strftime("fnserve-%Y%m%d-%H%M%S.zip", localtime(call.started))
     response = send_file(file, as_attachment=True, download_name=name, conditional=False)
     response.headers.update(PAGE_HEADERS)
     return response
@@ -7404,7 +7451,7 @@ FOLD_SECONDS, FOLD_PENDING, PRUNE_SECONDS = 60, 8 * 1024 * 1024, 3600
 class App:
     """The platform as a WSGI application. `start()` has side effects, making one has none."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time) -> None:
         self.settings, self.clock = settings, clock
         self.routes, self.error_page = ROUTES, error_page
         self.reserved = frozenset(path[10:] for path in ROUTES if path.startswith("/function/"))
@@ -7601,6 +7648,7 @@ class Background:
 
     def _keep_up(self, now: float) -> bool:
         """Do what isn't about queued calls; tell whether this process leads."""
+        self._app.store.follow()
         self._app.config.current()  # os.environ follows .env within a second; `config` does with the next call
         if self._app.journal.in_use():
             self._app.journal.refresh()
@@ -7613,9 +7661,9 @@ class Background:
             self._folded = self._checked = self._pruned = self._scanned = 0.0
         self._app.queue.reclaim()
         if now >= self._scanned:  # a directory of 10,000 functions takes a while, so it is looked at less often
-            began = time.monotonic()
+            began = monotonic()
             self._app.schedule.sync(self._app.functions.schedules())
-            self._scanned = now + 1 + 50 * (time.monotonic() - began)
+            self._scanned = now + 1 + 50 * (monotonic() - began)
         if now - self._checked >= 5:
             self._checked = now
             if now - self._folded >= FOLD_SECONDS or self._app.folder.pending() > FOLD_PENDING:
@@ -7653,15 +7701,16 @@ class Background:
                 int(now) // 60 - 1440 * self._app.settings.KEEP_DAYS,))
 
     def _resign(self) -> None:
-        """Let a child that a function forks not hold the leader's lock."""
+        """Give up the leader's lock; a child that a function forks must not hold it."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
 
     def _lead(self) -> bool:
         """Tell whether this process does the work that is done once; the kernel passes the lock on at its death."""
-        if self._handle >= 0:
+        if self._handle >= 0 and os.fstat(self._handle).st_nlink:
             return True
+        self._resign()  # nobody else sees the lock of a file that was deleted
         os.makedirs(self._app.journal.directory, exist_ok=True)
         handle = os.open(os.path.join(self._app.journal.directory, "leader.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -7693,12 +7742,12 @@ def try_in_child() -> None:
     faulthandler.dump_traceback_later(LOAD_SECONDS, exit=True)
     found: dict[str, Any] = {}
     try:
-        began, source = time.perf_counter(), job["source"].encode("utf-8", "surrogateescape")
+        began, source = perf_counter(), job["source"].encode("utf-8", "surrogateescape")
         path = app.functions.path(job["name"])
         linecache.cache[path] = len(source), None, decode_source(source).splitlines(True), path  # for tracebacks
         code = app.functions.pretend(job["name"], source)
         found = {"entries": [entry.function.__name__ for entry in code.entries.values()],
-                 "settings": dict(getattr(code.module, "SETTINGS", {})), "ms": (time.perf_counter() - began) * 1e3}
+                 "settings": dict(getattr(code.module, "SETTINGS", {})), "ms": (perf_counter() - began) * 1e3}
         if job["request"]:
             faulthandler.dump_traceback_later(min(job["seconds"], code.settings.timeout or job["seconds"]), exit=True)
             found = call_on_trial(app, job["name"], code, job["request"])
@@ -7717,14 +7766,14 @@ def call_on_trial(app: App, name: str, code: Code, request: Mapping[str, Any]) -
                                            for key, value in request["headers"].items()}}
     if code.settings.auth in ("login", "token") or name in app.protected:
         headers.setdefault("Authorization", f"Bearer {app.settings.SECRET_TOKEN}")
-    client, began = Client(lambda environ, start: app({**environ, "fnserve.run": run}, start)), time.perf_counter()
+    client, began = Client(lambda environ, start: app({**environ, "fnserve.run": run}, start)), perf_counter()
     environ = client._environ(quote(path), request["method"], None, a2b_base64(request["body"]), headers)
     query = quote(request["query"], safe="=&%+/?:@!$'()*,;-._~")
     try:
         response = client.run({**environ, "QUERY_STRING": query}, ANSWER_BYTES)
     except Exception as error:  # a stream that broke
         response = Response(f"{type(error).__name__}: {error}", 500)
-    taken, failed = (time.perf_counter() - began) * 1e3, run.call.failed if run.call else None
+    taken, failed = (perf_counter() - began) * 1e3, run.call.failed if run.call else None
     line = describe_failure(failed, app.functions.path(name)).line if failed else 0
     return {"status": response.code, "headers": list(response.headers), "ms": round(taken, 1), "line": line,
             "error": run.call.error if run.call else "", **shown_body("body", response.get_data()[:ANSWER_BYTES])}
@@ -7790,12 +7839,13 @@ app = LazyApp()
 # Waitress has one thread for input and output and others for the calls. On several cores they pass the GIL from core to
 # core, which costs more than the work: pinned to one core it serves about twice as many requests (bench/).
 
-BACKLOG = 1024
+BACKLOG, MOST_CONNECTIONS = 1024, 1000
 STALLED_SECONDS = 60.0
 SPARE_THREADS = 1 + MOST_VIEWERS  # for the platform itself, whatever functions do
 STARTED_IN = os.getcwd()  # where the command line's paths begin, for a SIGHUP
 BIRTH_SECONDS, MAX_BACKOFF = 1.0, 30.0
-FIRST_REQUEST_SECONDS = 1.0  # that a draining worker waits for what a new connection has to say
+MOST_CHUNK_CONTROL = 8192  # waitress would copy it anew with each piece that comes: 20 s of CPU for 15 MB
+QUIET_SECONDS = 1.0  # that a draining worker leaves a connection open: a proxy may be sending its next request just now
 
 
 def open_socket(settings: Settings) -> Any:
@@ -7826,7 +7876,7 @@ def waitress_server(app: Callable[..., Any], opened: Any, settings: Settings) ->
     made = waitress.server.create_server(
         believe_proxy(app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
         max_request_body_size=settings.MAX_BODY, expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
-        clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=1000,
+        clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=connection_limit(),
         channel_timeout=75, cleanup_interval=10, _dispatcher=Dispatcher(settings.THREADS + SPARE_THREADS))
     made.channel_class = json_error_channel(copy.copy(made.adj))
     made.adj.send_bytes = 18_000  # by default headers and body are two packets: 6,400 requests/s instead of 9,000
@@ -7842,6 +7892,12 @@ def end_stalled(server: Any, maintenance: Callable[[float], Any], now: float) ->
             channel.will_close = True
             with contextlib.suppress(OSError):
                 channel.socket.shutdown(2)  # or the loop, which waits for room to write, would not look at it
+
+
+def connection_limit() -> int:
+    """Return how many connections a worker may hold; they leave a quarter of the file descriptors to everything else."""
+    files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
+    return min(MOST_CONNECTIONS, files * 3 // 4) if files > 0 else MOST_CONNECTIONS
 
 
 def json_error_channel(settings: Any) -> Any:
@@ -7865,6 +7921,8 @@ def json_error_channel(settings: Any) -> Any:
 
     class Task(WSGITask):
         def get_environment(self) -> Any:
+            if not self.channel.server.accepting:  # draining: let the client come back to another worker
+                self.request.headers["CONNECTION"] = "close"
             environ = super().get_environment()
             environ["fnserve.connection"] = self.channel
             return environ
@@ -7875,7 +7933,7 @@ def json_error_channel(settings: Any) -> Any:
             super().write(data)
 
     class Channel(HTTPChannel):
-        error_task_class, task_class = JsonErrorTask, Task
+        error_task_class, task_class, parser_class = JsonErrorTask, Task, request_parser()
 
         def give_up(self, data: bytes) -> None:
             """Send what there is to say in place of a thread that is stuck, and close; its own answer will fail."""
@@ -7886,6 +7944,35 @@ def json_error_channel(settings: Any) -> Any:
             self.server.pull_trigger()
 
     return Channel
+
+
+def request_parser() -> Any:
+    """Make the class that reads waitress's requests: without what could smuggle one, or would cost much to refuse."""
+    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.receiver import ChunkedReceiver
+    from waitress.utilities import BadRequest
+
+    class Chunks(ChunkedReceiver):
+        def received(self, data: bytes) -> int:
+            used: int = super().received(data)
+            if len(self.control_line) + len(self.trailer) > MOST_CHUNK_CONTROL:
+                self.error = BadRequest("a chunk's size or the trailer is too long")
+            return used
+
+    class Parser(HTTPRequestParser):
+        body_rcv: Any
+
+        def parse_header(self, header_plus: bytes) -> None:
+            try:
+                super().parse_header(header_plus)
+            except ValueError:  # a URL or a number that Python can't read
+                raise ParsingError("malformed") from None
+            if self.chunked:
+                if "CONTENT_LENGTH" in self.headers:  # RFC 9112 6.1: a proxy may have believed the other one
+                    raise ParsingError("Content-Length beside Transfer-Encoding")
+                self.body_rcv = Chunks(self.body_rcv.getbuf())
+
+    return Parser
 
 
 class Dispatcher:
@@ -7968,21 +8055,34 @@ def notify(state: str) -> None:
             out.send(state.encode())
 
 
+def log_stop(number: int) -> None:
+    """Let the log say why the server ends."""
+    import signal
+    log.warning("%s: the server ends when its calls have", signal.Signals(number).name if number else "stop")
+
+
 class Worker:
     """One waitress that serves until it is told to stop, then finishes what it has."""
 
     def __init__(self, app: App, opened: Any, core: Optional[int] = None) -> None:
-        self._app, self._grace, self._stopping = app, app.settings.GRACE, False
+        self._app, self._grace, self._stopping, self._stopped_by = app, app.settings.GRACE, False, 0
         pin = Pin(app, frozenset(os.sched_getaffinity(0)), core) if core is not None else None
         app.start()
         self._server = waitress_server(pin or app, opened, app.settings)
         app.watch.resume = self._server.add_task
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._let_go)
         if pin is not None:
             sys.addaudithook(pin.free)  # waitress's own threads are there by now
 
-    def stop(self, *_: Any) -> None:
+    def _let_go(self) -> None:
+        """Let a child that a function forks keep neither the port nor anybody's connection open."""
+        for part in list(self._server._map.values()):
+            part.socket.close()
+
+    def stop(self, number: int = 0, _: Any = None) -> None:
         """Begin to drain; a signal handler."""
-        self._stopping = True
+        self._stopped_by, self._stopping = number, True
         self._server.pull_trigger()
 
     def run(self, parent: Optional[int] = None) -> None:
@@ -7991,21 +8091,28 @@ class Worker:
         if parent is not None:
             self._app.watch.retire = self.stop  # somebody replaces this process
         turn = functools.partial(wasyncore.loop, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
-        while not self._stopping and (parent is None or os.getppid() == parent):
+        while not self._stopping and self._server.accepting and (parent is None or os.getppid() == parent):
             if parent is None:
                 notify("WATCHDOG=1")
             turn(timeout=1)
         wasyncore.dispatcher.close(self._server)  # the listening socket of this process; the trigger stays
-        until = time.monotonic() + self._grace
-        while self._busy() and time.monotonic() < until:
+        if parent is None:
+            log_stop(self._stopped_by)
+        until = monotonic() + self._grace
+        while self._busy() and monotonic() < until:
             turn(timeout=.05)
+        if self._server.active_channels:
+            self._app.watch.cut_off()
+            for channel in list(self._server.active_channels.values()):
+                channel.handle_close()
+            sleep(.1)  # for streams to notice, so that they are recorded
         self._server.task_dispatcher.shutdown()
 
     def _busy(self) -> bool:
         """Tell whether a request is being read or answered; connections without one are closed."""
         for channel in list(self._server.active_channels.values()):
-            fresh = not channel.current_outbuf_count and time.time() - channel.creation_time < FIRST_REQUEST_SECONDS
-            if not channel.requests and channel.request is None and not channel.total_outbufs_len and not fresh:
+            quiet = abs(time() - channel.last_activity) > QUIET_SECONDS
+            if not channel.requests and channel.request is None and not channel.total_outbufs_len and quiet:
                 channel.handle_close()
         return bool(self._server.active_channels)
 
@@ -8014,7 +8121,7 @@ class Supervisor:
     """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT."""
 
     def __init__(self, app: App, opened: Any) -> None:
-        self._app, self._socket, self._stops, self._again = app, opened, 0, False
+        self._app, self._socket, self._stops, self._stopped_by, self._again = app, opened, 0, 0, False
         self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, monotonic time of birth)
         #: workers of the code before a SIGHUP
         self._former = [int(pid) for pid in os.environ.pop("FNSERVE_FORMER", "").split()]
@@ -8034,21 +8141,21 @@ class Supervisor:
         signal.signal(signal.SIGHUP, self._reload)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        self._replace(time.monotonic())
+        self._replace(monotonic())
         notify("READY=1")
         self._signal(signal.SIGTERM, self._former)
         while not self._stops:
             if self._again:
                 self._execute_again()
-            if select.select([reading], [], [], 1)[0]:
+            if select.select([reading], [], [], max(0.0, min([1.0] + [due - monotonic() for due in self._due.values()])))[0]:
                 os.read(reading, 4096)
             self._reap()
-            self._replace(time.monotonic())
+            self._replace(monotonic())
             notify("WATCHDOG=1")
         return self._drain()
 
-    def _stop(self, *_: Any) -> None:
-        self._stops += 1
+    def _stop(self, number: int, _: Any) -> None:
+        self._stops, self._stopped_by = self._stops + 1, number
 
     def _reload(self, *_: Any) -> None:
         self._again = True
@@ -8076,7 +8183,7 @@ class Supervisor:
         supervisor = os.getpid()
         pid, status = os.fork(), 1
         if pid:
-            self._workers[pid] = (number, time.monotonic())
+            self._workers[pid] = (number, monotonic())
             return
         try:
             self._work(number, supervisor)
@@ -8110,9 +8217,9 @@ class Supervisor:
                 return
             number, born = self._workers.pop(pid, (-1, 0.0))
             if number >= 0 and not self._stops:
-                young = time.monotonic() - born < BIRTH_SECONDS
+                young = monotonic() - born < BIRTH_SECONDS
                 self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff[number] * 2)) if young else 0.0
-                self._due[number] = time.monotonic() + self._backoff[number]
+                self._due[number] = monotonic() + self._backoff[number]
                 log.error("worker %d (process %d) ended with status %d; it is replaced", number, pid, status)
 
     def _replace(self, now: float) -> None:
@@ -8128,12 +8235,13 @@ class Supervisor:
         """Tell the workers to finish; kill those that don't within GRACE and a little, or all at a second signal."""
         import signal
         notify("STOPPING=1")
+        log_stop(self._stopped_by)
         self._socket.close()
         self._signal(signal.SIGTERM, self._workers)
-        until = time.monotonic() + self._app.settings.GRACE + 2
-        while self._workers and time.monotonic() < until and self._stops < 2:
+        until = monotonic() + self._app.settings.GRACE + 2
+        while self._workers and monotonic() < until and self._stops < 2:
             self._reap()
-            time.sleep(.02)
+            sleep(.02)
         self._signal(signal.SIGKILL, self._workers)
         return 0
 
@@ -8145,6 +8253,7 @@ class Supervisor:
 
 def serve_first_look(app: App, opened: Any) -> int:
     """Serve with wsgiref where waitress is missing: good enough to look at, not to run."""
+    import signal
     import socketserver
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -8160,6 +8269,7 @@ def serve_first_look(app: App, opened: Any) -> int:
     server.socket, (server.server_name, server.server_port) = opened, opened.getsockname()[:2]
     server.setup_environ()
     server.set_app(app)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
     return 0
@@ -8312,12 +8422,12 @@ def cmd_logs(arguments: Any, options: dict[str, Any]) -> int:
         if not arguments.follow:
             return 0
         sys.stdout.flush()
-        time.sleep(1)
+        sleep(1)
 
 
 def cmd_stats(arguments: Any, options: dict[str, Any]) -> int:
     """print how often each function was called"""
-    for row in stats_rows(prepare(**options), time.time()):
+    for row in stats_rows(prepare(**options), time()):
         print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  p50 {row['p50'] * 1000:.0f} ms"
               f"  p95 {row['p95'] * 1000:.0f} ms")
     return 0
@@ -8346,7 +8456,7 @@ def cmd_next(arguments: Any, options: dict[str, Any]) -> int:
     """say when a schedule fires: EXPRESSION as in SETTINGS, or a JSON dict of trigger fields"""
     zone = Settings(options).TIMEZONE
     try:
-        now = read_moment("--from", arguments.start, read_zone(zone)) if arguments.start else time.time()
+        now = read_moment("--from", arguments.start, read_zone(zone)) if arguments.start else time()
         given = json.loads(arguments.expression) if arguments.expression.startswith("{") else arguments.expression
         trigger = parse_schedule(given, zone, now)
     except ValueError as error:  # TriggerError, and what json raises
@@ -8424,7 +8534,7 @@ def cmd_restore(arguments: Any, options: dict[str, Any]) -> int:
 
 def bring_back(found: sqlite3.Connection, fresh: str, settings: Settings) -> None:
     """Put the functions and the database of a backup in place: both or, where the database can't be written, neither."""
-    suffix = time.strftime(".%Y%m%d-%H%M%S")
+    suffix = strftime(".%Y%m%d-%H%M%S")
     aside = settings.FUNCTIONS_DIR + suffix
     keep_database(settings.DB_PATH, settings.DB_PATH + suffix)
     if os.path.isdir(settings.FUNCTIONS_DIR):
