@@ -6,6 +6,7 @@ where FNSERVE_REQUIRE_ALL=1.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import io
 import json
@@ -116,19 +117,28 @@ class Case(unittest.TestCase):
         return self.client(app).open(path, method, **options)
 
 
+def set_limits(limits: dict) -> None:
+    """Set resource limits, by their names."""
+    import resource
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, name), (most, most))
+
+
 class Server:
     """A real fnserve in a process of its own, in a directory, on a free port."""
 
     def __init__(self, directory: Path, *options: str, python: str = sys.executable, script: str = "fnserve.py",
-                 **environ: str) -> None:
+                 limits: object = None, change: object = None, **environ: str) -> None:
         if not (directory / script).is_symlink():
-            shutil.copy(HERE / "fnserve.py", directory / script)
+            code = (HERE / "fnserve.py").read_text(encoding="utf-8")
+            (directory / script).write_text(code.replace(*change) if change else code, encoding="utf-8")
         self.directory = directory
         env = {key: value for key, value in os.environ.items() if not key.startswith("FNSERVE_") and key != "PORT"}
         self.stderr = open(directory / "stderr.txt", "ab")
         self.process = subprocess.Popen(
             [python, "-B", script, "--port", "0", *options], cwd=directory, env={**env, **environ},
-            stdout=subprocess.PIPE, stderr=self.stderr, text=True, start_new_session=True)
+            stdout=subprocess.PIPE, stderr=self.stderr, text=True, start_new_session=True,
+            preexec_fn=functools.partial(set_limits, limits) if limits else None)
         self.port = 0
         for line in self.process.stdout:
             found = re.search(r"http://[\d.]+:(\d+)/", line)
@@ -153,6 +163,16 @@ class Server:
         """Return the process ids of the workers."""
         path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
         return [int(pid) for pid in Path(path).read_text().split()]
+
+    def session(self) -> list[int]:
+        """Return the processes that are there of all that it started."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.process.pid and state != "Z":
+                    found.append(int(path.parent.name))
+        return found
 
     def kill_all(self) -> None:
         """Kill the whole tree with -9."""
@@ -485,7 +505,9 @@ class JournalTest(Case):
         app = self.make_app()
         self.call(app, "POST", "/function/prn", data=b'{"m": "\\ud800"}', headers={"Content-Type": "application/json"})
         for line in ('{"t":Infinity,"f":"x","m":"GET","s":200,"us":1}', '{"t":1,"id":{},"f":"x","m":"GET","s":200,"us":1}',
-                     '{"t":1,"f":"x","m":"GET","s":200,"us":99999999999999999999999999}', '{"t":1,"f":[],"m":[],"s":2,"us":1}'):
+                     '{"t":1,"f":"x","m":"GET","s":200,"us":99999999999999999999999999}', '{"t":1,"f":[],"m":[],"s":2,"us":1}',
+                     '{"t":1e300,"f":"x","m":"GET","s":200,"us":1}', '{"t":1,"f":"x","m":"GET","s":99999999999999999999,"us":1}',
+                     '{"t":1,"f":"x","m":"GET","s":200,"us":-99999999999999999999}'):
             app.journal.append(line)
         for method in ("FOO1", "FOO2"):
             self.call(app, method, "/function/prn")
@@ -4013,21 +4035,85 @@ def webkeys():
 # == 18 SERVER ============================================================
 
 
-class ServerTest(Case):
+class ServerCase(Case):
+    """Starts real servers."""
+
     def setUp(self) -> None:
         super().setUp()
         module("waitress")
         need("fork", hasattr(os, "fork"))
 
-    def start(self, *options: str, **environ: str) -> Server:
-        server = Server(self.dir, *options, FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k", **environ)
+    def start(self, *options: str, limits: object = None, change: object = None, **environ: str) -> Server:
+        server = Server(self.dir, *options, limits=limits, change=change, FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k", **environ)
         self.addCleanup(server.kill_all)
         return server
+
+    def end(self, server: Server) -> None:
+        """Stop a server, and see that it leaves no process and no port behind."""
+        server.process.terminate()
+        self.assertEqual(server.process.wait(20), 0)
+        wait_until(lambda: not server.session(), 5)
+        self.assertTrue(self.refuses(server))
 
     def stats(self, server: Server) -> dict:
         return json.loads(server.get("/function/show_stats", Authorization="Bearer " + TOKEN,
                                      Accept="application/json")[2])["stats"]
 
+    def leader(self) -> int:
+        """Return the process that holds the leader's lock."""
+        inode = os.stat(self.dir / "journal" / "leader.lock").st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            if f":{inode} " in line and "->" not in line:
+                return int(line.split()[4])
+        return 0
+
+    def refuses(self, server: Server) -> bool:
+        """Tell whether nothing listens any more."""
+        return self.refuses_port(server.port)
+
+    @staticmethod
+    def quietly(server, path: str) -> None:
+        """Make a request whose answer doesn't matter."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            server.get(path)
+
+    def nginx(self, ports: list, site: str = "") -> int:
+        """Start a real nginx in front of servers, with our nginx.conf but for its TLS, or with a site; return its port."""
+        program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+        need("nginx", program)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if not site:
+            upstream, _, rest = (HERE / "nginx.conf").read_text().partition("server {\n    listen 80;")
+            rest = re.sub(r"    ssl_certificate.*\n", "", rest[rest.index("server {"):]).replace("listen [::]:443 ssl http2;", "")
+            servers = " ".join(f"server 127.0.0.1:{port};" for port in ports)
+            site = upstream.replace("server 127.0.0.1:8000;", servers) + rest.replace("443 ssl http2", f"127.0.0.1:{port}")
+        config = self.dir / "nginx.conf"
+        config.write_text(f"daemon off; pid {self.dir}/nginx.pid; error_log {self.dir}/nginx.log; events {{}}\n"
+                          f"http {{ access_log off; client_body_temp_path {self.dir}/b; proxy_temp_path {self.dir}/p;"
+                          f" fastcgi_temp_path {self.dir}/f; uwsgi_temp_path {self.dir}/u; scgi_temp_path {self.dir}/s;\n"
+                          f"{site}\n}}\n")
+        os.chmod(self.dir, 0o755)
+        checked = subprocess.run([program, "-t", "-c", config], capture_output=True, text=True)
+        self.assertEqual(checked.returncode, 0, checked.stderr)
+        process = subprocess.Popen([program, "-c", config], stderr=subprocess.DEVNULL)
+        self.addCleanup(lambda: (process.terminate(), process.wait(10)))
+        if ports:
+            wait_until(lambda: not self.refuses_port(port))
+        return port
+
+    @staticmethod
+    def refuses_port(port: int) -> bool:
+        """Tell whether nothing listens on a port."""
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            return True
+        return False
+
+
+class ServerTest(ServerCase):
     def test_first_start_in_an_empty_directory(self):
         (self.dir / "functions").rmdir()
         server = Server(self.dir, "--workers", "1")
@@ -4122,14 +4208,6 @@ class ServerTest(Case):
         for number, count in times.items():  # one whose answer was cut off was sent again, so it is stored twice
             if acknowledged[number] not in running and stored.count(f"n={number}") == 1:
                 self.assertEqual(count, 1, number)
-
-    def leader(self) -> int:
-        """Return the process that holds the leader's lock."""
-        inode = os.stat(self.dir / "journal" / "leader.lock").st_ino
-        for line in Path("/proc/locks").read_text().splitlines():
-            if f":{inode} " in line and "->" not in line:
-                return int(line.split()[4])
-        return 0
 
     def test_a_job_fires_once_a_second_over_three_processes(self):
         self.write("tick", "SETTINGS = {'schedule': 'every 1s'}\ndef main(request): return 'x'")
@@ -4358,21 +4436,6 @@ scrape_configs:
         server.process.wait(20)
         self.assertLess(time.monotonic() - began, 5)
 
-    @staticmethod
-    def refuses(server) -> bool:
-        """Tell whether nothing listens any more."""
-        try:
-            socket.create_connection(("127.0.0.1", server.port), 1).close()
-        except OSError:
-            return True
-        return False
-
-    @staticmethod
-    def quietly(server, path: str) -> None:
-        """Make a request whose answer doesn't matter."""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            server.get(path)
-
     def test_a_function_that_kills_its_worker(self):
         self.write("die", "import os\ndef main(request): os._exit(7)")
         self.write("hello", "def main(request): return 'x'")
@@ -4483,8 +4546,6 @@ scrape_configs:
         self.assertEqual(stats["stats"], {"hello": 41})
 
     def test_behind_nginx(self):
-        nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-        need("nginx", nginx)
         need("openssl", shutil.which("openssl"))
         self.write("hello", "def main(request): return [request.remote_addr, request.url]")
         self.write("slow", "import time\ndef main(request):\n    for n in range(3):\n        yield f'data: {n}\\n\\n'\n"
@@ -4502,16 +4563,7 @@ scrape_configs:
         site = site.replace("listen 80;", f"listen 127.0.0.1:{plain};").replace("listen 443 ssl", f"listen 127.0.0.1:{tls} ssl")
         site = site.replace("/etc/letsencrypt/live/localhost/fullchain.pem", str(self.dir / "cert.pem"))
         site = site.replace("/etc/letsencrypt/live/localhost/privkey.pem", str(self.dir / "key.pem"))
-        config = self.dir / "nginx.conf"
-        config.write_text(f"daemon off; pid {self.dir}/nginx.pid; error_log {self.dir}/nginx.log; events {{}}\n"
-                          f"http {{ access_log off; client_body_temp_path {self.dir}/b; proxy_temp_path {self.dir}/p;"
-                          f" fastcgi_temp_path {self.dir}/f; uwsgi_temp_path {self.dir}/u; scgi_temp_path {self.dir}/s;\n"
-                          f"{site}\n}}\n")
-        os.chmod(self.dir, 0o755)
-        checked = subprocess.run([nginx, "-t", "-c", config], capture_output=True, text=True)
-        self.assertEqual(checked.returncode, 0, checked.stderr)
-        process = subprocess.Popen([nginx, "-c", config], stderr=subprocess.DEVNULL)
-        self.addCleanup(lambda: (process.terminate(), process.wait(10)))
+        self.nginx([], site)
         import ssl
         context = ssl.create_default_context(cafile=self.dir / "cert.pem")
         context.check_hostname = False
@@ -4535,6 +4587,702 @@ scrape_configs:
         cookie = get("/login", "POST", json.dumps({"token": TOKEN})).headers["Set-Cookie"]
         self.assertIn("Secure", cookie)
         self.assertIn(429, [get("/login", "POST", '{"token": "x"}').status for _ in range(8)])
+
+
+class MisbehavingTest(ServerCase):
+    """Functions that do what they should not: each costs its own callers at most, the others answer."""
+
+    #: what main does, and what its caller gets: a status, or None where its worker dies
+    ROWS = (
+        ("import sys; sys.exit(3)", 500), ("import os; os._exit(3)", None), ("import os; os.abort()", None),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", None), ("raise KeyboardInterrupt", 500),
+        ("return main(request)", 500),
+        ("x = []\nfor _ in range(10**5): x = [x]\nreturn x", 500), ("x = {}\nx['x'] = x\nreturn x", 500),
+        ("while True:\n  try:\n    while True: pass\n  except BaseException: pass", 504),
+        ("def drops():\n  while True: yield ''\nreturn drops()", 504),
+        ("import threading\nlock = threading.Lock()\nlock.acquire(); lock.acquire()", 504),
+        ("print('x' * 10_000_000); return 'x'", 200), ("return 'x' * 20_000_000", 200),
+        ("import os\nif not os.fork(): return 'child'\nreturn 'x'", 200),
+        ("import os, sys\npid = os.fork()\nif not pid: sys.exit(7)\nreturn [os.waitpid(pid, 0)[1] // 256]", 200),
+        ("import threading, time\nthreading.Thread(target=time.sleep, args=(1,)).start()\nreturn 'x'", 200),
+        ("class E(Exception):\n  def __str__(self): raise ValueError\n  __repr__ = __str__\nraise E", 500),
+        ("class E:\n  def __str__(self): raise SystemExit\n  __repr__ = __str__\nreturn E()", 500),
+        ("return 'x', {'X-Big': 'y' * 50_000}", 200), ("return 'x', [(f'X-{n}', 'y') for n in range(90)]", 200),
+        ("import sys\nfor part in (sys.stdin, sys.stdout, sys.stderr): part.close()\nprint('x'); return 'x'", 200),
+        ("import os; os.chdir('/'); return 'x'", 200), ("import os; os.environ.clear(); return 'x'", 200),
+        ("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)", 500), ("import gc; gc.disable(); return 'x'", 200),
+        ("import sys; sys.setrecursionlimit(200); return 'x'", 200), ("import builtins; builtins.len = None; return 'x'", 0),
+        ("import time\ntime.time = lambda: 0\ntime.monotonic = time.perf_counter = time.sleep = None\nreturn 'x'", 200),
+        ("import time\ntime.time = None\nreturn 'x'", 0),
+        ("import sys\nsys.setrecursionlimit(10**6)\nx = []\nfor _ in range(10**6): x = [x]\nreturn repr(x)", 0),
+    )
+
+    def test_others_answer(self):
+        self.write("hello", "def main(request): return 'x'")
+        for number, (code, _) in enumerate(self.ROWS):
+            body = "".join(f"    {line}\n" for line in code.splitlines())
+            self.write(f"bad{number}", f"SETTINGS = {{'timeout': 1}}\ndef main(request):\n{body}")
+        server = self.start("--workers", "2", "--grace", "5")
+        for number, (code, expected) in enumerate(self.ROWS):
+            with self.subTest(code=code):
+                try:
+                    status = server.get(f"/function/bad{number}")[0]
+                except (OSError, http.client.HTTPException):
+                    status = None
+                if expected != 0:  # 0: either way is right
+                    self.assertEqual(status, expected)
+                for _ in range(6):
+                    self.assertEqual(server.get("/function/hello")[2], b"x")
+                self.assertEqual(server.get("/health")[0], 200)
+        self.assertGreaterEqual(self.stats(server)["hello"], 6 * len(self.ROWS))
+        self.end(server)
+
+    def test_a_stream_without_an_end_and_readers_that_stopped(self):
+        """Who doesn't read his answer holds a thread no longer than an idle connection stays open."""
+        self.write("forever", "def main(request):\n    while True: yield 'x' * 100_000")
+        self.write("other", "def main(request):\n    while True: yield 'y' * 100_000")
+        server = self.start("--workers", "1", "--threads", "3", "--grace", "1", change=("STALLED_SECONDS = 60.0", "STALLED_SECONDS = 1.0"))
+        readers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
+        for number, reader in enumerate(readers):
+            self.addCleanup(reader.close)
+            reader.sendall(b"GET /function/%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"forever", b"other")[number % 2])
+        time.sleep(.3)  # all threads are in an answer that nobody reads
+        self.assertEqual(server.get("/health")[0], 200)
+        wait_until(lambda: {"forever", "other"} <= set(self.stats(server)))
+        self.end(server)
+
+    def test_a_daemon_of_a_function_keeps_no_port(self):
+        self.write("daemon", "import os, time\ndef main(request):\n    if not os.fork():\n        os.setsid()\n        time.sleep(3)\n"
+                             "        os._exit(0)\n    return 'x'")
+        server = self.start("--workers", "1")
+        self.assertEqual(server.get("/function/daemon")[2], b"x")
+        self.assertEqual(server.stop(), 0)
+        self.assertTrue(self.refuses(server))
+
+    def test_calls_cut_off_at_the_end_are_recorded(self):
+        self.write("slow", "import time\ndef main(request):\n    open('began', 'w').close()\n    time.sleep(9)\n    return 'x'")
+        self.write("drip", "import time\ndef main(request):\n    for _ in range(90):\n        yield 'x'\n        time.sleep(.1)")
+        self.write("hello", "def main(request): return 'x'")
+        server, answers = self.start("--workers", "1", "--grace", "1"), []
+        thread = threading.Thread(target=lambda: answers.append(server.get("/function/slow")))
+        thread.start()
+        drip = threading.Thread(target=self.quietly, args=(server, "/function/drip"))
+        drip.start()
+        wait_until((self.dir / "began").exists)
+        self.end(server)
+        for sender in (thread, drip):
+            sender.join()
+        self.assertEqual((answers[0][0], json.loads(answers[0][2])["error"]), (503, "The server is stopping"))
+        self.assertIn("SIGTERM", (self.dir / "stderr.txt").read_text())
+        server = self.start("--workers", "1")
+        logs = json.loads(server.get("/admin/logs", Authorization="Bearer " + TOKEN, Accept="application/json")[2])
+        self.assertEqual({row["function"]: row["status"] for row in logs["invocations"]}, {"slow": 503, "drip": 503})
+        self.assertEqual(server.stop(), 0)
+
+
+class WireTest(ServerCase):
+    """What comes over the wire: raw sockets, malformed, slow, many."""
+
+    @staticmethod
+    def post(*lines: bytes, body: bytes = b"") -> bytes:
+        return b"\r\n".join((b"POST /function/hello HTTP/1.1", b"Host: x") + lines) + b"\r\n\r\n" + body
+
+    def chunked(self, body: bytes, *lines: bytes) -> bytes:
+        return self.post(b"Transfer-Encoding: chunked", *lines, body=body)
+
+    def ask(self, server: Server, data: bytes) -> bytes:
+        """Send bytes and no more; return all that comes back until the server closes."""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            answer = b""
+            with contextlib.suppress(ConnectionError):  # closed while we sent or before all was read
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                while data := connection.recv(65536):
+                    answer += data
+            return answer
+
+    def rows(self) -> list:
+        """Return (what, bytes, statuses that will do; 0 is a closed connection)."""
+        get, end, host = b"GET /function/hello HTTP/1.1\r\n", b"\r\n\r\n", b"Host: x\r\n"
+        bad, closed = (400,), (0,)
+        rows = [
+            ("CL and TE", self.chunked(b"0\r\n\r\nGET /function/smuggled HTTP/1.1\r\nHost: x\r\n\r\n", b"Content-Length: 5"), bad),
+            ("TE and CL", self.post(b"Content-Length: 5", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"), bad),
+            ("TE in 1.0", self.chunked(b"0\r\n\r\n").replace(b"1.1", b"1.0"), (200,)),  # no TE in 1.0; and it closes
+            *((f"CL {value!r}", self.post(b"Content-Length: " + value, body=b"hello"), bad) for value in (
+                b"5\r\nContent-Length: 6", b"5\r\nContent-Length: 5", b"5, 5", b"+5", b"-5", b"0x5", b"5_0", b"5.0", b"", b"5 5",
+                b"\xd9\xa5", b"9" * 5000, b"5\x0b")),
+            *((f"TE {value!r}", self.post(b"Transfer-Encoding: " + value, body=b"0\r\n\r\n"), (400, 501)) for value in (
+                b"gzip", b"xchunked", b"chunked, identity", b"identity", b"\x0bchunked", b"chunked\x0b", b'"chunked"', b"chunked;q=1")),
+            *((f"TE spelt {line!r}", self.post(line, body=b"0\r\n\r\n"), bad) for line in (
+                b"Transfer-Encoding : chunked", b"Transfer-Encoding\t: chunked", b" Transfer-Encoding: chunked\r\nX : y",
+                b"Transfer\xadEncoding: chunked", b"Transfer-Encoding\x00: chunked")),
+            *((f"chunk {body[:20]!r}", self.chunked(body), (400, 0)) for body in (
+                b"zz\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"+5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
+                b"5\r\nhelloXX\r\n0\r\n\r\n", b"5\r\nhel\r\n0\r\n\r\n", b" 5\r\nhello\r\n0\r\n\r\n", b"5;a\nb\r\nhello\r\n0\r\n\r\n",
+                b"5\nhello\n0\n\n", b"5\r\nhello", b"f" * 40 + b"\r\nhello\r\n0\r\n\r\n", b"\xd9\xa5\r\nhello\r\n0\r\n\r\n", b"5;\x00\r\nhello\r\n0\r\n\r\n")),
+            ("a size without end", self.chunked(b"0" * 300_000), (400, 0)),
+            ("an extension without end", self.chunked(b"5;" + b"a" * 300_000), (400, 0)),
+            ("a trailer without end", self.chunked(b"0\r\n" + b"X: y\r\n" * 50_000), (400, 0)),
+            *((f"header {line!r}", get + host + line + end, bad) for line in (
+                b"X: a\0b", b"X\x01: y", b": y", b"nocolon", b"X Y: z", b"X: a\nY: b", b"X: a\rY: b", b"X(: y", b"X\xff: y", b"X:\x7fy")),
+            ("obs-fold", get + host + b"X: a\r\n b" + end, (200, 400)),  # RFC 9112 5.2: refused, or read as a space
+            ("fold first", get + b" X: a\r\n" + host + b"\r\n", bad),
+            ("bare LF", b"GET /function/hello HTTP/1.1\nHost: x\n\n", closed),
+            ("bare LF in a line", get + b"Host: x\nX: y" + end, bad),
+            ("headers without end", get + host + b"X: " + b"y" * 300_000, (431, 0)),
+            ("a long header", get + host + b"X: " + b"y" * 300_000 + end, (431, 0)),
+            ("many headers", get + host + b"".join(b"X%d: y\r\n" % n for n in range(50_000)) + b"\r\n", (431, 0)),
+            ("a long URL", b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\n" + host + b"\r\n", (431, 0)),
+            *((f"line {line!r}", line + b"\r\n" + host + b"\r\n", bad) for line in (
+                b"GET  /function/hello  HTTP/1.1", b"GET\t/function/hello\tHTTP/1.1", b"get /function/hello HTTP/1.1", b"G(T / HTTP/1.1",
+                b"GET / HTTX/1.1", b"GET / HTTP/1.1.1", b"GET / HTTP/1.1 x", b"GET /\xff HTTP/1.1", b"GET http://[bad/ HTTP/1.1", b"GET")),
+            *((f"path {path!r}", b"GET " + path + b" HTTP/1.1\r\n" + host + b"\r\n", (404,)) for path in (
+                b"/function/he\0llo", b"/function/hello%00", b"/function/%ff%fe", b"/function/%zz%2", b"/function/../../etc/passwd",
+                b"/function/%2e%2e%2f%2e%2e%2fetc/passwd", b"/function/" + b"a/" * 2000, b"*", b"/function/%0d%0aX:%20y", b"/invocations/%00",
+                b"/function/hello\\..\\x", b"/adm/data/../x")),
+            ("version 2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (404, 400)),
+            ("TLS", bytes.fromhex("16030100a5010000a10303") + bytes(range(160)), (400, 0)),
+            ("after a request", get + host + b"Content-Length: 5\r\n\r\nhelloGARBAGE\r\n\r\n", (200,)),
+            ("proxy headers", get + host + b"X-Forwarded-Proto: gopher\r\nX-Forwarded-For: ,,\"" + end, bad),
+        ]
+        seeded, sound = random.Random(7), self.chunked(b"5\r\nhello\r\n0\r\n\r\n", b"Cookie: session=a.b.c", b"Range: bytes=0-1")
+        for number in range(200):  # a sound request with a few bytes spoilt
+            spoilt = bytearray(sound)
+            for _ in range(seeded.randrange(1, 5)):
+                spoilt[seeded.randrange(len(spoilt))] = seeded.choice(b"\0\r\n\t :;,\xff0aZ")
+            rows.append((f"spoilt {number}", bytes(spoilt), (0, 200, 400, 404, 405, 413, 431, 501)))
+        rows += [(f"noise {number}", bytes(seeded.randrange(256) for _ in range(300)) + end, (400, 0)) for number in range(50)]
+        return rows
+
+    def test_malformed(self):
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "1")
+        wait_until(server.workers)
+        first = server.workers()
+        for what, data, expected in self.rows():
+            with self.subTest(what=what, data=data[:200]):
+                answer = self.ask(server, data)
+                head, _, body = answer.partition(b"\r\n\r\n")
+                status = int(head[9:12] or 0)
+                self.assertIn(status, expected, answer[:300])
+                self.assertNotIn(b"Traceback", answer)
+                self.assertNotIn(b"smuggled", answer)
+                if status >= 400 and what != "proxy headers":  # waitress's own answer
+                    self.assertEqual(set(json.loads(body[:body.find(b"\n")])), {"error", "request_id"}, body)
+        self.assertEqual((server.get("/function/hello")[2], server.workers()), (b"x", first))
+        self.assertNotIn("Traceback", (self.dir / "stderr.txt").read_text() + (self.dir / "serverless_error.log").read_text()
+                         if (self.dir / "serverless_error.log").exists() else "")
+        self.end(server)
+
+    def test_slow_clients(self):
+        """200 clients that send or read hardly anything: the others are served as ever."""
+        self.write("hello", "def main(request): return 'x'")
+        self.write("big", "def main(request): return 'x' * 1_500_000")
+        self.write("forever", "def main(request):\n    while True: yield 'x' * 100_000")
+        server = self.start("--workers", "2")
+        head = b"GET /function/%b HTTP/1.1\r\nHost: x\r\n"
+        kinds = (head % b"hello" + b"X-Slow: ", self.post(b"Content-Length: 100", body=b"abc"), head % b"big" + b"\r\n",
+                 head % b"forever" + b"\r\n")
+        slow = []
+        for number in range(200):
+            slow.append(socket.create_connection(("127.0.0.1", server.port)))
+            self.addCleanup(slow[-1].close)
+            slow[-1].sendall(kinds[number % 4])
+        for _ in range(10):
+            began = time.monotonic()
+            self.assertEqual((server.get("/health")[0], server.get("/function/hello")[2]), (200, b"x"))
+            self.assertLess(time.monotonic() - began, 15)
+        for connection in slow:
+            connection.close()
+        wait_until(lambda: all(len(os.listdir(f"/proc/{pid}/fd")) < 40 for pid in server.workers()))
+        self.end(server)
+
+    def test_few_file_descriptors(self):
+        """With 64 file descriptors connections wait in the kernel, and what a call needs can be opened."""
+        self.write("hello", "def main(request): return open(__file__).read()[:3]")
+        server = self.start("--workers", "1", limits={"RLIMIT_NOFILE": 64})
+        idle = []
+        for _ in range(47):
+            idle.append(socket.create_connection(("127.0.0.1", server.port)))
+            self.addCleanup(idle[-1].close)
+        late = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(100)]
+        for connection in late:
+            self.addCleanup(connection.close)
+            connection.sendall(b"GET /function/hello HTTP/1.0\r\n\r\n")
+        time.sleep(2.5)  # a round of the background loop
+        wait_until(server.workers)
+        [worker] = server.workers()
+        ticks = [int(text) for text in Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[11:13]]
+        self.assertLess(sum(ticks), 1.5 * os.sysconf("SC_CLK_TCK"))  # no busy loop about the socket that can't be accepted from
+        for connection in idle:
+            connection.close()
+        for connection in late:
+            self.assertTrue(connection.makefile("rb").read().endswith(b"def"))
+        self.assertNotIn("Too many open files", (self.dir / "stderr.txt").read_text())
+        self.assertEqual(server.workers(), [worker])
+        self.end(server)
+
+
+class KillTest(ServerCase):
+    """kill -9 and SIGHUP under load, also through nginx: what fails was in flight on a process that was killed."""
+
+    def load(self, port: int, threads: int = 6) -> list:
+        """Start clients; return the list that gets (began, ended, what went wrong), and stop them at the end."""
+        calls, stop = [], threading.Event()
+
+        def ask(method: str) -> None:
+            while not stop.is_set():
+                began, wrong = time.monotonic(), ""
+                try:
+                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+                    connection.request(method, "/function/hello", b"x" if method == "POST" else None)
+                    answer = connection.getresponse()
+                    wrong = "" if (answer.status, answer.read()) == (200, b"x") else f"status {answer.status}"
+                except (OSError, http.client.HTTPException) as error:
+                    wrong = repr(error)
+                finally:
+                    connection.close()
+                calls.append((began, time.monotonic(), wrong))
+        asking = [threading.Thread(target=ask, args=(("GET", "POST")[number % 2],)) for number in range(threads)]
+        self.stop_load = lambda: (stop.set(), [thread.join() for thread in asking])
+        self.addCleanup(stop.set)
+        for thread in asking:
+            thread.start()
+        return calls
+
+    def more(self, calls: list, count: int) -> None:
+        """Wait for so many further calls."""
+        target = len(calls) + count
+        wait_until(lambda: len(calls) >= target)
+
+    def check_kills(self, server: Server, port: int) -> None:
+        seeded, kills, calls = random.Random(3), [], self.load(port)
+        wait_until((self.dir / "journal" / "leader.lock").exists)
+        for turn in range(6):
+            self.more(calls, seeded.randrange(100, 300))
+            wait_until(lambda: len(server.workers()) == 3)
+            victim = 0
+            wait_until(lambda: self.leader() in server.workers())
+            while victim not in server.workers():  # 0 would be this process's group
+                victim = self.leader() if turn % 2 else seeded.choice(server.workers())
+            began = time.monotonic()
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: victim not in server.workers())
+            kills.append((began, time.monotonic()))
+        self.more(calls, 200)
+        self.stop_load()
+        failed = [call for call in calls if call[2]]
+        for began, ended, wrong in failed:  # in flight while something was killed: begun before it was over, ended after
+            self.assertTrue(any(began <= over and ended >= at for at, over in kills), (began, ended, wrong, kills))
+        self.assertLessEqual(len(failed), 6 * len(kills))
+        seen, answered = self.stats(server)["hello"], len(calls) - len(failed)
+        self.assertTrue(answered <= seen <= len(calls) + len(failed), (answered, seen, len(calls)))
+
+    def test_kills_under_load(self):
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "3")
+        self.check_kills(server, server.port)
+        self.end(server)
+
+    def test_kills_and_upgrades_under_load_through_nginx(self):
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "3")
+        port = self.nginx([server.port])
+        self.check_kills(server, port)
+        calls = self.load(port)
+        for _ in range(4):
+            self.more(calls, 150)
+            old = set(server.workers())
+            os.kill(server.process.pid, signal.SIGHUP)
+            wait_until(lambda: len(server.workers()) == 3 and not old & set(server.workers()))
+        self.more(calls, 150)
+        self.stop_load()
+        self.assertEqual([call for call in calls if call[2]], [])
+        self.end(server)
+
+    def test_a_killed_supervisor(self):
+        """Its workers end, what they were doing is answered, the port is free, and the counts are whole."""
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "3")
+        calls = self.load(server.port)
+        self.more(calls, 300)
+        killed = time.monotonic()
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(20)
+        wait_until(lambda: not server.session())
+        self.stop_load()
+        self.assertEqual([call for call in calls if call[2] and call[1] < killed], [])
+        answered = sum(not wrong for _, _, wrong in calls)
+        server = self.start("--workers", "1", "--port", str(server.port))
+        self.assertTrue(answered <= self.stats(server)["hello"] <= len(calls))
+        self.end(server)
+
+    def test_two_boards_behind_nginx(self):
+        """README, "When one machine is not enough": one login for both, each with counts of its own, one may go."""
+        boards = []
+        for name in ("one", "two"):
+            (self.dir / name / "functions").mkdir(parents=True)
+            (self.dir / name / "functions" / "hello.py").write_text("def main(request): return 'x'")
+            boards.append(Server(self.dir / name, "--workers", "1", FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k"))
+            self.addCleanup(boards[-1].kill_all)
+        port = self.nginx([board.port for board in boards])
+        cookie = boards[0].get("/login", "POST", json.dumps({"token": TOKEN}), Content_Type="application/json")[1]["Set-Cookie"]
+        for board in boards:
+            self.assertEqual(board.get("/function/list_functions", Cookie=cookie.partition(";")[0])[0], 200)
+        calls = self.load(port)
+        self.more(calls, 400)
+        boards[1].process.terminate()
+        boards[1].process.wait(20)
+        self.more(calls, 200)
+        self.stop_load()
+        self.assertEqual([call for call in calls if call[2]], [])
+        counts = [self.stats(boards[0])["hello"]]
+        boards[1] = Server(self.dir / "two", "--workers", "1", FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k")
+        self.addCleanup(boards[1].kill_all)
+        counts.append(self.stats(boards[1])["hello"])
+        self.assertTrue(min(counts) > 100 and sum(counts) == len(calls), (counts, len(calls)))
+        for board in boards:
+            self.end(board)
+
+
+class DamageTest(ServerCase):
+    """Disk, database and journal while it runs: a call never fails for them, and what can't be written is told."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write("hello", "def main(request): return 'x'")
+
+    def calls(self, server: Server, count: int) -> None:
+        for _ in range(count):
+            self.assertEqual(server.get("/function/hello")[2], b"x")
+
+    def counted(self, server: Server) -> int:
+        with contextlib.suppress(ValueError, KeyError):
+            return self.stats(server)["hello"]
+        return 0
+
+    def test_full_disk(self):
+        """A real full disk where we may mount one."""
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", self.dir], capture_output=True)
+        if mounted.returncode:  # not root, or in a container: test_files_that_may_not_grow has to do
+            self.skipTest("may not mount a disk to fill")
+        self.addCleanup(subprocess.run, ["umount", "-l", self.dir], capture_output=True)
+        (self.dir / "functions").mkdir()
+        self.write("hello", "def main(request): return 'x'")
+        server = self.start("--workers", "2")
+        self.calls(server, 20)
+        self.assertEqual(self.counted(server), 20)
+        self.fill(self.dir / "filler")
+        self.calls(server, 100)
+        self.assertEqual(server.get("/health")[0], 503)
+        (self.dir / "filler").unlink()
+        self.calls(server, 30)
+        self.assertGreaterEqual(self.counted(server), 50)
+        self.end(server)
+
+    @staticmethod
+    def fill(path: Path) -> None:
+        """Write until the disk is full."""
+        with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+            for size in (65536, 1):
+                with contextlib.suppress(OSError):
+                    while file.write(b"x" * size):
+                        pass
+
+    def test_files_that_may_not_grow(self):
+        """The same by a limit on the size of files, which needs no rights."""
+        server = self.start("--workers", "2", limits={"RLIMIT_FSIZE": 450_000})
+        self.calls(server, 20)
+        with open(next((self.dir / "journal").glob("*.jsonl")), "ab") as journal:
+            journal.write(b"\n" * 460_000)
+        self.calls(server, 100)
+        self.assertIn("File too large", (self.dir / "serverless_error.log").read_text())
+        self.assertGreaterEqual(self.counted(server), 20)
+        self.end(server)
+
+    def test_a_locked_database(self):
+        """Somebody else holds the write lock longer than we wait for it."""
+        server = self.start("--workers", "2")
+        self.calls(server, 20)
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            began = time.monotonic()
+            self.calls(server, 50)
+            self.assertLess(time.monotonic() - began, 4)
+            self.assertEqual(server.get("/health")[0], 503)
+            self.calls(server, 50)
+        wait_until(lambda: server.get("/health")[0] == 200)
+        self.assertEqual(self.counted(server), 120)
+        self.end(server)
+
+    def test_a_database_that_breaks_while_it_runs(self):
+        server = self.start("--workers", "2")
+        self.calls(server, 20)
+        self.assertEqual(self.counted(server), 20)
+        for path in self.dir.glob("serverless.db*"):
+            with open(path, "r+b") as file:
+                file.write(b"this is no database" * 5000)
+        self.calls(server, 50)
+        self.assertEqual(server.get("/health")[0], 503)
+        self.calls(server, 50)
+        self.end(server)
+        for path in self.dir.glob("serverless.db*"):
+            path.unlink()
+        server = self.start("--workers", "2")  # the journal has it all
+        self.assertEqual(self.counted(server), 120)
+        self.end(server)
+
+    def test_a_database_that_is_deleted_while_it_runs(self):
+        server = self.start("--workers", "2")
+        self.calls(server, 20)
+        self.assertEqual(self.counted(server), 20)
+
+        def opened(pid: int) -> bool:
+            with contextlib.suppress(OSError):
+                return any(os.path.realpath(path).endswith("serverless.db") for path in Path(f"/proc/{pid}/fd").iterdir())
+            return False
+        wait_until(lambda: len(server.workers()) == 2 and all(map(opened, server.workers())))
+        for path in self.dir.glob("serverless.db*"):
+            path.unlink()
+        self.calls(server, 30)
+        wait_until((self.dir / "serverless_error.log").exists)
+        wait_until(lambda: (self.dir / "serverless_error.log").read_text().count("was deleted") == 2)  # by each worker
+        self.assertEqual(self.counted(server), 50)
+        self.calls(server, 10)
+        for _ in range(6):  # whichever worker is asked
+            self.assertEqual(self.counted(server), 60)
+        self.end(server)
+        with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db:
+            self.assertEqual(db.execute("PRAGMA integrity_check").fetchone()[0], "ok")
+            self.assertEqual(db.execute("SELECT call_count FROM call_stats").fetchone()[0], 60)
+
+    def test_a_journal_that_is_deleted_while_it_runs(self):
+        self.write("later", "SETTINGS = {'async': True}\nimport time\ndef main(request):\n    time.sleep(.5)\n    return 'x'")
+        server = self.start("--workers", "2")
+        self.calls(server, 20)
+        self.assertEqual(self.counted(server), 20)
+        self.assertEqual(server.get("/function/later", "POST")[0], 202)
+        wait_until(lambda: self.stats(server).get("later") == 1)
+        shutil.rmtree(self.dir / "journal")
+        self.calls(server, 30)
+        wait_until(lambda: list((self.dir / "journal").glob("*.jsonl")))
+        self.calls(server, 130)  # of those before it was noticed some are lost
+        seen = self.counted(server)
+        self.assertTrue(100 <= seen <= 180, seen)
+        self.calls(server, 10)
+        self.assertEqual(self.counted(server), seen + 10)
+        wait_until(lambda: self.leader() in server.workers())  # there is a leader whose lock others see
+        answers = [json.loads(server.get("/function/later", "POST")[2])["id"] for _ in range(4)]
+
+        def states() -> list:
+            with contextlib.closing(sqlite3.connect(self.dir / "serverless.db", timeout=20)) as db:
+                return db.execute("SELECT state, attempts FROM fn_queue WHERE id IN (?, ?, ?, ?)", answers).fetchall()
+        wait_until(lambda: {row[0] for row in states()} == {"done"})
+        self.assertEqual(states(), [("done", 1)] * 4)  # none was taken for a dead process's and run again
+        self.end(server)
+
+    def test_the_clock_jumps(self):
+        """Years forward, an hour back, and back to where it was: calls, counts, logins and the schedule go on."""
+        self.write("tick", "SETTINGS = {'schedule': 'every 1m'}\ndef main(request): return 'x'")
+        self.write("rated", "SETTINGS = {'rate': '2/min'}\ndef main(request): return 'x'")
+        app = self.make_app()
+        app.background.stop()
+        start, total = self.clock.now, 0
+        for jump in (0, 60, 20 * 365 * 86400, 20 * 365 * 86400 - 3600, 0, -3600, -10 * 365 * 86400, 120):
+            with self.subTest(jump=jump):
+                self.clock.now = start + jump
+                for _ in range(3):
+                    self.assertLessEqual(app.background.step(self.clock.now), 1)
+                self.assertEqual(self.call(app, "GET", "/function/hello").data, b"x")
+                total += 1
+                self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"]["hello"], total)
+                self.assertEqual(self.call(app, "GET", "/function/rated").code, 200)
+                login = self.client(app)
+                self.assertEqual(login.post("/login", json={"token": TOKEN}).code, 200)
+                self.assertEqual(login.get("/function/list_functions").code, 200)
+                following = app.schedule.get("tick")["next"]
+                self.assertTrue(0 < following - self.clock.now <= 60, following - self.clock.now)
+                self.assertLessEqual(app.store.read("SELECT count(*) FROM fn_queue WHERE job = 'tick'")[0][0], 8)
+
+
+class FuzzTest(Case):
+    """Made-up input of every kind: a proper answer or the documented error, never anything else.
+
+    The same in every run; FNSERVE_FUZZ=5000 tries that many of each, other ones each time.
+    """
+
+    FUNCTIONS = {
+        "echo": "def main(request):\n    return [len(request.args), len(request.form), len(request.files), len(request.cookies), request.url,\n"
+                "            repr(request.get_json(silent=True))[:99], repr(request.authorization), request.access_route, request.host,\n"
+                "            str(request.user_agent), str(request.referrer), list(request.accept_mimetypes), request.mimetype_params]",
+        "file": "from flask import send_file\ndef main(request): return send_file('data.txt', conditional=True)",
+        "counts": "from flask import session\ndef main(request):\n    session['n'] = session.get('n', 0) + 1\n    return dict(session)",
+        "picks": "def main(request):\n    return [request.accept_mimetypes.best_match(['text/html', 'application/json']), request.is_json,\n"
+                 "            str(request.if_none_match), str(request.if_modified_since), str(request.cache_control)]",
+    }
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.tool = module("hypothesis")
+        self.st = module("hypothesis.strategies")
+        for name, code in self.FUNCTIONS.items():
+            self.write(name, code)
+        (self.dir / "data.txt").write_text("0123456789" * 100)
+        self.app = self.make_app(MAX_BODY=100_000)
+        self.app.background.stop()
+
+    def fuzz(self, check, *strategies: object, examples: int = 120) -> None:
+        """Call `check` with what the strategies make."""
+        many = int(os.environ.get("FNSERVE_FUZZ", "0"))
+        settings = self.tool.settings(max_examples=many or examples, derandomize=not many, deadline=None, database=None,
+                                      suppress_health_check=list(self.tool.HealthCheck))
+        settings(self.tool.given(self.st.tuples(*strategies))(lambda values: (check(*values), None)[1]))()
+
+    def header(self):
+        """Return a strategy: text as it may stand in a header, or parts of what headers look like."""
+        parts = self.st.sampled_from(["bytes=", "0-", "-5", "5-2", ",", ";", "q=", "1.0", "*/*", "text/html", '"', "\\", "W/", "=", " ", "a", "\xff",
+                                      "Basic ", "Bearer ", "Digest ", "Sat, 01 Jan 2022 00:00:00 GMT", "session=", "é", "99999999999999999999", "[::1]", ":"])
+        text = self.st.text(self.st.characters(min_codepoint=32, max_codepoint=255), max_size=40)
+        return self.st.one_of(text, self.st.lists(parts, max_size=8).map("".join))
+
+    def ask(self, path: str, method: str = "GET", query: str = "", body: bytes = b"", **headers: str):
+        """Make a call with a raw environ, and see that it is answered by no failure of ours."""
+        environ = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query, "SERVER_NAME": "x", "SERVER_PORT": "80",
+                   "SERVER_PROTOCOL": "HTTP/1.1", "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(body), "wsgi.errors": io.StringIO(),
+                   "wsgi.version": (1, 0), "wsgi.multithread": True, "wsgi.multiprocess": True, "wsgi.run_once": False,
+                   "REMOTE_ADDR": "127.0.0.1", "CONTENT_LENGTH": str(len(body)), **headers}
+        seen = []
+        answer = self.app(environ, lambda status, fields, exc_info=None: seen.append((status, fields)))
+        data = b"".join(answer)
+        if hasattr(answer, "close"):
+            answer.close()
+        status = int(seen[-1][0][:3])
+        self.assertTrue(200 <= status < 500, (status, data[:300], environ, self.last_error()))
+        for name, value in seen[-1][1]:
+            self.assertFalse(set("\r\n\0") & set(name + value), (name, value))
+        return status, data
+
+    def last_error(self) -> str:
+        path = self.dir / "serverless_error.log"
+        return path.read_text()[-2000:] if path.exists() else ""
+
+    def test_requests(self):
+        st, names = self.st, ("HTTP_COOKIE", "HTTP_ACCEPT", "HTTP_RANGE", "HTTP_AUTHORIZATION", "HTTP_HOST", "HTTP_IF_NONE_MATCH", "HTTP_IF_RANGE",
+                              "HTTP_IF_MODIFIED_SINCE", "HTTP_CACHE_CONTROL", "HTTP_ORIGIN", "HTTP_USER_AGENT", "HTTP_X_FORWARDED_FOR", "CONTENT_TYPE",
+                              "HTTP_REFERER", "HTTP_ACCEPT_LANGUAGE", "HTTP_PREFER", "HTTP_IDEMPOTENCY_KEY", "HTTP_SEC_FETCH_SITE", "CONTENT_LENGTH")
+        paths = st.one_of(st.sampled_from(["/function/echo", "/function/file", "/function/counts", "/function/picks", "/", "/login", "/health", "/metrics"]),
+                          st.text(st.characters(max_codepoint=255), max_size=30).map(lambda text: "/function/" + text),
+                          st.text(st.characters(max_codepoint=255), max_size=30).map(lambda text: "/" + text))
+        self.fuzz(lambda path, method, query, headers, body: self.ask(path, method, query, body, **headers), paths,
+                  st.one_of(st.sampled_from(["GET", "POST", "PUT", "HEAD", "OPTIONS"]), st.text("ABCxyz-", min_size=1, max_size=9)),
+                  self.header(), st.dictionaries(st.sampled_from(names), self.header(), max_size=6), st.binary(max_size=200), examples=400)
+
+    def test_conditional_and_ranges(self):
+        names = ("HTTP_RANGE", "HTTP_IF_RANGE", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_ACCEPT")
+        self.fuzz(lambda path, headers: self.ask(path, **headers), self.st.sampled_from(["/function/file", "/function/picks"]),
+                  self.st.dictionaries(self.st.sampled_from(names), self.header(), min_size=1), examples=200)
+
+    def test_sessions(self):
+        sound = self.app.signer.sign('{"n":1}', self.clock.now)
+
+        def check(at: int, text: str, whole: str) -> None:
+            status, data = self.ask("/function/counts", HTTP_COOKIE="session=" + (whole or sound[:at] + text + sound[at + len(text):]))
+            self.assertIn(json.loads(data)["n"], (1, 2))
+        self.fuzz(check, self.st.integers(0, len(sound)), self.st.text("abcXYZ019.-_=%", max_size=9), self.header())
+
+    def test_multipart(self):
+        parts = self.st.sampled_from([b"--B\r\n", b"--B--\r\n", b"--B", b"\r\n", b"\n", b"Content-Disposition: form-data; name=\"a\"", b"; filename=\"f\"",
+                                      b"; filename*=utf-8''%ff", b"Content-Type: text/plain; charset=", b"utf-7", b"x" * 70_000, b"\0", b'"', b"value", b":"])
+        self.fuzz(lambda body, kind: self.ask("/function/echo", "POST", body=body, CONTENT_TYPE=kind),
+                  self.st.one_of(self.st.lists(parts, max_size=12).map(b"".join), self.st.binary(max_size=99)),
+                  self.st.one_of(self.st.just("multipart/form-data; boundary=B"), self.header().map("multipart/form-data; boundary=".__add__),
+                                 self.st.just("application/x-www-form-urlencoded"), self.st.just("application/json")))
+
+    def test_env(self):
+        path = self.dir / "made.env"
+
+        def check(text: str) -> None:
+            path.write_bytes(text.encode("utf-8", "replace"))
+            self.assertTrue(all(isinstance(name, str) and isinstance(value, (str, type(None)))
+                                for name, value in fnserve.read_env(str(path)).items()))
+        parts = self.st.sampled_from(["A", "=", "'", '"', "\\", "\n", "${", "A}", ":-", "#", " ", "export ", "$", "}", "\r", "é", "\0", "PORT=x"])
+        self.fuzz(check, self.st.one_of(self.st.text(max_size=60), self.st.lists(parts, max_size=20).map("".join)), examples=300)
+
+    def json(self):
+        """Return a strategy: any JSON."""
+        st = self.st
+        leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.sampled_from([2 ** 70, 1e308, -1, 0]))
+        return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+
+    def test_schedules(self):
+        st = self.st
+        parts = st.sampled_from(["*", "/", "5", "-", ",", "0", "59", "99", "mon", "jan", "last", "xth", "1st", "L", "#", " ", " ", " ", "@hourly", "every ",
+                                 "30s", "1w", "999999999999d", "٥", "?"])
+        names = st.sampled_from(["year", "month", "day", "week", "day_of_week", "hour", "minute", "second", "weeks", "days", "seconds", "run_date",
+                                 "start_date", "end_date", "jitter", "timezone", "trigger", "misfire_grace_time", "max_instances", "coalesce", "x"])
+        words = st.one_of(st.lists(parts, max_size=9).map("".join), st.lists(st.sampled_from(["*", "*/5", "1-5", "0", "7", "mon", "31", "2"]), min_size=5,
+                                                                             max_size=5).map(" ".join), st.sampled_from(["2030-01-01", "9999-12-31T23:59:59", "UTC", "Asia/Taipei", "cron"]))
+
+        def check(value: object) -> None:
+            try:
+                trigger = fnserve.parse_schedule(value, "UTC", self.clock.now)
+                following = trigger.next(self.clock.now)
+            except fnserve.TriggerError:
+                return
+            self.assertTrue(following is None or following > self.clock.now, (value, following))
+        self.fuzz(check, st.one_of(words, st.dictionaries(names, st.one_of(words, self.json()), max_size=4), self.json()), examples=300)
+
+    def test_the_journal_is_read(self):
+        directory, total = Path(self.app.settings.JOURNAL_DIR), [0]
+        self.ask("/function/echo")
+        sound = next(directory.glob("*.jsonl")).read_bytes().strip()
+        keys = self.st.sampled_from(["t", "id", "f", "r", "m", "p", "s", "us", "n", "c", "via", "try", "out", "err", "mx"])
+        lines = self.st.one_of(self.st.binary(max_size=60), self.st.dictionaries(keys, self.json()).map(
+            lambda fields: json.dumps({**json.loads(sound), "f": "other", **fields}).encode()), self.st.sampled_from([b"[]", b"{}", b"null", b"\xff"]))
+
+        def check(made: list) -> None:
+            with open(next(directory.glob("*.jsonl")), "ab") as file:
+                file.write(b"".join(b"\n" + line + b"\n" for line in made) + b"\n" + sound + b"\n")
+            total[0] += 1
+            self.app.folder.fold()
+            seen = self.app.store.read("SELECT call_count FROM call_stats WHERE func_name = 'echo'")[0][0]
+            self.assertGreaterEqual(seen, total[0] + 1)
+            for path in ("/admin/logs", "/function/show_stats", "/metrics"):
+                self.ask(path, HTTP_AUTHORIZATION="Bearer " + TOKEN, HTTP_ACCEPT="application/json")
+        self.fuzz(check, self.st.lists(lines, max_size=5), examples=60)
+
+    def test_settings_of_functions(self):
+        keys = self.st.sampled_from(["methods", "auth", "cors", "rate", "timeout", "concurrency", "verify", "async", "retries", "dedupe", "max_body",
+                                     "entry", "parameters", "schedule", "x"])
+        values = self.st.one_of(self.json(), self.st.sampled_from(["60/min", "1/s", "*", "github", "10MiB", "public", "GET", ["GET"], "0/s", "-1/min",
+                                                                   {"header": "X"}, "1e9/s", 1e400, "main", "* * * * *"]))
+
+        def check(number: int, settings: dict) -> None:
+            text = repr(settings).replace("inf", "1e999").replace("nan", "(1e999 - 1e999)")
+            self.write(f"made{number % 7}", f"SETTINGS = {text}\ndef main(request): return 'x'")
+            status, data = 0, b""
+            with contextlib.suppress(AssertionError):  # a load error is a 500 that is told in the log
+                status, data = self.ask(f"/function/made{number % 7}", HTTP_AUTHORIZATION="Bearer " + TOKEN)
+            self.assertTrue(status or "SETTINGS" in self.last_error().rpartition(" ERROR ")[2], (settings, self.last_error()))
+        numbers = iter(range(10 ** 9))
+        self.fuzz(lambda settings: check(next(numbers), settings), self.st.dictionaries(keys, values, max_size=3), examples=80)
+
+    def test_json_of_the_admin(self):
+        st, names = self.st, self.st.sampled_from(["id", "func", "trigger", "hour", "minute", "seconds", "args", "kwargs", "run_date", "action", "table",
+                                                   "key", "values", "columns", "sql", "module_name", "code", "version", "token", "name"])
+        values = st.one_of(self.json(), st.sampled_from(["echo", "echo:main", "cron", "interval", "date", "5", "*/2", "retry", "sql", "insert", "SELECT 1", "create"]))
+        paths = st.sampled_from(["/scheduler/jobs", "/scheduler/jobs/x", "/scheduler/jobs/a/pause", "/admin/queue", "/admin/data", "/admin/restore",
+                                 "/function/save_function", "/function/update_function", "/function/delete_function", "/login", "/admin/settings"])
+
+        def check(path: str, method: str, sent: object) -> None:
+            with contextlib.suppress(ValueError):
+                self.ask(path, method, body=json.dumps(sent).encode("utf-8", "surrogatepass"), CONTENT_TYPE="application/json",
+                         HTTP_AUTHORIZATION="Bearer " + TOKEN, HTTP_ACCEPT="application/json")
+            for name in self.FUNCTIONS:
+                self.assertTrue((self.dir / "functions" / f"{name}.py").exists() or self.write(name, self.FUNCTIONS[name]))
+        self.fuzz(check, paths, st.sampled_from(["POST", "PATCH", "DELETE", "GET"]), st.one_of(st.dictionaries(names, values, max_size=6), self.json()),
+                  examples=250)
 
 
 class UnitTest(Case):
