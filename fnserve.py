@@ -4010,7 +4010,7 @@ class Runner:
         self._queue, self._run, self._most = queue, run, threads
         self._lock, self._threads, self._idle = threading.Lock(), 0, 0
         self._wake = threading.Semaphore(0)
-        self.stopping = False
+        self.running, self.stopping = 0, False  #: how many calls run here; whether no more are to be claimed
 
     def poke(self) -> None:
         """Let an idle thread look for a call, or a new one."""
@@ -4032,12 +4032,20 @@ class Runner:
                 row = None
             if row is not None:
                 self.poke()  # there may be more
-                try:
-                    self._run(row)
-                except BaseException as error:  # a thread must outlive whatever a call does
-                    log.error("queue: %s: %s", row["function"], user_traceback(error))
+                self._run_one(row)
             elif not self._rest():
                 return
+
+    def _run_one(self, row: Any) -> None:
+        with self._lock:
+            self.running += 1
+        try:
+            self._run(row)
+        except BaseException as error:  # a thread must outlive whatever a call does
+            log.error("queue: %s: %s", row["function"], user_traceback(error))
+        finally:
+            with self._lock:
+                self.running -= 1
 
     def _rest(self) -> bool:
         """Wait to be poked; False after a while without, when the thread ends."""
@@ -4456,8 +4464,6 @@ def run_queued(app: Any, row: Any) -> None:
                                     dump_json(list(response.headers)), response.get_data(), sql_value(why))
         except sqlite3.Error as locked:  # it ran, and must not run again because somebody else holds the database
             log.error("%s: the end of its queued call can't be stored yet: %s", row["function"], locked)
-            if app.runner.stopping:
-                return None
             sleep(1)
 
 
@@ -7581,6 +7587,11 @@ def capture_output(settings: Settings) -> None:
         root.addHandler(shown)
         root.setLevel(min(root.level or logging.INFO, logging.INFO))
     log.propagate = False  # what fnserve itself has to say is not the call's output
+    write_errors(settings)
+
+
+def write_errors(settings: Settings) -> None:
+    """Let this process's log go to the error log."""
     log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, ErrorLog)]
     log.addHandler(ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS))
 
@@ -7591,7 +7602,7 @@ class Background:
     def __init__(self, app: App) -> None:
         self._app, self._handle = app, -1
         self._folded = self._checked = self._pruned = self._scanned = self._sampled = self._summed = 0.0
-        self._stopping, self._load, self._lost = threading.Event(), Load(), 0
+        self._stopping, self._ended, self._load, self._lost = threading.Event(), threading.Event(), Load(), 0
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._resign)
 
@@ -7606,16 +7617,26 @@ class Background:
 
     def start(self) -> None:
         """Run the loop in a thread of its own."""
-        self._handle, self._stopping, self._summed = -1, threading.Event(), self._app.clock()
-        for loop in (self._run, self._watch):
-            threading.Thread(target=loop, args=(self._stopping,), name="fnserve background", daemon=True).start()
+        self._handle, self._summed = -1, self._app.clock()
+        self._stopping, self._ended = threading.Event(), threading.Event()
+        for loop, ending in ((self._run, self._stopping), (self._watch, self._ended)):
+            threading.Thread(target=loop, args=(ending,), name="fnserve background", daemon=True).start()
 
-    def stop(self) -> None:
-        """End the loop after its round, and start no more queued calls."""
+    def drain(self) -> None:
+        """Start nothing new: queued calls and leading are left to other processes. What runs keeps its deadlines."""
         self._app.runner.stopping = True
         self._stopping.set()
 
+    def stop(self) -> None:
+        """End the loops, this one after its round."""
+        self.drain()
+        self._ended.set()
+
     def _run(self, stopping: threading.Event) -> None:
+        self._loop(stopping)
+        self._resign()
+
+    def _loop(self, stopping: threading.Event) -> None:
         pause = 1.0
         while not stopping.wait(pause):
             try:
@@ -7843,7 +7864,7 @@ BACKLOG, MOST_CONNECTIONS = 1024, 1000
 STALLED_SECONDS = 60.0
 SPARE_THREADS = 1 + MOST_VIEWERS  # for the platform itself, whatever functions do
 STARTED_IN = os.getcwd()  # where the command line's paths begin, for a SIGHUP
-BIRTH_SECONDS, MAX_BACKOFF = 1.0, 30.0
+BIRTH_SECONDS, MAX_BACKOFF, TRIAL_SECONDS = 1.0, 30.0, 20.0
 MOST_CHUNK_CONTROL = 8192  # waitress would copy it anew with each piece that comes: 20 s of CPU for 15 MB
 QUIET_SECONDS = 1.0  # that a draining worker leaves a connection open: a proxy may be sending its next request just now
 
@@ -8085,11 +8106,11 @@ class Worker:
         self._stopped_by, self._stopping = number, True
         self._server.pull_trigger()
 
-    def run(self, parent: Optional[int] = None) -> None:
-        """Serve until `stop`, or until the parent process is gone."""
+    def run(self, parent: Optional[int] = None, relieve: Callable[[], Any] = lambda: None) -> None:
+        """Serve until `stop`, or until the parent process is gone, which `relieve` asks to put another in this one's place."""
         from waitress import wasyncore
         if parent is not None:
-            self._app.watch.retire = self.stop  # somebody replaces this process
+            self._app.watch.retire = functools.partial(self._retire, relieve)
         turn = functools.partial(wasyncore.loop, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
         while not self._stopping and self._server.accepting and (parent is None or os.getppid() == parent):
             if parent is None:
@@ -8098,23 +8119,29 @@ class Worker:
         wasyncore.dispatcher.close(self._server)  # the listening socket of this process; the trigger stays
         if parent is None:
             log_stop(self._stopped_by)
+        self._app.background.drain()
         until = monotonic() + self._grace
         while self._busy() and monotonic() < until:
             turn(timeout=.05)
-        if self._server.active_channels:
+        if self._busy():
             self._app.watch.cut_off()
             for channel in list(self._server.active_channels.values()):
                 channel.handle_close()
             sleep(.1)  # for streams to notice, so that they are recorded
         self._server.task_dispatcher.shutdown()
 
+    def _retire(self, relieve: Callable[[], Any]) -> None:
+        if not self._stopping:
+            self.stop()
+            relieve()
+
     def _busy(self) -> bool:
-        """Tell whether a request is being read or answered; connections without one are closed."""
+        """Tell whether a request is being read or answered, or a queued call runs; idle connections are closed."""
         for channel in list(self._server.active_channels.values()):
             quiet = abs(time() - channel.last_activity) > QUIET_SECONDS
             if not channel.requests and channel.request is None and not channel.total_outbufs_len and quiet:
                 channel.handle_close()
-        return bool(self._server.active_channels)
+        return bool(self._server.active_channels or self._app.runner.running)
 
 
 class Supervisor:
@@ -8122,9 +8149,8 @@ class Supervisor:
 
     def __init__(self, app: App, opened: Any) -> None:
         self._app, self._socket, self._stops, self._stopped_by, self._again = app, opened, 0, 0, False
-        self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, monotonic time of birth)
-        #: workers of the code before a SIGHUP
-        self._former = [int(pid) for pid in os.environ.pop("FNSERVE_FORMER", "").split()]
+        self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, -1 once it is relieved; monotonic time of birth)
+        self._relieved = os.pipe()  #: what a worker writes its number to when it has to go
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
         self._backoff = dict.fromkeys(self._due, 0.0)  #: number -> seconds to wait, for workers that die at birth
 
@@ -8143,12 +8169,15 @@ class Supervisor:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._replace(monotonic())
         notify("READY=1")
-        self._signal(signal.SIGTERM, self._former)
+        end_former()
         while not self._stops:
             if self._again:
                 self._execute_again()
-            if select.select([reading], [], [], max(0.0, min([1.0] + [due - monotonic() for due in self._due.values()])))[0]:
-                os.read(reading, 4096)
+            until = min([1.0] + [due - monotonic() for due in self._due.values()])
+            for ready in select.select([reading, self._relieved[0]], [], [], max(0.0, until))[0]:
+                told = os.read(ready, 4096)
+                if ready != reading:
+                    self._relieve(told)
             self._reap()
             self._replace(monotonic())
             notify("WATCHDOG=1")
@@ -8156,6 +8185,12 @@ class Supervisor:
 
     def _stop(self, number: int, _: Any) -> None:
         self._stops, self._stopped_by = self._stops + 1, number
+
+    def _relieve(self, numbers: bytes) -> None:
+        """Put others in the place of workers that take no more requests, but have some to finish."""
+        for pid, (number, born) in list(self._workers.items()):
+            if number >= 0 and number in numbers:
+                self._workers[pid], self._due[number] = (-1, born), 0.0
 
     def _reload(self, *_: Any) -> None:
         self._again = True
@@ -8168,10 +8203,14 @@ class Supervisor:
         import subprocess
         self._again = False
         command = import_command()
-        trial = subprocess.run(command, env={**os.environ, "FNSERVE_TRIAL": "1"}, cwd=STARTED_IN, capture_output=True,
-                               text=True)
-        if trial.returncode:
-            log.error("SIGHUP: the new fnserve.py does not start, the old one goes on: %s", trial.stderr.strip()[-2000:])
+        try:
+            subprocess.run(command, env={**os.environ, "FNSERVE_TRIAL": "1"}, cwd=STARTED_IN, capture_output=True, text=True,
+                           check=True, timeout=TRIAL_SECONDS)
+        except (OSError, subprocess.SubprocessError) as error:
+            why = getattr(error, "stderr", None) or error
+            log.error("SIGHUP: the new fnserve.py does not start, the old one goes on: %s", str(why).strip()[-2000:])
+            return
+        if self._stops:  # meanwhile
             return
         os.set_inheritable(self._socket.fileno(), True)
         os.environ.update(FNSERVE_SOCKET=str(self._socket.fileno()), FNSERVE_FORMER=" ".join(map(str, self._workers)))
@@ -8208,7 +8247,7 @@ class Supervisor:
         signal.signal(signal.SIGTERM, worker.stop)
         if self._stops:  # the signal came between the fork and the lines above
             worker.stop()
-        worker.run(supervisor)
+        worker.run(supervisor, lambda: os.write(self._relieved[1], bytes([number])))
 
     def _reap(self) -> None:
         while self._workers:
@@ -8249,6 +8288,14 @@ class Supervisor:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+
+def end_former() -> None:
+    """Let the workers of the code before a SIGHUP finish: others are there now."""
+    import signal
+    for pid in os.environ.pop("FNSERVE_FORMER", "").split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGTERM)
 
 
 def serve_first_look(app: App, opened: Any) -> int:
@@ -8293,6 +8340,7 @@ def serve(app: App) -> int:
     try:
         import waitress  # noqa: F401
     except ImportError:
+        end_former()
         print("waitress is missing, so this is for a first look only: sudo apt-get install python3-waitress"
               "  (or: pip install waitress)", file=sys.stderr, flush=True)
         return serve_first_look(app, opened)
@@ -8302,6 +8350,7 @@ def serve(app: App) -> int:
         import waitress.server  # noqa: F401  # before the fork, so that the workers share its pages
         gc.collect()
         give_back_memory()
+        write_errors(app.settings)
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened).run()
     import signal
@@ -8309,6 +8358,7 @@ def serve(app: App) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.stop)
     notify("READY=1")
+    end_former()
     worker.run()
     return 0
 

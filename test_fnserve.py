@@ -4380,13 +4380,62 @@ scrape_configs:
 
     def test_a_stuck_worker_is_replaced(self):
         self.write("stuck", "import time\nSETTINGS = {'timeout': 0.2}\ndef main(request): time.sleep(60)")
+        self.write("ticks", "import time\ndef main(request):\n    while True:\n        yield 'x'\n        time.sleep(.1)")
         self.write("hello", "import os\ndef main(request): return str(os.getpid())")
         server = self.start("--workers", "1", "--grace", "1")
         first = server.get("/function/hello")[2]
-        self.assertEqual(server.get("/function/stuck")[0], 504)
-        wait_until(lambda: server.workers() and server.workers() != [int(first)])
-        wait_until(lambda: server.get("/function/hello")[0] == 200)
+        with contextlib.closing(socket.create_connection(("127.0.0.1", server.port))) as watching:  # keeps the old one until GRACE
+            watching.sendall(b"GET /function/ticks HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.assertTrue(watching.recv(1000))
+            self.assertEqual(server.get("/function/stuck")[0], 504)
+            wait_until(lambda: len(server.workers()) == 2)  # another is there before this one has gone
+            self.assertEqual(server.get("/function/hello")[0], 200)
+        wait_until(lambda: server.workers() and int(first) not in server.workers())
         self.assertNotEqual(server.get("/function/hello")[2], first)
+
+    def test_a_stop_lets_queued_calls_finish_and_ends_dashboards(self):
+        marks = self.dir / "marks"
+        self.write("slow", f"import time\ndef main(request):\n    open({str(marks)!r}, 'a').write('begun ')\n    time.sleep(1)\n"
+                           f"    open({str(marks)!r}, 'a').write('ended ')\n    return 'x'")
+        for stop in (signal.SIGTERM, signal.SIGHUP):
+            marks.write_text("")
+            server = self.start("--workers", "1")
+            wait_until(server.workers)
+            first = server.workers()
+            with contextlib.closing(socket.create_connection(("127.0.0.1", server.port))) as watching:
+                watching.sendall(f"GET /monitoring/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+                self.assertTrue(watching.recv(1000))
+                self.assertEqual(server.get("/function/slow", Prefer="respond-async")[0], 202)
+                wait_until(lambda: marks.read_text() == "begun ")
+                began = time.monotonic()
+                server.process.send_signal(stop)
+                if stop == signal.SIGTERM:
+                    self.assertEqual(server.process.wait(20), 0)
+                else:
+                    wait_until(lambda: server.workers() and not set(first) & set(server.workers()))
+                self.assertLess(time.monotonic() - began, 10)  # GRACE is 30
+            self.assertEqual(marks.read_text(), "begun ended ", stop)
+            server.stop()
+        server = self.start("--workers", "1")
+        self.assertEqual(json.loads(server.get("/admin/queue", Authorization="Bearer " + TOKEN, Accept="application/json")[2])["calls"][0]["state"], "done")
+        self.assertEqual(marks.read_text(), "begun ended ")
+
+    def test_signals_while_a_new_file_is_tried(self):
+        directory = self.dir / "gone"
+        directory.mkdir()
+        server = self.start("--workers", "1")
+        self.assertEqual(server.get("/health")[0], 200)
+        server.process.send_signal(signal.SIGHUP)
+        server.process.send_signal(signal.SIGTERM)
+        self.assertEqual(server.process.wait(20), 0)
+        server = Server(directory, "--workers", "1", "--dir", str(self.dir))
+        self.addCleanup(server.kill_all)
+        self.assertEqual(server.get("/health")[0], 200)
+        shutil.rmtree(directory)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "does not start" in (self.dir / "serverless_error.log").read_text())
+        self.assertEqual(server.get("/health")[0], 200)
+        self.assertEqual(server.stop(), 0)
 
     def test_sighup_upgrades_without_a_failed_request(self):
         self.write("hello", "import fnserve\ndef main(request): return fnserve.__version__")
