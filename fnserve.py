@@ -4203,7 +4203,7 @@ class Schedule:
 
     def sync(self, wanted: Mapping[str, Any]) -> None:
         """Make the jobs of SETTINGS["schedule"] what the files say: function -> schedule."""
-        known = {row["id"]: row for row in self.jobs() if row["source"] == "code"}
+        known = {row["id"]: row for row in self._store.rows("SELECT * FROM fn_jobs WHERE source = 'code'")}
         for name in known.keys() - wanted.keys():
             self.remove(name)
         for name, schedule in wanted.items():
