@@ -130,6 +130,9 @@ EXCEPTIONS: dict[int, Any] = {code: _named(name, code) for code, name in {
     500: "InternalServerError", 501: "NotImplemented", 502: "BadGateway", 503: "ServiceUnavailable",
     504: "GatewayTimeout", 505: "HTTPVersionNotSupported"}.items()}
 
+class DeadlineExceeded(BaseException):
+    """Raised in a function's thread once the deadline of its call has passed."""
+
 # == 02 SETTINGS ==========================================================
 # What can be set, and where each value came from. Uses 01. The one table below makes the parsing, the --help text
 # and the README's table. `Settings` is read once at start; `Config` follows .env while the server runs.
@@ -1581,6 +1584,12 @@ def file_number(path: str) -> int:
         return 0
 
 
+def make_private(path: str) -> None:
+    """Make a file that isn't there for its owner's eyes only; an existing one stays as it is."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
+
 class Store:
     """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error."""
 
@@ -1625,6 +1634,8 @@ class Store:
                 connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                 self._durable = durable
             try:
+                if connection.in_transaction:  # an interrupt came just before its ROLLBACK
+                    connection.execute("ROLLBACK")
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
@@ -1657,8 +1668,7 @@ class Store:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():
-            with contextlib.suppress(OSError):  # what is made is for its owner's eyes; an existing file stays as it is
-                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            make_private(self.path)
             connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
@@ -2362,12 +2372,13 @@ class Functions:
 
     def refresh(self, function: Function) -> None:
         """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
-        while not function.lock.acquire(timeout=.1):  # not for ever at once: who waits can be interrupted in between
-            pass
         try:
+            while not function.lock.acquire(timeout=.1):  # not for ever at once: who waits can be interrupted in between
+                pass
             self._load(function)
         finally:
-            function.lock.release()
+            with contextlib.suppress(RuntimeError):  # it was interrupted before it had the lock
+                function.lock.release()
 
     def _load(self, function: Function) -> None:
         stamp, generation = file_stamp(function.path), self._generation
@@ -2384,7 +2395,8 @@ class Functions:
         # A second edit within the clock's tick would leave the same stamp, so a young file is read again
         tick = 2e9 if stamp[0] % 1_000_000_000 == 0 else 2e7
         young = abs(time_ns() - stamp[0]) < tick
-        function.stamp = () if young or function.error else stamp
+        hung = function.code is not None and function.error and isinstance(function.error.__context__, DeadlineExceeded)
+        function.stamp = () if young or function.error and not hung else stamp
         if generation != self._generation and function.uses_helpers:  # a helper changed while this was loading
             function.stamp, function.source = (), None
 
@@ -2506,19 +2518,21 @@ def read_source(path: str) -> bytes:
 def coding_of(source: bytes) -> str:
     """Return the encoding that a file names in its first lines (PEP 263); UTF-8 where it names none, or none that exists."""
     import tokenize  # only where source is shown or saved
-    with contextlib.suppress(SyntaxError):
-        return tokenize.detect_encoding(io.BytesIO(source).readline)[0]
+    with contextlib.suppress(SyntaxError, LookupError):
+        found = tokenize.detect_encoding(io.BytesIO(source).readline)[0]
+        b"".decode(found)  # rot13 and such are no encodings of text
+        return found
     return "utf-8"
 
 
 def encode_source(code: str) -> bytes:
     """Turn a file's text into what is saved; HTTPException 400 where the encoding it names lacks a character."""
-    data = code.encode("utf-8", "surrogatepass")
+    data = code.lstrip("\ufeff").encode("utf-8", "surrogatepass")
     coding = coding_of(data)
     try:
         return data if coding == "utf-8" else code.encode(coding)
-    except UnicodeEncodeError as error:
-        raise HTTPException(400, f"{coding}, which the file names as its encoding, lacks {code[error.start]!r}") from None
+    except UnicodeError as error:
+        raise HTTPException(400, f"{coding}, which the file names as its encoding: {error}") from None
 
 
 def decode_source(source: bytes) -> str:
@@ -2898,7 +2912,7 @@ class Metric:
             row = serving().metrics.setdefault((self._name, shown), [
                 self._kind, self._help, 0.0, self._bounds, [0] * (len(self._bounds) + 1)])
             row[2] += float(value)
-            row[4][bisect_left(self._bounds, value)] += 1
+            row[4][bisect_left(row[3], value)] += 1
 
 
 def counter(name: str, help: str = "", **labels: Any) -> Metric:
@@ -4365,7 +4379,7 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
         if settings is not PLAIN or "HTTP_PREFER" in request.environ:
             gate_function(app, call, settings)
             call.queued = code is not None and wants_queue(call, settings)
-        if call.function in app.protected and call.trigger not in ("async", "schedule"):
+        if call.function in app.protected and call.trigger not in ("async", "schedule", "cli"):
             if not app.settings.ADMIN:
                 raise HTTPException(404, f'Function "{call.function}" not found')
             require_admin(app, call)
@@ -4380,14 +4394,12 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
         raise HTTPException(404, f'Function "{call.function}" not found')
     if settings.cors:
         share_origin(call, settings)
-    if settings.guard:
-        call.after.append(functools.partial(app.guard.see, call))
     allowed = settings.methods + (("HEAD",) if "GET" in settings.methods else ())
     if call.trigger in ("async", "schedule"):
         return
     if allowed and request.method not in allowed:
         raise HTTPException(405, headers=[("Allow", ", ".join(dict.fromkeys(allowed)))])
-    if settings.auth == "login" or settings.auth == "token" and not has_api_token(app, request):
+    if call.trigger != "cli" and (settings.auth == "login" or settings.auth == "token" and not has_api_token(app, request)):
         require_admin(app, call)
     if settings.rate[0]:
         app.rates.take(call, settings.rate)
@@ -4529,30 +4541,31 @@ class Guard:
         self._app = app
         self._proven: dict[str, Code] = {}  #: code that has had PROVEN_CALLS
 
-    def see(self, call: Call, response: Response) -> Response:
-        """Look at an answer of a guarded function."""
-        if response.code >= 500 and call.function and call.code and self._proven.get(call.function) is not call.code:
+    def see(self, call: Call) -> None:
+        """Look at a failed call of a guarded function, once it is recorded."""
+        if call.function and call.code and self._proven.get(call.function) is not call.code:
             try:
                 self._judge(call.id, call.function, call.code)
             except (sqlite3.Error, OSError, LoadError) as error:  # a locked database or a full disk; it will try again
                 log.warning("%s: its guard can't act: %s", call.function, error)
-        return response
 
     def _judge(self, call_id: str, name: str, code: Code) -> None:
         self._app.folder.fold()
-        newest, *older = self._app.store.rows("SELECT version, saved_at, source, loaded FROM fn_versions WHERE func_name = ?"
-                                              " ORDER BY version DESC", name) or [None]
-        good = next((row for row in older if row["loaded"] > 0), None)
-        if newest is None or good is None or bytes(newest["source"]) != code.source:
+        sql = "SELECT version, saved_at, source FROM fn_versions WHERE func_name = ? AND {} ORDER BY version DESC LIMIT 1"
+        newest = self._app.store.rows(sql.format("1"), name)
+        good = self._app.store.rows(sql.format("loaded > 0 AND version < ?"), name, newest[0]["version"]) if newest else []
+        if not good or bytes(newest[0]["source"]) != code.source or good[0]["source"] == newest[0]["source"]:
             return
-        calls, errors = self._count(name, newest["saved_at"], 1e12)
-        if calls >= PROVEN_CALLS:
+        version, since = newest[0]["version"], newest[0]["saved_at"]
+        calls, errors = self._count(name, since, 1e12)
+        oldest = self._app.store.read("SELECT min(time) FROM fn_calls")[0][0]
+        if calls >= PROVEN_CALLS or oldest is not None and oldest > since:  # its first calls may not all be there any more
             self._proven[name] = code
-        elif calls + 1 >= FIRST_CALLS and errors + 1 > (calls + 1) / 2:  # the one under way has no record yet
-            calls_before, errors_before = self._count(name, good["saved_at"], newest["saved_at"])
-            if errors_before <= calls_before / 2 and self._roll_back(name, code, newest["version"], bytes(good["source"])):
-                log.error("%s: version %d failed %d of its first %d calls; version %d serves again", name,
-                          newest["version"], errors + 1, calls + 1, good["version"], extra={"call": call_id})
+        elif calls >= FIRST_CALLS and errors > calls / 2:
+            calls_before, errors_before = self._count(name, good[0]["saved_at"], since)
+            if errors_before <= calls_before / 2 and self._roll_back(name, code, version, bytes(good[0]["source"])):
+                log.error("%s: version %d failed %d of its first %d calls; version %d serves again", name, version, errors,
+                          calls, good[0]["version"], extra={"call": call_id})
 
     def _count(self, name: str, since: float, until: float) -> tuple[int, int]:
         """Return how many calls there were, PROVEN_CALLS at most, the newest first, and how many of them failed."""
@@ -4573,10 +4586,6 @@ class Guard:
         return True
 
 
-class DeadlineExceeded(BaseException):
-    """Raised in a function's thread once the deadline of its call has passed."""
-
-
 class Parked(BaseException):
     """A call waits for room in its function's share, and its thread is free for others. No response has begun."""
 
@@ -4592,7 +4601,7 @@ class Watch:
     def __init__(self, app: Any) -> None:
         self._app, self._most = app, max(1, app.settings.THREADS - 1)
         self._places: list[None] = [None] * app.settings.THREADS
-        self._lock = threading.Lock()
+        self._lock, self._ending = threading.Lock(), False
         self._late: dict[int, Call] = {}  #: thread -> the call whose function it runs
         self._lines: dict[Function, list[tuple[float, Any]]] = {}  #: (until when, connection or Event) in line
         self.resume: Callable[[Any], Any] = lambda connection: None
@@ -4628,7 +4637,7 @@ class Watch:
         waited = getattr(connection.requests[0], "waits_until", None) if connection is not None else None
         until = waited or call.until
         place = (until, threading.Event() if connection is None else connection)
-        while until > perf_counter():
+        while until > perf_counter() and not self._ending:
             with self._lock:
                 line = self._lines.setdefault(function, [])
                 if len(line) >= MOST_WAITING:
@@ -4654,10 +4663,10 @@ class Watch:
                 self._call_next(perf_counter())
 
     def _call_next(self, now: float) -> None:
-        """Wake who has waited longest of those whose function has room; who has waited too long has no use for the place."""
+        """Wake who has waited longest of those whose function has room; who is late or has gone has no use for the place."""
         woken: list[tuple[float, Any]] = []
         with self._lock:
-            while not woken or woken[-1][0] < now:
+            while not woken or woken[-1][0] < now or not getattr(woken[-1][1], "connected", True):
                 ready = [line for function, line in self._lines.items() if line and function.places]
                 if not ready:
                     break
@@ -4695,7 +4704,12 @@ class Watch:
             call.interrupted = -1
 
     def cut_off(self) -> None:
-        """Answer 503 for the calls of clients that are still running when the process ends."""
+        """Answer 503 for the calls of clients that are still running, or in line, when the process ends."""
+        with self._lock:
+            self._ending = True
+            waiting = [place for line in self._lines.values() for _, place in line]
+        for place in waiting:
+            self._wake(place)
         for call in list(self._late.values()):
             if call.trigger == "http" and not call.recorded:
                 give_up(self._app, call, "cut off by the end of the server", HTTPException(503, "The server is stopping"))
@@ -5075,13 +5089,16 @@ def record(app: Any, call: Call, status: int, size: int) -> None:
         f'{{"t":{call.started:.6f},"id":"{call.id}",{name},"m":{quote_json(call.request.method[:20])},'
         f'"p":{quote_json(where[:500])},"s":{status},"us":{taken:.0f},"n":{size},'
         f'"c":{quote_json(environ.get("REMOTE_ADDR") or "")}{more}}}')
+    if status >= 500 and call.code is not None and call.code.settings.guard and call.trigger != "cli":
+        app.guard.see(call)
 
 
 def record_details(call: Call) -> str:
     """Return the rare fields of a record: trigger, attempt, captured output, traceback."""
     dropped = call.printed - OUTPUT_BYTES
     output = "".join(call.output) + (f"\n... {dropped} more characters" if dropped > 0 else "")
-    counted = [[*key, *row] for key, row in call.metrics.items()]
+    with _COUNTING:
+        counted = [[*key, *row] for key, row in call.metrics.items()]
     if counted and len(json.dumps(counted)) > RECORD_BYTES // 3:
         log.error("%s: %d series are too many to be counted in one call", call.function, len(counted))
         counted = []
@@ -6255,7 +6272,7 @@ def try_out(app: Any, name: str, source: bytes, seconds: float, request: Optiona
     where none can be started.
     """
     import tempfile
-    if not app.trials.acquire(timeout=seconds):
+    if not app.trials.acquire(timeout=1):  # no longer: who waits has a thread
         raise HTTPException(503, "There are trials enough under way", [("Retry-After", "5")])
     job = {"name": name, "source": source.decode("utf-8", "surrogateescape"), "seconds": seconds, "request": request,
            "options": app.settings.options, "directory": app.settings.directory}
@@ -6299,9 +6316,10 @@ def read_trial(status: int, answer: bytes, output: bytes, path: str) -> dict[str
     text, crash = output.decode("utf-8", "replace"), None  # type: str, Optional[re.Match[str]]
     if not answer:  # not even the blank that says it is there
         raise OSError(text[-500:])
-    if answer.strip():
+    found: Any = None
+    with contextlib.suppress(ValueError):  # nothing, or something that the code itself wrote there
         found = json.loads(answer)
-    else:
+    if not isinstance(found, dict):
         crash = re.search(r"^(Timeout \(|Fatal Python error)", text, re.M)  # what faulthandler writes
         trace = "".join(line for line in text[crash.start():].splitlines(True) if __file__ not in line) if crash else ""
         place = re.search(rf'File "{re.escape(path)}", line (\d+)', trace)
@@ -6994,11 +7012,14 @@ def is_ours(name: Optional[str]) -> bool:
     return (name or "").lower() == "call_stats" or (name or "").lower().startswith("fn_")
 
 
-def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
+def _authorize(done: set[int], action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
     """Let SQL do everything but write to fnserve's tables, attach files and set pragmas (sqlite3_set_authorizer)."""
     written = {1: second, 2: first, 7: second, 9: first, 10: second, 11: first, 16: second, 18: first, 23: first, 26: second}
     pragma = action == 19 and first not in ("table_info", "table_xinfo", "index_list", "data_version")  # FTS5 asks for the last
-    denied = action in (24, 25) or pragma or is_ours(written.get(action)) or action == 23 and first == "sqlite_sequence"
+    denied = action in (24, 25) or pragma or is_ours(written.get(action))
+    done.add(action)
+    if action in (18, 23) and first == "sqlite_sequence" and 26 not in done:  # ALTER TABLE does it by itself
+        denied = True
     if action == 20 and first == "fn_queue" and second in ("request", "headers", "body", "answer"):
         return 2  # reads as NULL: they hold the callers' secrets
     return 1 if denied else 0
@@ -7008,9 +7029,10 @@ def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any
 def user_data(app: Any) -> Iterator[sqlite3.Connection]:
     """Open the database for the data browser: fnserve's tables can't be written to, and nothing takes longer than 5 s."""
     until = monotonic() + SQL_SECONDS
+    make_private(app.settings.DB_PATH)
     with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5, isolation_level=None)) as connection:
         known = connection.execute("SELECT sql FROM sqlite_master").fetchall()
-        connection.set_authorizer(_authorize)
+        connection.set_authorizer(functools.partial(_authorize, set()))
         connection.set_progress_handler(lambda: monotonic() > until, 10_000)
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
@@ -7767,7 +7789,7 @@ def try_in_child() -> None:
         path = app.functions.path(job["name"])
         linecache.cache[path] = len(source), None, decode_source(source).splitlines(True), path  # for tracebacks
         code = app.functions.pretend(job["name"], source)
-        found = {"entries": [entry.function.__name__ for entry in code.entries.values()],
+        found = {"entries": [getattr(entry.function, "__name__", repr(entry.function)) for entry in code.entries.values()],
                  "settings": dict(getattr(code.module, "SETTINGS", {})), "ms": (perf_counter() - began) * 1e3}
         if job["request"]:
             faulthandler.dump_traceback_later(min(job["seconds"], code.settings.timeout or job["seconds"]), exit=True)
@@ -7775,7 +7797,7 @@ def try_in_child() -> None:
     except LoadError as error:
         found = {"status": 500, "error": error.trace or error.message if job["request"] else error.message, "line": error.line}
     sys.stdout.flush()
-    os.write(answer, json.dumps(found, default=repr).encode())
+    os.write(answer, json.dumps(found, default=repr, skipkeys=True).encode())
     os._exit(0)  # threads that the code has started end here
 
 
@@ -7785,8 +7807,6 @@ def call_on_trial(app: App, name: str, code: Code, request: Mapping[str, Any]) -
     path = f"/function/{name}/{subpath}" if subpath else f"/function/{name}"
     headers = {"Host": request["host"], **{key: str(value).encode().decode("latin-1")
                                            for key, value in request["headers"].items()}}
-    if code.settings.auth in ("login", "token") or name in app.protected:
-        headers.setdefault("Authorization", f"Bearer {app.settings.SECRET_TOKEN}")
     client, began = Client(lambda environ, start: app({**environ, "fnserve.run": run}, start)), perf_counter()
     environ = client._environ(quote(path), request["method"], None, a2b_base64(request["body"]), headers)
     query = quote(request["query"], safe="=&%+/?:@!$'()*,;-._~")
@@ -7864,7 +7884,7 @@ BACKLOG, MOST_CONNECTIONS = 1024, 1000
 STALLED_SECONDS = 60.0
 SPARE_THREADS = 1 + MOST_VIEWERS  # for the platform itself, whatever functions do
 STARTED_IN = os.getcwd()  # where the command line's paths begin, for a SIGHUP
-BIRTH_SECONDS, MAX_BACKOFF, TRIAL_SECONDS = 1.0, 30.0, 20.0
+BIRTH_SECONDS, MAX_BACKOFF, TRIAL_SECONDS, LAST_SECONDS = 1.0, 30.0, 20.0, .5
 MOST_CHUNK_CONTROL = 8192  # waitress would copy it anew with each piece that comes: 20 s of CPU for 15 MB
 QUIET_SECONDS = 1.0  # that a draining worker leaves a connection open: a proxy may be sending its next request just now
 
@@ -8002,6 +8022,7 @@ class Dispatcher:
     def __init__(self, threads: int) -> None:
         import queue
         self._waiting: Any = queue.SimpleQueue()
+        self.forked = False
         for number in range(threads):
             threading.Thread(target=self._serve, name=f"fnserve {number}", daemon=True).start()
         self.add_task = self._waiting.put
@@ -8015,6 +8036,8 @@ class Dispatcher:
                 pass
             except BaseException as error:  # a thread must outlive whatever a connection does
                 log.error("connection: %s", user_traceback(error))
+            if self.forked:  # this is a child's copy of the thread; the parent serves
+                os._exit(0)
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> None:
         """Cancel the tasks that no thread has taken; those under way end with the process."""
@@ -8097,9 +8120,13 @@ class Worker:
             sys.addaudithook(pin.free)  # waitress's own threads are there by now
 
     def _let_go(self) -> None:
-        """Let a child that a function forks keep neither the port nor anybody's connection open."""
+        """Let a child that a function forks keep neither the port nor anybody's connection open, nor our signal handlers."""
+        import signal
+        self._server.task_dispatcher.forked = True
         for part in list(self._server._map.values()):
             part.socket.close()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
 
     def stop(self, number: int = 0, _: Any = None) -> None:
         """Begin to drain; a signal handler."""
@@ -8125,6 +8152,9 @@ class Worker:
             turn(timeout=.05)
         if self._busy():
             self._app.watch.cut_off()
+            until = monotonic() + LAST_SECONDS
+            while self._busy() and monotonic() < until:
+                turn(timeout=.05)
             for channel in list(self._server.active_channels.values()):
                 channel.handle_close()
             sleep(.1)  # for streams to notice, so that they are recorded
@@ -8147,8 +8177,9 @@ class Worker:
 class Supervisor:
     """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT."""
 
-    def __init__(self, app: App, opened: Any) -> None:
+    def __init__(self, app: App, opened: Any, former: list[str]) -> None:
         self._app, self._socket, self._stops, self._stopped_by, self._again = app, opened, 0, 0, False
+        self._former = former  #: workers of the code before a SIGHUP
         self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, -1 once it is relieved; monotonic time of birth)
         self._relieved = os.pipe()  #: what a worker writes its number to when it has to go
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
@@ -8169,7 +8200,7 @@ class Supervisor:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._replace(monotonic())
         notify("READY=1")
-        end_former()
+        end_former(self._former)
         while not self._stops:
             if self._again:
                 self._execute_again()
@@ -8200,6 +8231,7 @@ class Supervisor:
 
         The workers serve on until the new ones are there.
         """
+        import signal
         import subprocess
         self._again = False
         command = import_command()
@@ -8216,6 +8248,7 @@ class Supervisor:
         os.environ.update(FNSERVE_SOCKET=str(self._socket.fileno()), FNSERVE_FORMER=" ".join(map(str, self._workers)))
         notify("RELOADING=1")
         os.chdir(STARTED_IN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a second one must not end Python while it starts
         os.execv(sys.executable, command)
 
     def _fork(self, number: int) -> None:
@@ -8290,10 +8323,10 @@ class Supervisor:
                 os.kill(pid, number)
 
 
-def end_former() -> None:
+def end_former(former: list[str]) -> None:
     """Let the workers of the code before a SIGHUP finish: others are there now."""
     import signal
-    for pid in os.environ.pop("FNSERVE_FORMER", "").split():
+    for pid in former:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGTERM)
 
@@ -8333,14 +8366,14 @@ def serve(app: App) -> int:
     """Serve until a signal; return the exit status."""
     if os.environ.get("FNSERVE_TRIAL"):  # a supervisor wants to know whether this file would start
         return 0
-    opened = open_socket(app.settings)
+    opened, former = open_socket(app.settings), os.environ.pop("FNSERVE_FORMER", "").split()
     host, port = opened.getsockname()[:2]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     print(f"fnserve {__version__}: http://{shown}:{port}/function/hello   admin: http://{shown}:{port}/login", flush=True)
     try:
         import waitress  # noqa: F401
     except ImportError:
-        end_former()
+        end_former(former)
         print("waitress is missing, so this is for a first look only: sudo apt-get install python3-waitress"
               "  (or: pip install waitress)", file=sys.stderr, flush=True)
         return serve_first_look(app, opened)
@@ -8352,13 +8385,13 @@ def serve(app: App) -> int:
         give_back_memory()
         write_errors(app.settings)
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
-        return Supervisor(app, opened).run()
+        return Supervisor(app, opened, former).run()
     import signal
     worker = Worker(app, opened)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.stop)
     notify("READY=1")
-    end_former()
+    end_former(former)
     worker.run()
     return 0
 
@@ -8431,7 +8464,6 @@ def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
         headers["Content-Type"] = "application/" + ("json" if str(data).lstrip()[:1] in ("{", "[") else "x-www-form-urlencoded")
     app = prepare(**options)
     app.start()
-    headers.setdefault("Authorization", "Bearer " + app.settings.SECRET_TOKEN)  # whoever runs this owns the files
     client = Client(lambda environ, start: app({**environ, "fnserve.run": Run("cli")}, start))
     query = dict(pair.partition("=")[::2] for pair in arguments.query)
     method = arguments.method or ("POST" if data else "GET")
@@ -8586,7 +8618,9 @@ def bring_back(found: sqlite3.Connection, fresh: str, settings: Settings) -> Non
     """Put the functions and the database of a backup in place: both or, where the database can't be written, neither."""
     suffix = strftime(".%Y%m%d-%H%M%S")
     aside = settings.FUNCTIONS_DIR + suffix
-    keep_database(settings.DB_PATH, settings.DB_PATH + suffix)
+    if os.path.exists(settings.DB_PATH):
+        keep_database(settings.DB_PATH, settings.DB_PATH + suffix)
+    make_private(settings.DB_PATH)
     if os.path.isdir(settings.FUNCTIONS_DIR):
         os.rename(settings.FUNCTIONS_DIR, aside)
     os.rename(fresh, settings.FUNCTIONS_DIR)
