@@ -8105,6 +8105,21 @@ def log_stop(number: int) -> None:
     log.warning("%s: the server ends when its calls have", signal.Signals(number).name if number else "stop")
 
 
+STOPS = (1, 2, 15)  # SIGHUP, SIGINT, SIGTERM
+
+
+def hold_signals() -> None:
+    """Hold back what would end a child before it has let go of our handlers: they would swallow it."""
+    import signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+
+def release_signals() -> None:
+    """Let through what was held back."""
+    import signal
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
 class Worker:
     """One waitress that serves until it is told to stop, then finishes what it has."""
 
@@ -8115,7 +8130,7 @@ class Worker:
         self._server = waitress_server(pin or app, opened, app.settings)
         app.watch.resume = self._server.add_task
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._let_go)
+            os.register_at_fork(before=hold_signals, after_in_parent=release_signals, after_in_child=self._let_go)
         if pin is not None:
             sys.addaudithook(pin.free)  # waitress's own threads are there by now
 
@@ -8125,8 +8140,9 @@ class Worker:
         self._server.task_dispatcher.forked = True
         for part in list(self._server._map.values()):
             part.socket.close()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in STOPS:
             signal.signal(number, signal.SIG_DFL)
+        release_signals()
 
     def stop(self, number: int = 0, _: Any = None) -> None:
         """Begin to drain; a signal handler."""

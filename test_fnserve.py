@@ -1201,6 +1201,26 @@ class GuardTest(Case):
         self.write("f", self.BAD + "  # again")  # and that soon after, though the calls before it include failures
         self.assertEqual(self.calls(app, 6), [500] * 5 + [200])
 
+    def test_what_it_counts(self):
+        path = self.write("f", self.GOOD)
+        app = self.make_app(KEEP_INVOCATIONS=40)
+        self.calls(app, 3)
+        self.write("f", "SETTINGS = {'guard': True}\ndef main(request): yield str(1/0)")  # fails once the pipeline is through
+        self.assertEqual((self.calls(app, 5), path.read_text()), ([500] * 5, self.GOOD))
+        self.write("f", self.BAD)
+        self.calls(app, 4)
+        for _ in range(2):
+            self.assertEqual(self.admin(app).post("/admin/try", json={"module_name": "f"}).json["status"], 500)
+        self.assertEqual(path.read_text(), self.BAD)  # a trial is none of its calls
+        flag = self.dir / "outage"
+        guarded = f"import os\nSETTINGS = {{'guard': True}}\ndef main(request): return 'x', 500 if os.path.exists({str(flag)!r}) else 200"
+        self.write("f", guarded)
+        self.write("g", "def main(request): return 'x'")
+        self.calls(app, 6)
+        self.calls(app, 60, "g")  # its first calls are not kept any more: it is proven
+        flag.write_text("")
+        self.assertEqual((self.calls(app, 8), path.read_text()), ([500] * 8, guarded))
+
     def test_what_is_left_alone(self):
         for what, before, after, old, new in (
                 ("not asked for", "def main(request): return 'x'", "def main(request): 1/0", 3, 8),
@@ -3349,7 +3369,9 @@ class AdminTest(Case):
         def sql(text: str) -> int:
             return admin.post("/admin/data", json={"action": "sql", "sql": text}).status_code
         for text, status in (("CREATE TABLE u(a)", 200), ("CREATE TABLE users(id INTEGER PRIMARY KEY AUTOINCREMENT)", 200),
-                             ("UPDATE sqlite_sequence SET seq = 9 WHERE name = 'users'", 403), ("DROP TABLE users", 200),
+                             ("UPDATE sqlite_sequence SET seq = 9 WHERE name = 'users'", 403),
+                             ("INSERT INTO sqlite_sequence VALUES ('fn_calls', 9223372036854775807)", 403),
+                             ("ALTER TABLE users RENAME TO people", 200), ("DROP TABLE people", 200),
                              ("CREATE TRIGGER t AFTER INSERT ON u BEGIN UPDATE call_stats SET call_count = 9; END", 403),
                              ("CREATE TRIGGER t AFTER INSERT ON u BEGIN DELETE FROM u; END", 200), ("ALTER TABLE u RENAME TO fn_u", 403),
                              ("CREATE VIEW fn_new AS SELECT 1", 403), ("CREATE VIRTUAL TABLE notes USING fts5(body)", 200)):
@@ -4347,6 +4369,34 @@ scrape_configs:
             self.assertIn(504, {status for _, status in answers})
         self.assertEqual(server.get("/function/hello")[0], 200)
 
+    def test_a_load_that_hung_leaves_no_lock(self):
+        path = self.write("hang", "import time\nfor _ in range(3000): time.sleep(.01)\ndef main(request): return 'late'")
+        server = self.start("--workers", "1", "--timeout", "1")
+        statuses: list[int] = []
+        senders = [threading.Thread(target=lambda: statuses.append(server.get("/function/hang")[0])) for _ in range(4)]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join()
+        self.assertLessEqual(set(statuses), {500, 503, 504})
+        path.write_text("def main(request): return 'good'")
+        self.assertEqual(server.get("/function/hang")[2], b"good")
+        path.write_text("while True: pass\ndef main(request): return 'late'")  # the version before serves on
+        self.assertEqual(server.get("/function/hang")[0], 504)
+        self.assertEqual([server.get("/function/hang")[2] for _ in range(3)], [b"good"] * 3)
+
+    def test_children_of_functions(self):
+        self.write("ended", "import multiprocessing, time\ndef main(request):\n"
+                            "    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+                            "    child.start(); child.terminate(); child.join(10)\n    return str(child.exitcode)")
+        self.write("later", "import os\nfrom flask import after_this_request\nmade = []\ndef main(request):\n"
+                            "    if request.args:\n        return str(os.waitpid(made[0], 0)[1])\n    @after_this_request\n    def fork(response):\n"
+                            "        made.append(os.fork())\n        return response\n    return 'x'")
+        server = self.start("--workers", "1")
+        self.assertEqual(server.get("/function/ended")[2], b"-15")
+        self.assertEqual(server.get("/function/later")[2], b"x")
+        self.assertEqual(server.get("/function/later?wait=1")[2], b"0")  # it ended by itself
+
     def test_who_does_not_read_is_disconnected(self):
         need("waitress", module("waitress"))
         self.write("big", "def main(request): return iter([b'x' * 1000000] * 60)")
@@ -4428,6 +4478,13 @@ scrape_configs:
         server.process.send_signal(signal.SIGHUP)
         server.process.send_signal(signal.SIGTERM)
         self.assertEqual(server.process.wait(20), 0)
+        server = self.start("--workers", "1")
+        self.assertEqual(server.get("/health")[0], 200)
+        for _ in range(12):  # some while the new one starts
+            server.process.send_signal(signal.SIGHUP)
+            self.assertEqual(server.get("/health")[0], 200)
+            time.sleep(.1)
+        self.assertIn(server.stop(), (0, -signal.SIGTERM))  # the latter while Python starts, when its workers end by themselves
         server = Server(directory, "--workers", "1", "--dir", str(self.dir))
         self.addCleanup(server.kill_all)
         self.assertEqual(server.get("/health")[0], 200)
