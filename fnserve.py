@@ -1856,6 +1856,11 @@ def quantile(buckets: list[int], q: float) -> float:
     return BUCKETS[-1] if any(buckets) else 0.0
 
 
+def milliseconds(value: float) -> str:
+    """Show a quantile; within the first bucket nothing is known of it."""
+    return f"< {BUCKETS[0] * 1000:.0f} ms" if 0 < value <= BUCKETS[0] else f"{value * 1000:.0f} ms"
+
+
 def add_buckets(one: str, other: list[int]) -> str:
     """Add bucket counts to stored ones."""
     return json.dumps([a + b for a, b in zip(json.loads(one), other)]) if one else json.dumps(other)
@@ -5606,6 +5611,7 @@ if (code) {
     code.scrollTop = Math.max(0, (line - 5) * height);
   };
   const say = (text, bad) => {
+    find("#done")?.remove();
     news.textContent = text;
     news.hidden = !text;
     news.classList.toggle("bad", Boolean(bad));
@@ -5832,7 +5838,8 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "ask_delete": ("要刪除「{}」嗎？它的版本會保留，可以還原。", "Delete “{}”? Its versions are kept and can be restored."),
     "deleted": ("已刪除。", "Deleted."), "clear": ("清除統計", "Clear statistics"),
     "ask_clear": ("要清除所有統計嗎？無法復原。", "Clear all statistics? This can't be undone."),
-    "cleared": ("已清除。", "Cleared."), "by_day": ("每日呼叫（紅色：錯誤）", "Calls by day (red: errors)"),
+    "cleared": ("已清除。", "Cleared."), "accepted": ("已處理。", "Done."),
+    "by_day": ("每日呼叫（紅色：錯誤）", "Calls by day (red: errors)"),
     "by_hour": ("一天內每小時呼叫", "Calls by hour, one day"),
     "latency": ("延遲 p95（綠色：p50）ms", "Latency p95 (green: p50), ms"),
     "time": ("時間", "Time"), "function": ("函式", "Function"), "request": ("請求", "Request"), "took": ("耗時", "Took"),
@@ -5843,7 +5850,7 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "bad_name": ("名稱必須是 Python 識別字，不以底線開頭，也不是平台保留的名稱。",
                  "The name must be a Python identifier that does not start with _ and is not one of the platform's own."),
     "no_code": ("程式碼是空的。", "The code is empty."),
-    "stale": ("別人已經存了新版本。您的文字還在這裡;請先看看新的版本。",
+    "stale": ("別人已經存了新版本。您的文字還在這裡；請先看看新的版本。",
               "Somebody has saved a newer version. Your text is still here; look at theirs first."),
     "failed": ("請求無法完成。", "The request could not be completed."),
     "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
@@ -5875,30 +5882,36 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "schedule": ("時間規則", "Schedule"), "next": ("下次執行", "Next run"), "last_run": ("最近執行", "Last run"),
     "planned": ("已排定", "Planned"), "late": ("延遲", "Late"), "skipped": ("略過", "Skipped"), "missed": ("錯過", "Missed"),
     "paused": ("已暫停", "paused"), "never": ("不再執行", "never"), "pause": ("暫停", "Pause"), "resume": ("恢復", "Resume"),
-    "state": ("狀態", "State"), "tries": ("次數", "Runs"), "due": ("到期", "Due"), "error": ("錯誤", "Error"),
+    "state": ("狀態", "State"), "all": ("全部", "All"),
+    "tries": ("次數", "Runs"), "due": ("到期", "Due"), "error": ("錯誤", "Error"),
     "answer": ("回應", "Answer"),
     "waiting": ("等待中", "waiting"), "running": ("執行中", "running"), "done": ("完成", "done"), "dead": ("失敗", "dead"),
     "version": ("版本", "Version"),
     "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
-    "no_main": ("沒有 main(),所以只能被匯入。", "It has no main(), so it can only be imported."),
-    "unchecked": ("無法啟動檢查用的行程,所以沒有試載入。", "No process to load it in could be started, so it was not checked."),
+    "forced": ("沒有試載入；載入不了時，由上一個好的版本繼續服務。",
+               "It was not tried. Where it can't be loaded, the last good version goes on serving."),
+    "lost_main": ("沒有 main()，但目前的版本有，所以沒有存。",
+                  "It has no main(), which the version before has, so it is not saved."),
+    "no_main": ("沒有 main()，所以只能被匯入。", "It has no main(), so it can only be imported."),
+    "unchecked": ("無法啟動檢查用的行程，所以沒有試載入。",
+                  "No process to load it in could be started, so it was not checked."),
     "admin_only": ("這個名稱只有管理者能呼叫。", "Only the admin may call this name."),
-    "slow_load": ("載入超過一秒,每個行程的第一次呼叫都要等。",
+    "slow_load": ("載入超過一秒，每個行程的第一次呼叫都要等。",
                   "Loading takes more than a second, and the first call of every process waits for it."),
-    "draft": ("這裡有沒存過的草稿:", "There is a draft that was never saved, of"), "take": ("取用草稿", "Take the draft"),
+    "draft": ("這裡有沒存過的草稿：", "There is a draft that was never saved, of"), "take": ("取用草稿", "Take the draft"),
     "replace": ("用我的文字取代", "Replace theirs with mine"), "theirs": ("看看新版本", "See theirs"),
     "anyway": ("仍要儲存", "Save anyway"), "indent": ("縮排", "Indent"), "outdent": ("取消縮排", "Unindent"),
-    "offline": ("連不上伺服器,還沒有存;文字保留在這裡。",
+    "offline": ("連不上伺服器，還沒有存；文字保留在這裡。",
                 "The server can't be reached. Nothing is saved; your text stays here."),
-    "keys": ("Tab 與 Shift+Tab 縮排,Ctrl+S 儲存,Ctrl+Enter 測試,Esc 離開編輯器。",
+    "keys": ("Tab 與 Shift+Tab 縮排，Ctrl+S 儲存，Ctrl+Enter 測試，Esc 離開編輯器。",
              "Tab and Shift+Tab indent, Ctrl+S saves, Ctrl+Enter tries, Esc leaves the editor."),
     "try": ("測試", "Try"), "past": ("之前的請求", "Earlier requests"), "method": ("方法", "Method"),
     "unsaved": ("編輯器裡的", "in the editor"), "on_disk": ("已儲存的", "as saved"), "subpath": ("子路徑", "Subpath"),
     "query": ("查詢字串", "Query"), "headers": ("標頭", "Headers"), "body": ("主體", "Body"), "no_body": ("無", "none"),
     "form": ("表單", "form"), "raw": ("原文", "raw"), "file": ("檔案", "File"), "content": ("主體內容", "Content"),
     "output": ("輸出", "Output"),
-    "ask_restore": ("要把「{}」還原成第 {} 版嗎?", "Make version {1} of “{0}” the newest again?"),
-    "rolled_back": ("失敗,已退回", "failed, rolled back"), "changes": ("與目前的差異", "Difference to the current one"),
+    "ask_restore": ("要把「{}」還原成第 {} 版嗎？", "Make version {1} of “{0}” the newest again?"),
+    "rolled_back": ("失敗，已退回", "failed, rolled back"), "changes": ("與目前的差異", "Difference to the current one"),
     "retry": ("重試", "Retry"), "replay": ("重新執行", "Replay"), "discard": ("捨棄", "Discard"),
 }
 SETTINGS_ZH = {  # what the settings are for; in English it stands in their table
@@ -6035,7 +6048,8 @@ def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 20
     head = tag("head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
                tag("title", f"{title} · fnserve"), tag("link", rel="icon", href="data:,"),
                tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"))
-    news = note(t(last)) if menu and last in ("saved", "deleted", "restored", "cleared") else None
+    news = tag("div", note(t(last)), id="done") if menu and last in (
+        "saved", "deleted", "restored", "cleared", "accepted") else None
     content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), news, *body),
                   tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
     return Response(Markup("<!doctype html>\n") + tag("html", head, content, lang=t.lang), status, PAGE_HEADERS, "text/html")
@@ -6209,7 +6223,7 @@ def list_group(t: Texts, name: str, count: int, rows: list[dict[str, Any]], spar
     shown = table(t, columns, "none", (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
     content = join(shown, tag("p", more) if more else None)
     head = tag("summary", f"{name}/ ", tag("span", f"{count:,}", class_="soft"))
-    return tag("details", head, content, open=unfolded) if name else content
+    return tag("details", head, content, open=unfolded or any(row["reason"] for row in rows)) if name else content
 
 
 def list_row(t: Texts, row: dict[str, Any], spark: list[int]) -> tuple[Any, ...]:
@@ -6337,7 +6351,7 @@ def check_code(app: Any, t: Texts, name: str, source: bytes) -> dict[str, Any]:
     found = try_out(app, name, source, LOAD_SECONDS)
     error, line = found.pop("error", ""), found.pop("line", 0)
     if not error and found and not found["entries"] and app.functions.versions.last_good(name):
-        error = t("no_main")
+        error = t("lost_main")
     if error:
         raise HTTPException(400, error, line=line, column=0, output=found["output"], can_force=True)
     warnings = [t(key) for key, holds in (
@@ -6478,7 +6492,9 @@ def view_save(app: Any, call: Call) -> Response:
         if name == original:
             read_current(app, name)
         source = read_code(app, t, name, code)
-        found = UNCHECKED if sent.get("force") else check_code(app, t, name, source)
+        if name != original and os.path.isfile(app.functions.path(name)):
+            raise HTTPException(409, t("exists"))
+        found = {**UNCHECKED, "warnings": [t("forced")]} if sent.get("force") else check_code(app, t, name, source)
         version = swap_in(app, t, name, source, name != original, seen)
     except HTTPException as error:
         if wants_json(call):
@@ -6566,8 +6582,8 @@ def view_stats(app: Any, call: Call) -> Response:
     history = call_history(app, days, 15)
     shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n", "by_day": "wide"}, "no_calls", (
         (link(row["name"], "/function/show_stats", function=row["name"]), f"{row['calls']:,}", f"{row['errors']:,}",
-         *(f"{row[key] * 1000:.0f} ms" for key in ("p50", "p95")),
-         bars(history[row["name"]][0], 120, 24, t("by_day")) if row["name"] in history else None)
+         *(milliseconds(row[key]) for key in ("p50", "p95")),
+         bars(history[row["name"]][0], 120, 24, t("by_day"), history[row["name"]][1]) if row["name"] in history else None)
         for row in rows[first:first + LIST_ROWS]))
     more = link(t("go_on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
     return page(call, f"{t('stats')}: {one}" if one else t("stats"), stats_charts(app, t, call.started, one, days, history),
@@ -6723,7 +6739,7 @@ def view_restore(app: Any, call: Call) -> Response:
     if call.request.method == "GET":
         return ask(call, t("restore"), title, module_name=name, version=number)
     try:
-        found = UNCHECKED if sent.get("force") else check_code(app, t, name, source)
+        found = {**UNCHECKED, "warnings": [t("forced")]} if sent.get("force") else check_code(app, t, name, source)
     except HTTPException as error:
         if wants_json(call):
             raise
@@ -6915,7 +6931,9 @@ def act_on_job(app: Any, call: Call, path: str) -> Response:
     if action == "run":
         app.put(app.schedule.call_now(number))
     row = app.schedule.get(number) if action == "run" else app.schedule.pause(number, action == "pause")
-    return redirect("/admin/jobs", 303) if "html" in call.request.headers.get("Accept", "") else as_json(app.schedule.show(row))
+    if "html" in call.request.headers.get("Accept", ""):
+        return redirect("/admin/jobs?done=accepted", 303)
+    return as_json(app.schedule.show(row))
 
 
 def view_admin_jobs(app: Any, call: Call) -> Response:
@@ -6955,12 +6973,14 @@ def view_queue(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"calls": data, **({"call": whole_call(one)} if one else {})})
     t = Texts(call)
-    columns = {"function": None, "state": None, "tries": "n", "due": "soft time", "answer": "n", "error": "break", "": None}
+    columns = {"function": None, "state": "time", "tries": "n", "due": "soft time", "answer": "n", "error": "break", "": None}
     shown = table(t, columns, "no_calls", ((
         join(link(row["function"], "/admin/queue", id=row["id"]), tag("div", row["id"], class_="soft")),
         tag("span", t(row["state"]), class_="bad" if row["state"] == "dead" else None), row["attempts"], local_time(row["due"]),
-        row["status"], (row["error"] or "").strip().rpartition("\n")[2], queue_buttons(t, row)) for row in data))
-    states = tag("p", *(link(t(state), "/admin/queue", "button plain", state=state) for state in STATES), class_="row")
+        row["status"], (row["error"] or "").strip().rpartition("\n")[2], queue_buttons(t, row, args.get("state", "")))
+        for row in data))
+    states = tag("p", *(link(t(state or "all"), "/admin/queue", "button plain" if state != args.get("state", "") else "button",
+                             state=state) for state in ("", *STATES)), class_="row")
     details = tag("pre", json.dumps(whole_call(one), indent=2, ensure_ascii=False)) if one else None
     return page(call, t("queue"), states, shown, details)
 
@@ -6968,10 +6988,10 @@ def view_queue(app: Any, call: Call) -> Response:
 QUEUE_COLUMNS = "id function state attempts due status error trigger job planned created started finished".split()
 
 
-def queue_buttons(t: Texts, row: Mapping[str, Any]) -> Optional[Markup]:
-    """Offer what can be done with a queued call."""
+def queue_buttons(t: Texts, row: Mapping[str, Any], state: str) -> Optional[Markup]:
+    """Offer what can be done with a queued call; the list of one `state` is where it goes back to."""
     actions = {"dead": ("retry", "replay", "discard"), "done": ("replay", "discard"), "waiting": ("discard",)}
-    return tag("div", *(form("/admin/queue", tag("button", t(action), class_="plain"), id=row["id"], action=action)
+    return tag("div", *(form("/admin/queue", tag("button", t(action), class_="plain"), id=row["id"], action=action, state=state)
                         for action in actions.get(row["state"], ())), class_="row")
 
 
@@ -6999,7 +7019,7 @@ def act_on_call(app: Any, call: Call) -> Response:
     if number is None:
         raise HTTPException(404, "There is no such call, or it can't be done with it now")
     app.runner.poke()
-    return done(call, action, "/admin/queue", id=number)
+    return done(call, action, f"/admin/queue?state={quote(str(sent.get('state', '')))}&done=accepted", id=number)
 
 
 def quote_name(name: str) -> str:
@@ -7162,6 +7182,8 @@ def view_rows(app: Any, call: Call) -> Response:
 
 def shown_value(value: Any) -> Any:
     """Return a value as JSON can hold it."""
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return str(value)
     return f"{len(value)} bytes" if isinstance(value, bytes) else value
 
 
@@ -7433,13 +7455,14 @@ def view_docs(app: Any, call: Call) -> Response:
         url = call.request.host_url + "function/" + quote(row["name"])
         names = "&".join(f"{quote(name)}=..." for name in row["parameters"])
         token = " -H 'Authorization: Bearer ...'" if row["auth"] != "public" else ""
+        method = "" if "GET" in row["methods"] else row["methods"][0]
         asked = [tag("label", name, tag("input", name=name), tag("span", item.get("description", ""), class_="soft"))
                  for name, item in row["parameters"].items()]
         cards.append(tag("div", tag("h2", row["name"]), tag("p", row["summary"]),
-                         tag("pre", f"curl{token} '{url}{'?' + names if names else ''}'"),
+                         tag("pre", f"curl{token}{method and ' -X ' + method} '{url}{'?' + names if names else ''}'"),
                          tag("form", *asked, tag("p", tag("button", t("run"), class_="plain")), method="get", action=url,
-                             target="_blank"), class_="card"))
-    return page(call, t("docs"), *cards, menu=False)
+                             target="_blank") if not method else None, class_="card"))
+    return page(call, t("docs"), *cards, menu=app.signer.is_login(call.session.get("_login"), call.started))
 
 
 def view_asset(app: Any, call: Call) -> Response:
@@ -8526,8 +8549,8 @@ def cmd_logs(arguments: Any, options: dict[str, Any]) -> int:
 def cmd_stats(arguments: Any, options: dict[str, Any]) -> int:
     """print how often each function was called"""
     for row in stats_rows(prepare(**options), time()):
-        print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  p50 {row['p50'] * 1000:.0f} ms"
-              f"  p95 {row['p95'] * 1000:.0f} ms")
+        print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  p50 {milliseconds(row['p50'])}"
+              f"  p95 {milliseconds(row['p95'])}")
     return 0
 
 
@@ -8570,28 +8593,40 @@ def cmd_next(arguments: Any, options: dict[str, Any]) -> int:
 
 def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
     """send function files to a running fnserve"""
-    import urllib.error
-    import urllib.request
     settings = Settings(options)
     token, root = arguments.token or settings.SECRET_TOKEN, settings.FUNCTIONS_DIR + os.sep
+    failed = 0
     for path in arguments.files:
         full = os.path.abspath(path)
-        name = full[len(root):].replace(os.sep, "/") if full.startswith(root) else os.path.basename(full)
-        sent = {"module_name": name.removesuffix(".py"), "code": decode_source(read_source(path))}
-        for page in ("update_function", "save_function"):  # the second where there is no such function yet
-            try:
-                request = urllib.request.Request(f"{arguments.to.rstrip('/')}/function/{page}", json.dumps(sent).encode(), {
-                    "Content-Type": "application/json", "Accept": "application/json", "Authorization": f"Bearer {token}"})
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    print(f"{sent['module_name']}: version {json.load(answer)['version']}")
-                break
-            except urllib.error.HTTPError as error:
-                if error.code != 404 or page == "save_function":
-                    print(f"{path}: {error.code} {error.read(1000).decode('utf-8', 'replace').strip()}", file=sys.stderr)
-                    return 1
-            except (ValueError, KeyError) as error:
-                raise SettingError(f"--to {arguments.to}: there is no fnserve ({error})") from None
-    return 0
+        name = (full[len(root):].replace(os.sep, "/") if full.startswith(root) else os.path.basename(full)).removesuffix(".py")
+        try:
+            print(f"{name}: version {send_code(arguments.to, token, name, read_source(full))}")
+        except LoadError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            failed = 1
+    return failed
+
+
+def send_code(url: str, token: str, name: str, source: bytes) -> int:
+    """Save code as a function of another fnserve; return its version there. LoadError says why it was refused."""
+    import urllib.error
+    import urllib.request
+    sent = json.dumps({"module_name": name, "code": decode_source(source)}).encode()
+    for page in ("update_function", "save_function"):  # the second where there is no such function yet
+        try:
+            request = urllib.request.Request(f"{url.rstrip('/')}/function/{page}", sent, {
+                "Content-Type": "application/json", "Accept": "application/json", "Accept-Language": "en",
+                "Authorization": f"Bearer {token}"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return int(json.load(answer)["version"])
+        except urllib.error.HTTPError as error:
+            if error.code != 404 or page == "save_function":
+                said = error.read(10_000).decode("utf-8", "replace")
+                found = re.search(r'"message":\s*("(?:[^"\\]|\\.)*")', said)
+                raise LoadError(f"{error.code} {json.loads(found[1]) if found else said.strip()}") from None
+        except (ValueError, KeyError) as error:
+            raise SettingError(f"--to {url}: there is no fnserve ({error})") from None
+    raise AssertionError
 
 
 def cmd_backup(arguments: Any, options: dict[str, Any]) -> int:
@@ -8603,6 +8638,7 @@ def cmd_backup(arguments: Any, options: dict[str, Any]) -> int:
         except BaseException:
             os.unlink(arguments.file)  # half a backup is worse than none
             raise
+    print(f"made {arguments.file}")
     return 0
 
 
@@ -8875,6 +8911,15 @@ def import_command() -> list[str]:
     return [*python_command("main()"), *sys.argv[1:]]
 
 
+def keep_paths(arguments: Any) -> None:
+    """Make the paths of the command line absolute: they begin where it was typed, not in --dir."""
+    if hasattr(arguments, "files"):
+        arguments.files = [os.path.abspath(path) for path in arguments.files]
+    for name in ("file", "to") if arguments.run is not cmd_deploy else ():
+        if hasattr(arguments, name):
+            setattr(arguments, name, os.path.abspath(getattr(arguments, name)))
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     """Run a command; return 0, 1 where it failed or 2 for wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
@@ -8890,6 +8935,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             serve_from_module()
         options = {row.name: getattr(arguments, row.name) for row in SETTINGS_TABLE if hasattr(arguments, row.name)}
         if arguments.dir and arguments.run not in (cmd_service, cmd_nginx):
+            keep_paths(arguments)
             os.chdir(arguments.dir)
         return arguments.run(arguments, options)
     except (SettingError, StoreError, LoadError, OSError, sqlite3.Error) as error:
