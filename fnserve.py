@@ -92,11 +92,13 @@ STATUS_LINES = {code: f"{code} {reason.upper()}" for code, reason in REASONS.ite
 class HTTPException(Exception):
     """What `abort()` raises: `code`, the JSON `body` sent, extra `headers`; a `response` overrides all of these."""
 
+    kinds: dict[int, Any] = {}  #: status -> the class for it, EXCEPTIONS
+
     def __init__(self, code: int, description: Any = None, headers: Iterable[tuple[str, str]] = (),
                  response: Optional[Response] = None, **fields: Any) -> None:
         super().__init__(code, description)
         if type(self) is HTTPException:  # so that `except BadRequest` catches what the platform raises, too
-            self.__class__ = EXCEPTIONS.get(code, HTTPException)
+            self.__class__ = self.kinds.get(code, HTTPException)
         self.code, self.headers, self.response = code, list(headers), response
         self.name = REASONS.get(code, "Error")
         self.description = description if description is not None else self.name
@@ -129,6 +131,7 @@ EXCEPTIONS: dict[int, Any] = {code: _named(name, code) for code, name in {
     429: "TooManyRequests", 431: "RequestHeaderFieldsTooLarge", 451: "UnavailableForLegalReasons",
     500: "InternalServerError", 501: "NotImplemented", 502: "BadGateway", 503: "ServiceUnavailable",
     504: "GatewayTimeout", 505: "HTTPVersionNotSupported"}.items()}
+HTTPException.kinds.update(EXCEPTIONS)
 
 class DeadlineExceeded(BaseException):
     """Raised in a function's thread once the deadline of its call has passed."""
@@ -2936,38 +2939,40 @@ class Markup(str):
     def __html__(self) -> str:
         return self
 
+    @classmethod
+    def escape(cls, value: Any) -> Markup:
+        """Return text with the five characters of HTML escaped, as markupsafe does."""
+        if hasattr(value, "__html__"):
+            return cls(value.__html__())
+        text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return cls(text.replace('"', "&#34;").replace("'", "&#39;"))
+
     def __add__(self, other: Any) -> Markup:
-        return Markup(str.__add__(self, escape(other)))
+        return Markup(str.__add__(self, self.escape(other)))
 
     def __radd__(self, other: Any) -> Markup:
-        return Markup(str.__add__(escape(other), self))
+        return Markup(str.__add__(self.escape(other), self))
 
     def __mod__(self, values: Any) -> Markup:
-        return Markup(str.__mod__(self, _escape_each(values)))
+        return Markup(str.__mod__(self, self._each(values)))
 
     def format(self, *values: Any, **named: Any) -> Markup:
         """Put values in, escaped."""
-        return Markup(str.format(self, *_escape_each(values), **_escape_each(named)))
+        return Markup(str.format(self, *self._each(values), **self._each(named)))
 
     def join(self, parts: Iterable[Any]) -> Markup:
         """Put this between the parts, which are escaped."""
-        return Markup(str.join(self, map(escape, parts)))
+        return Markup(str.join(self, map(self.escape, parts)))
+
+    def _each(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self._each, value))
+        if isinstance(value, dict):
+            return {key: self._each(item) for key, item in value.items()}
+        return value if isinstance(value, (int, float)) else self.escape(value)
 
 
-def _escape_each(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_escape_each, value))
-    if isinstance(value, dict):
-        return {key: _escape_each(item) for key, item in value.items()}
-    return value if isinstance(value, (int, float)) else escape(value)
-
-
-def escape(value: Any) -> Markup:
-    """Return text with the five characters of HTML escaped, as markupsafe does."""
-    if hasattr(value, "__html__"):
-        return Markup(value.__html__())
-    text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return Markup(text.replace('"', "&#34;").replace("'", "&#39;"))
+escape = Markup.escape
 
 
 def guess_type(name: str) -> str:
