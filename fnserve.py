@@ -1878,12 +1878,12 @@ def read_from(path: str, position: int) -> bytes:
     return b""
 
 
-def read_lines(path: str, position: int) -> tuple[list[bytes], int]:
-    """Return a segment's lines from a position on, as many as are read at once, and how many bytes they are."""
+def read_lines(path: str, position: int) -> tuple[list[bytes], int, bool]:
+    """Return a segment's lines from a position on, as many as are read at once, how many bytes they are, and if more wait."""
     data = read_from(path, position)
     # the last line may be half written yet; one longer than all that is read at once is none of ours
     ready = len(data) if len(data) == FOLD_BYTES and b"\n" not in data else data.rfind(b"\n") + 1
-    return [line for line in data[:ready].split(b"\n") if line], ready
+    return [line for line in data[:ready].split(b"\n") if line], ready, len(data) == FOLD_BYTES
 
 
 class Folder:
@@ -1922,11 +1922,11 @@ class Folder:
             path = segment_path(self._directory, number)
             with contextlib.suppress(FileNotFoundError):  # power loss can leave less than what was folded
                 done[number] = min(done.get(number, 0), os.path.getsize(path))
-            lines, ready = read_lines(path, done.get(number, 0))
+            lines, ready, more = read_lines(path, done.get(number, 0))
             tally.add(lines)
             if ready:
                 connection.execute("REPLACE INTO fn_journal VALUES (?, ?)", (number, done.get(number, 0) + ready))
-            if ready > FOLD_BYTES - RECORD_BYTES:
+            if more:
                 return tally, True
         return tally, False
 
@@ -1946,6 +1946,8 @@ class Folder:
                       (method, endpoint)).fetchone() or (0.0, "")
             run("REPLACE INTO fn_latency VALUES (?, ?, ?, ?)",
                 (method, endpoint, row[0] + taken / 1e6, add_buckets(row[1], buckets)))
+            if name is None and endpoint.startswith("/function/"):
+                continue  # it was put into the queue: the charts count it once, when it runs
             row = run("SELECT calls, errors, buckets FROM fn_minutes WHERE minute = ? AND endpoint = ?",
                       (minute, endpoint)).fetchone() or (0, 0, "")
             run("REPLACE INTO fn_minutes VALUES (?, ?, ?, ?, ?)",
@@ -5448,7 +5450,7 @@ class Loki:
         done, directory = self.position(), self._app.journal.directory
         kept = segments(directory)
         for number in kept:
-            lines, ready = read_lines(segment_path(directory, number), done.get(number, 0))
+            lines, ready, _ = read_lines(segment_path(directory, number), done.get(number, 0))
             if lines:
                 self._send(lines)
             if ready:
@@ -7465,8 +7467,9 @@ def view_docs(app: Any, call: Call) -> Response:
                  for name, item in row["parameters"].items()]
         cards.append(tag("div", tag("h2", row["name"]), tag("p", row["summary"]),
                          tag("pre", f"curl{token}{method and ' -X ' + method} '{url}{'?' + names if names else ''}'"),
-                         tag("form", *asked, tag("p", tag("button", t("run"), class_="plain")), method="get", action=url,
-                             target="_blank") if not method else None, class_="card"))
+                         tag("form", *asked, tag("p", tag("button", t("run"), class_="plain")), method=method or "get",
+                             action=url, target="_blank") if method in ("", "POST") else None,  # all a form can send
+                         class_="card"))
     return page(call, t("docs"), *cards, menu=app.signer.is_login(call.session.get("_login"), call.started))
 
 
@@ -8612,26 +8615,25 @@ def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
     return failed
 
 
-def send_code(url: str, token: str, name: str, source: bytes) -> int:
-    """Save code as a function of another fnserve; return its version there. LoadError says why it was refused."""
+def send_code(url: str, token: str, name: str, source: bytes, page: str = "update_function") -> int:
+    """Save code as a function of another fnserve, a new one where it isn't there; return its version. LoadError: refused."""
     import urllib.error
     import urllib.request
     sent = json.dumps({"module_name": name, "code": decode_source(source)}).encode()
-    for page in ("update_function", "save_function"):  # the second where there is no such function yet
-        try:
-            request = urllib.request.Request(f"{url.rstrip('/')}/function/{page}", sent, {
-                "Content-Type": "application/json", "Accept": "application/json", "Accept-Language": "en",
-                "Authorization": f"Bearer {token}"})
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return int(json.load(answer)["version"])
-        except urllib.error.HTTPError as error:
-            if error.code != 404 or page == "save_function":
-                said = error.read(10_000).decode("utf-8", "replace")
-                found = re.search(r'"message":\s*("(?:[^"\\]|\\.)*")', said)
-                raise LoadError(f"{error.code} {json.loads(found[1]) if found else said.strip()}") from None
-        except (ValueError, KeyError) as error:
-            raise SettingError(f"--to {url}: there is no fnserve ({error})") from None
-    raise AssertionError
+    try:
+        request = urllib.request.Request(f"{url.rstrip('/')}/function/{page}", sent, {
+            "Content-Type": "application/json", "Accept": "application/json", "Accept-Language": "en",
+            "Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return int(json.load(answer)["version"])
+    except urllib.error.HTTPError as error:
+        if error.code == 404 and page == "update_function":
+            return send_code(url, token, name, source, "save_function")
+        said = error.read(10_000).decode("utf-8", "replace")
+        found = re.search(r'"message":\s*("(?:[^"\\]|\\.)*")', said)
+        raise LoadError(f"{error.code} {json.loads(found[1]) if found else said.strip()}") from None
+    except (ValueError, KeyError) as error:
+        raise SettingError(f"--to {url}: there is no fnserve ({error})") from None
 
 
 def cmd_backup(arguments: Any, options: dict[str, Any]) -> int:

@@ -2093,6 +2093,16 @@ class QueueCase(Case):
 
 
 class QueueTest(QueueCase):
+    def test_charts_count_a_queued_call_once(self):
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        app = self.make_app()
+        for _ in range(3):
+            self.assertEqual(self.call(app, "POST", "/function/f").status_code, 202)
+        self.drain(app)
+        self.assertEqual(self.admin(app).get("/function/show_stats").json["stats"], {"f": 3})
+        page = self.client(app, Authorization="Bearer " + TOKEN, Accept="text/html", Accept_Language="en").get("/function/list_functions").text
+        self.assertIn("Last hour: 3<", page)
+
     def test_a_call_is_accepted_and_run(self):
         self.write("slow", "def main(request):\n    return {'got': request.get_json(), 'path': request.full_path, 'x': request.headers['X-A'],"
                            " 'host': request.host}, 201")
@@ -3397,7 +3407,9 @@ class AdminTest(Case):
         admin = self.client(app, Authorization="Bearer " + TOKEN, Accept="application/json", Accept_Language="en")
         for _ in range(5):
             self.call(app, "POST", "/function/f")
-        self.assertIn("-X POST", self.html(app, "/docs").text)
+        docs = self.html(app, "/docs").text
+        self.assertIn("-X POST", docs)
+        self.assertRegex(docs, r'<form [^>]*method="POST"')
         sent = {"module_name": "f", "code": "import nowhere_to_be_found\ndef main(request): return 'x'", "force": True}
         self.assertIn("last good version", admin.post("/function/update_function", json=sent).json["message"])
         refused = admin.post("/function/update_function", json={"module_name": "f", "code": "x = 1"})
@@ -4432,6 +4444,16 @@ scrape_configs:
                 server.maintenance(time.time() + 61)
                 wait_until(lambda: not server.active_channels)
         wait_until(lambda: self.admin(app).get("/admin/logs").json["invocations"])  # its thread is free, and it was recorded
+
+    def test_a_first_look_without_waitress(self):
+        (self.dir / "hidden").mkdir()
+        (self.dir / "hidden" / "waitress.py").write_text("raise ImportError('none here')")
+        self.write("f", "def main(request): return 'x'")
+        server = Server(self.dir, PYTHONPATH=str(self.dir / "hidden"))
+        self.addCleanup(server.kill_all)
+        self.assertEqual(server.get("/function/f")[2], b"x")
+        self.assertIn("for a first look only", (self.dir / "stderr.txt").read_text())
+        self.assertEqual(server.stop(), 0)  # by SIGTERM
 
     def test_the_file_may_have_another_name(self):
         self.write("f", "import fnserve\ndef main(request): return [fnserve.__version__, fnserve.request.method]")
