@@ -3979,7 +3979,7 @@ class EveryPageTest(BrowserTest):
         wait_until(lambda: b"tick" in self.ask("GET", "/scheduler/jobs").data)
         self.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(self.dir / "got")})
         self.login()
-        for kind in self.KINDS[1:3]:  # wide and narrow, both languages
+        for kind in self.KINDS:
             with self.subTest(kind=kind):
                 self.look(*kind)
                 self.act()
@@ -3987,7 +3987,8 @@ class EveryPageTest(BrowserTest):
         self.assertEqual(bad, [])
 
     def act(self) -> None:
-        """Do what can be done on the pages beside the editor."""
+        """Do what can be done on the pages."""
+        self.act_on_code()
         self.write("gone", "def main(request): return 'x'")
         self.open("/function/list_functions")
         folded = self.find("details:not([open]) summary")
@@ -4028,6 +4029,27 @@ class EveryPageTest(BrowserTest):
         time.sleep(1.1 if before else 0)  # the name of a backup is its second
         self.find("form[action='/admin/backup'] button").click()
         wait_until(lambda: len(list((self.dir / "got").glob("*.zip"))) > before)
+
+    def act_on_code(self) -> None:
+        """Add a function, save a mistake, mend it, try it, set the version before back."""
+        (self.dir / "functions" / "mine.py").unlink(missing_ok=True)
+        self.open("/function/add_function")
+        self.put(module_name="mine")
+        self.type_code("def main(request): return 'one'")
+        self.find("#edit form button").click()
+        self.wait(lambda: "edit_function" in self.browser.current_url)
+        for code, is_bad in (("def main(", True), ("def main(request): return 'two'", False)):
+            self.type_code(code)
+            self.find("#edit form button").click()
+            self.wait(lambda: self.find("#news").text and ("bad" in self.find("#news").get_attribute("class")) == is_bad)
+        self.assertEqual(self.server.get("/function/mine")[2], b"two")
+        self.find("#try button").click()
+        self.wait(lambda: self.find("#outcome").text.startswith("200"))
+        self.assertEqual(self.find("#a_body").text, "two")
+        self.open("/admin/versions?module_name=mine")
+        self.press("a[href*='/admin/restore']")
+        self.press("main form button")
+        self.assertEqual(self.server.get("/function/mine")[2], b"one")
 
     def act_on_data(self) -> None:
         """Make a table of an evil name, fill, change and drop it."""
