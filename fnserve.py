@@ -1768,8 +1768,8 @@ class Journal:
     def _open(self, least: int) -> None:
         """Open the newest segment, at least number `least`, and hold it."""
         os.makedirs(self.directory, exist_ok=True)
-        while True:  # the first number is the clock's: a position stored for a deleted segment never meets another file
-            number = max([least] + (segments(self.directory)[-1:] or [int(time())]))
+        while True:  # the first number is a new one: a position stored for a deleted segment never meets another file
+            number = max([least] + (segments(self.directory)[-1:] or [int(time()), self._number + 1]))
             handle = os.open(segment_path(self.directory, number), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             flock(handle, LOCK_SH)
             if segments(self.directory)[-1:] == [number]:
