@@ -2032,16 +2032,17 @@ def compile_source(source: bytes, path: str, flags: int = 0) -> Any:
         raise LoadError(f"{type(error).__name__}: {error}") from None
 
 
-def summarize(source: bytes, path: str) -> str:
-    """Return the first line of a file's docstring, else of main's; LoadError where it does not compile."""
+def read_docstring(source: bytes, path: str) -> tuple[str, str]:
+    """Return a file's docstring, else main's, and the hint of what main returns; LoadError where it does not compile."""
     tree = compile_source(source, path, 0x400)  # ast.PyCF_ONLY_AST; ast itself costs 500 kB
     mains = [node for node in tree.body if getattr(node, "name", "") == "main" and hasattr(node, "body")]
+    hint = getattr(getattr(mains[-1], "returns", None), "id", "") if mains else ""
     for node in [tree, *mains]:
         first = node.body[0] if node.body and type(node.body[0]).__name__ == "Expr" else None  # ast isn't imported
         value = getattr(getattr(first, "value", None), "value", None)
         if isinstance(value, str) and value.strip():
-            return value.strip().splitlines()[0]
-    return ""
+            return value.strip(), hint
+    return "", hint
 
 
 UNREADABLE = object()
@@ -2070,6 +2071,19 @@ def read_schedule(source: bytes) -> Any:
     """Return the literal SETTINGS["schedule"] of a file, None where there is none, UNREADABLE where that can't be told."""
     found = read_literals(source)
     return found if found is UNREADABLE else found.get("schedule")
+
+
+class Description(NamedTuple):
+    """What a file says of itself, of which nothing is run."""
+    docstring: str = ""
+    returns: str = ""  #: main's hint: dict, str, ...
+    settings: Mapping[str, Any] = types.MappingProxyType({})  #: as far as they are literals
+    error: Optional[LoadError] = None  #: why it does not compile
+
+    @property
+    def summary(self) -> str:
+        """The docstring's first line."""
+        return self.docstring.partition("\n")[0].rstrip()
 
 
 class Versions:
@@ -2216,7 +2230,7 @@ class Functions:
         self._watched: dict[str, Any] = {}  #: helper file -> its stamp when it was imported
         self._looked, self._warned = 0.0, set()  # type: float, set[str]
         self._generation = 0  #: how often helpers have changed
-        self._described: dict[str, tuple[Any, str, dict[str, Any], Optional[LoadError]]] = {}
+        self._described: dict[str, tuple[Any, Description]] = {}
         self._schedules: dict[str, tuple[Any, Any]] = {}
         self._hooked: dict[str, bool] = {}  #: group -> whether it has hooks, as of the last look
 
@@ -2320,18 +2334,18 @@ class Functions:
                         groups.append(name + "/")
         return sorted(found)
 
-    def describe(self, name: str) -> tuple[str, dict[str, Any], Optional[LoadError], float]:
-        """Return a file's docstring line, its literal SETTINGS, why it does not compile, and its time; nothing of it is run."""
+    def describe(self, name: str) -> tuple[Description, float]:
+        """Return what a function's file says of itself, and its time."""
         path = self.path(name)
         stamp = file_stamp(path)
         if self._described.get(name, ("",))[0] != stamp:
             try:
                 source = read_source(path)
-                summary, settings = summarize(source, path), read_literals(source)
-                self._described[name] = stamp, summary, {} if settings is UNREADABLE else settings, None
+                said, settings = read_docstring(source, path), read_literals(source)
+                self._described[name] = stamp, Description(*said, {} if settings is UNREADABLE else settings)
             except LoadError as error:
-                self._described[name] = stamp, "", {}, error
-        return (*self._described[name][1:], stamp[0] / 1e9 if stamp else 0.0)
+                self._described[name] = stamp, Description(error=error)
+        return self._described[name][1], stamp[0] / 1e9 if stamp else 0.0
 
     def schedules(self) -> dict[str, Any]:
         """Return SETTINGS["schedule"] of every function that has one; nothing is run, so it must be a literal."""
@@ -6174,9 +6188,9 @@ def function_rows(app: Any) -> list[dict[str, Any]]:
 
 def describe_row(app: Any, row: dict[str, Any]) -> dict[str, Any]:
     """Add what a function's file says, of which nothing is run."""
-    summary, settings, error, modified = app.functions.describe(row["name"])
-    reason = str(error) if error else row["reason"]
-    return {**row, "summary": summary, "methods": literal_methods(settings, METHODS), "modified": modified,
+    said, modified = app.functions.describe(row["name"])
+    reason = str(said.error or row["reason"])
+    return {**row, "summary": said.summary, "methods": literal_methods(said.settings, METHODS), "modified": modified,
             "status": "broken" if reason else "fine", "reason": reason}
 
 
@@ -7414,39 +7428,65 @@ def may_read_docs(app: Any, call: Call) -> None:
 
 
 def describe_functions(app: Any) -> list[dict[str, Any]]:
-    """Gather what is said of each public function: its docstring and its SETTINGS, as they are written."""
+    """Gather what is said of each public function: its docstring, its hints and its SETTINGS, as they are written."""
+    import textwrap
     rows = []
     for name in app.functions.names():
-        summary, settings, error, _ = app.functions.describe(name)
-        if not error and settings.get("auth") != "internal" and name not in app.protected:
-            given = settings.get("parameters") if isinstance(settings.get("parameters"), dict) else {}
-            rows.append({"name": name, "summary": summary, "methods": literal_methods(settings, ("GET", "POST")),
-                         "auth": settings.get("auth", "public"),
-                         "parameters": {str(key): item if isinstance(item, dict) else {"description": str(item)}
-                                        for key, item in given.items()}})
+        said, settings = (found := app.functions.describe(name)[0]), found.settings
+        if not said.error and settings.get("auth") != "internal" and name not in app.protected:
+            text = textwrap.dedent(said.docstring.partition("\n")[2]).strip()
+            parameters, given = read_parameters(text), settings.get("parameters")
+            for key, item in given.items() if isinstance(given, dict) else ():
+                more = item if isinstance(item, dict) else {"description": str(item)}
+                parameters[str(key)] = {**parameters.get(str(key), {}), **more}
+            rows.append({"name": name, "summary": said.summary, "description": text, "answers": ANSWERS.get(said.returns),
+                         "methods": literal_methods(settings, ("GET", "POST")), "auth": settings.get("auth", "public"),
+                         "parameters": parameters})
     return rows
+
+
+ANSWERS = {"dict": "application/json", "list": "application/json", "str": "text/html", "bytes": "text/html"}
+KINDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object"}
+
+
+def read_parameters(text: str) -> dict[str, dict[str, Any]]:
+    """Read what a docstring says of parameters: ``:param int n: how many``, or ``n (int): how many`` below ``Args:``."""
+    import textwrap
+    found = re.findall(r"^[ \t]*:param[ \t]+(?:(\w+)[ \t]+)?(\w+)[ \t]*:(.*)$", text, re.M)
+    for block in re.findall(r"^(?:Args|Arguments|Parameters):[ \t]*\n((?:[ \t]+\S.*\n?)+)", text, re.M):
+        rows = re.findall(r"^(\w+)[ \t]*(?:\((\w*).*?\))?[ \t]*:(?!//)(.*)$", textwrap.dedent(block), re.M)
+        found += [(kind, name, said) for name, kind, said in rows]
+    return {name: {"type": KINDS.get(kind, kind), "description": said.strip()} for kind, name, said in found
+            if name not in ("request", "req", *KEYWORDS)}  # what the platform gives
 
 
 def view_openapi(app: Any, call: Call) -> Response:
     """/openapi.json : OpenAPI 3.1 of the public functions."""
     may_read_docs(app, call)
-    paths: dict[str, Any] = {}
-    for row in describe_functions(app):
-        parameters = [{"name": key, "in": one_of(item.get("in"), "query header cookie"),
-                       "required": bool(item.get("required", False)), "description": str(item.get("description", "")),
-                       "schema": {"type": one_of(item.get("type"), "string integer number boolean array object")}}
-                      for key, item in row["parameters"].items()]
-        for method in row["methods"]:
-            operation: dict[str, Any] = {
-                "operationId": f"{method.lower()}_{row['name'].replace('/', '.')}", "summary": row["summary"],
-                "parameters": parameters, "responses": {"default": {"description": "What the function answers"}}}
-            if method in ("POST", "PUT", "PATCH"):
-                operation["requestBody"] = {"content": {"application/json": {"schema": {}}}}
-            if row["auth"] != "public":
-                operation["security"] = [{"bearer": []}]
-            paths.setdefault("/function/" + quote(row["name"]), {})[method.lower()] = operation
+    paths = {"/function/" + quote(row["name"]): {method.lower(): describe_operation(row, method) for method in row["methods"]}
+             for row in describe_functions(app)}
     return as_json({"openapi": "3.1.0", "info": {"title": "Functions", "version": __version__}, "paths": paths,
                     "components": {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}})
+
+
+def describe_operation(row: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Make an Operation Object (OpenAPI 3.1 4.8.10); parameters that are ``in`` the body become its JSON schema."""
+    shown: dict[str, dict[str, Any]] = {key: {"schema": {"type": one_of(item.get("type"), " ".join(KINDS.values()))},
+                   "description": str(item.get("description", "")), "required": bool(item.get("required", False))}
+             for key, item in row["parameters"].items()}
+    places = {key: one_of(item.get("in"), "query header cookie body") for key, item in row["parameters"].items()}
+    operation: dict[str, Any] = {
+        "operationId": f"{method.lower()}_{row['name'].replace('/', '.')}", "summary": row["summary"],
+        "description": row["description"],
+        "parameters": [{"name": key, "in": places[key], **item} for key, item in shown.items() if places[key] != "body"],
+        "responses": {"default": {"description": "What the function answers",
+                                  **({"content": {row["answers"]: {}}} if row["answers"] else {})}}}
+    if method in ("POST", "PUT", "PATCH"):
+        body = {key: item for key, item in shown.items() if places[key] == "body"}
+        schema = {"type": "object", "required": [key for key, item in body.items() if item["required"]], "properties": {
+            key: {**item["schema"], "description": item["description"]} for key, item in body.items()}} if body else {}
+        operation["requestBody"] = {"content": {"application/json": {"schema": schema}}}
+    return {**operation, "security": [{"bearer": []}]} if row["auth"] != "public" else operation
 
 
 def one_of(value: Any, allowed: str) -> str:
@@ -7460,12 +7500,13 @@ def view_docs(app: Any, call: Call) -> Response:
     t, cards = Texts(call), []
     for row in describe_functions(app):
         url = call.request.host_url + "function/" + quote(row["name"])
-        names = "&".join(f"{quote(name)}=..." for name in row["parameters"])
+        names = "&".join(f"{quote(name)}=..." for name, item in row["parameters"].items() if item.get("in") != "body")
         token = " -H 'Authorization: Bearer ...'" if row["auth"] != "public" else ""
         method = "" if "GET" in row["methods"] else row["methods"][0]
         asked = [tag("label", name, tag("input", name=name), tag("span", item.get("description", ""), class_="soft"))
                  for name, item in row["parameters"].items()]
         cards.append(tag("div", tag("h2", row["name"]), tag("p", row["summary"]),
+                         tag("pre", row["description"]) if row["description"] else None,
                          tag("pre", f"curl{token}{method and ' -X ' + method} '{url}{'?' + names if names else ''}'"),
                          tag("form", *asked, tag("p", tag("button", t("run"), class_="plain")), method=method or "get",
                              action=url, target="_blank") if method in ("", "POST") else None,  # all a form can send

@@ -3363,6 +3363,31 @@ class AdminTest(Case):
         self.assertIn("whom &lt;b&gt;", html)
         self.assertIn("curl ", html)
 
+    def test_docs_from_docstrings_and_hints(self):
+        """Google's and Sphinx's ways to document parameters; SETTINGS go before them, and what the platform gives is none."""
+        self.write("google", "SETTINGS = {'parameters': {'n': {'type': 'number', 'in': 'body', 'required': True}}}\n"
+                             "def main(request, config) -> dict:\n"
+                             '    """Count.\n\n    As far as it is told.\n\n    Args:\n        request (flask.Request): what came\n'
+                             "        <https://example.com/x: y>\n        n (int): how far\n        what: things to count,\n            say: sheep\n"
+                             '        config: the values of .env\n\n    Returns:\n        how many: there are\n    """\n    return {}')
+        self.write("sphinx", "def main(request) -> str:\n    '''Sum.\n\n    :param float x: one\n    :param y: other\n    :returns: both\n    '''")
+        app = self.make_app(DOCS="public")
+        paths = self.call(app, "GET", "/openapi.json").json["paths"]
+        got, sent = paths["/function/google"]["get"], paths["/function/google"]["post"]
+        self.assertEqual((got["summary"], got["description"].splitlines()[0]), ("Count.", "As far as it is told."))
+        self.assertEqual([(row["name"], row["in"], row["schema"]["type"], row["description"]) for row in got["parameters"]],
+                         [("what", "query", "string", "things to count,")])
+        self.assertEqual(sent["requestBody"]["content"]["application/json"]["schema"], {
+            "type": "object", "required": ["n"], "properties": {"n": {"type": "number", "description": "how far"}}})
+        self.assertEqual(list(got["responses"]["default"]["content"]), ["application/json"])
+        summed = paths["/function/sphinx"]["get"]
+        self.assertEqual([(row["name"], row["schema"]["type"], row["description"]) for row in summed["parameters"]],
+                         [("x", "number", "one"), ("y", "string", "other")])
+        self.assertEqual(list(summed["responses"]["default"]["content"]), ["text/html"])
+        html = self.call(app, "GET", "/docs").text
+        self.assertIn("As far as it is told.", html)
+        self.assertIn("/function/google?what=...", html)
+
     def test_a_file_keeps_its_encoding(self):
         text = "# -*- coding: big5 -*-\ndef main(request): return '中文'\n"
         (self.dir / "functions" / "old.py").write_bytes(text.encode("big5"))
