@@ -5916,6 +5916,8 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "no_main": ("沒有 main()，所以只能被匯入。", "It has no main(), so it can only be imported."),
     "unchecked": ("無法啟動檢查用的行程，所以沒有試載入。",
                   "No process to load it in could be started, so it was not checked."),
+    "too_long": ("它執行太久。", "It took too long."), "too_much": ("它印出太多。", "It printed too much."),
+    "ended": ("它的行程結束了：{}。", "Its process ended: {}."),
     "admin_only": ("這個名稱只有管理者能呼叫。", "Only the admin may call this name."),
     "slow_load": ("載入超過一秒，每個行程的第一次呼叫都要等。",
                   "Loading takes more than a second, and the first call of every process waits for it."),
@@ -6300,7 +6302,8 @@ def python_command(call: str) -> list[str]:
 LOAD_SECONDS, START_SECONDS, MOST_PRINTED = 5.0, 20.0, 1024 * 1024
 
 
-def try_out(app: Any, name: str, source: bytes, seconds: float, request: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+def try_out(app: Any, t: Texts, name: str, source: bytes, seconds: float,
+            request: Optional[dict[str, Any]] = None) -> dict[str, Any]:
     """Load code in a process of its own, `request` makes a call of it; whatever the code does, only that process ends.
 
     Returns what `try_in_child` found and "output", or "error" and "line" where the process did not live to tell; blank
@@ -6319,7 +6322,7 @@ def try_out(app: Any, name: str, source: bytes, seconds: float, request: Optiona
             status = run_child(given, answer, output, seconds + START_SECONDS)
             answer.seek(0)
             output.seek(0)
-            return read_trial(status, answer.read(), output.read(MOST_PRINTED), app.functions.path(name))
+            return read_trial(t, status, answer.read(), output.read(MOST_PRINTED), app.functions.path(name))
     except OSError as error:
         log.warning("%s: no process to try it in could be started: %s", name, error)
         return {}
@@ -6345,7 +6348,7 @@ def run_child(given: Any, answer: Any, output: Any, seconds: float) -> int:
     return process.returncode
 
 
-def read_trial(status: int, answer: bytes, output: bytes, path: str) -> dict[str, Any]:
+def read_trial(t: Texts, status: int, answer: bytes, output: bytes, path: str) -> dict[str, Any]:
     """Make of a child's answer, or of its end without one, what `try_out` returns."""
     import signal
     text, crash = output.decode("utf-8", "replace"), None  # type: str, Optional[re.Match[str]]
@@ -6358,10 +6361,9 @@ def read_trial(status: int, answer: bytes, output: bytes, path: str) -> dict[str
         crash = re.search(r"^(Timeout \(|Fatal Python error)", text, re.M)  # what faulthandler writes
         trace = "".join(line for line in text[crash.start():].splitlines(True) if __file__ not in line) if crash else ""
         place = re.search(rf'File "{re.escape(path)}", line (\d+)', trace)
-        late, flood = trace.startswith("Timeout"), len(output) >= MOST_PRINTED
-        end = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-        found = {"error": "it took too long" if late else "it printed too much" if flood else f"its process ended {end}",
-                 "trace": trace, "line": int(place[1]) if place else 0, "late": late}
+        late, end = trace.startswith("Timeout"), signal.Signals(-status).name if status < 0 else f"status {status}"
+        why = t("too_long" if late else "too_much" if len(output) >= MOST_PRINTED else "ended", end)
+        found = {"error": why, "trace": trace, "line": int(place[1]) if place else 0, "late": late}
     printed = text[:crash.start()] if crash else text
     dropped = len(printed) - OUTPUT_BYTES
     return {**found, "output": printed[:OUTPUT_BYTES] + (f"\n... {dropped} more characters" if dropped > 0 else "")}
@@ -6369,7 +6371,7 @@ def read_trial(status: int, answer: bytes, output: bytes, path: str) -> dict[str
 
 def check_code(app: Any, t: Texts, name: str, source: bytes) -> dict[str, Any]:
     """Load code on trial: what it would serve, and warnings; HTTPException 400 where it can't be served."""
-    found = try_out(app, name, source, LOAD_SECONDS)
+    found = try_out(app, t, name, source, LOAD_SECONDS)
     error, line = found.pop("error", ""), found.pop("line", 0)
     if not error and found and not found["entries"] and app.functions.versions.last_good(name):
         error = t("lost_main")
@@ -6528,11 +6530,11 @@ def view_save(app: Any, call: Call) -> Response:
 
 def view_try(app: Any, call: Call) -> Response:
     """/admin/try : POST {module_name, [code,] method, subpath, query, headers, body or body_base64} calls code on trial."""
-    sent = fields(call)
+    t, sent = Texts(call), fields(call)
     name, method = text_field(sent, "module_name").strip() or "untitled", text_field(sent, "method") or "GET"
     headers, body = sent.get("headers") or {}, text_field(sent, "body").encode("utf-8", "surrogatepass")
     if not valid_name(name):
-        raise HTTPException(400, Texts(call)("bad_name"))
+        raise HTTPException(400, t("bad_name"))
     if not isinstance(headers, dict) or method not in METHODS:
         raise HTTPException(400, "headers must be an object, method one of " + ", ".join(METHODS))
     source = encode_source(text_field(sent, "code")) if "code" in sent else read_current(app, name)[0]
@@ -6540,11 +6542,11 @@ def view_try(app: Any, call: Call) -> Response:
         body = a2b_base64(text_field(sent, "body_base64")) or body
     except ValueError as error:
         raise HTTPException(400, f"body_base64: {error}") from None
-    found = try_out(app, name, source, app.settings.TIMEOUT, {
+    found = try_out(app, t, name, source, app.settings.TIMEOUT, {
         "method": method, "subpath": text_field(sent, "subpath"), "query": text_field(sent, "query"), "headers": headers,
         "host": call.request.host, "body": b2a_base64(body, newline=False).decode()})
     if not found:
-        raise HTTPException(503, Texts(call)("unchecked"))
+        raise HTTPException(503, t("unchecked"))
     trace, late = found.pop("trace", ""), found.pop("late", False)
     found["error"] = "\n".join(filter(None, (found.get("error"), trace)))
     return as_json({"status": 504 if late else None, "headers": [], "body": "", "ms": 0, "line": 0, **found})
