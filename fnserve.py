@@ -23,19 +23,28 @@ pages (16) read only what was folded.
 from __future__ import annotations
 
 import builtins
+import calendar
 import codecs
 import contextlib
 import contextvars
+import copy
+import datetime
 import functools
+import gc
 import http
 import importlib.machinery
 import io
 import itertools
 import json
+import linecache
 import logging
 import operator
 import os
+import queue
 import re
+import select
+import signal
+import socket
 import sqlite3
 import stat
 import sys
@@ -53,7 +62,8 @@ from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
 __version__ = "0.1.0"
 
 log = logging.getLogger("fnserve")
-# time's functions are imported by name, because a function may replace those of the module
+# time's functions are imported by name, because a function may replace those of the module. What only some runs need is
+# imported where it is used; the modules above are needed by every run, by waitress or by those above them.
 
 # == 01 ERRORS ============================================================
 # Every exception of fnserve's own. One that reaches a client is an HTTPException and is turned into a response in
@@ -335,10 +345,8 @@ class Config:
 
     def __init__(self, directory: str) -> None:
         self._paths = [os.path.join(directory, name) for name in (".env", ".env.local")]
-        self._stamps: tuple[Any, ...] = ()
-        self._values: dict[str, Optional[str]] = {}
-        self._exported: dict[str, str] = {}
-        self._lock = threading.Lock()
+        self._values, self._exported = {}, {}  # type: dict[str, Optional[str]], dict[str, str]
+        self._lock, self._stamps = threading.Lock(), ()  # type: threading.Lock, tuple[Any, ...]
 
     def current(self) -> dict[str, Optional[str]]:
         """Return the values as they are now, for two stats; the caller copies. Files that can't be read change nothing."""
@@ -626,6 +634,15 @@ class Headers(MutableMapping[str, str]):
         return f"Headers({self._list!r})"
 
 
+BARE_KEYS = ("CONTENT_TYPE", "CONTENT_LENGTH")  # that PEP 3333 has without HTTP_; blank means that they weren't sent
+
+
+def environ_key(name: str) -> str:
+    """Return the key that a header has in an environ."""
+    key = name.upper().replace("-", "_")
+    return key if key in BARE_KEYS else "HTTP_" + key
+
+
 class RequestHeaders(Headers):
     """The header fields of a request, read from its environ."""
 
@@ -635,15 +652,14 @@ class RequestHeaders(Headers):
     @property
     def _list(self) -> list[tuple[str, str]]:  # type: ignore[override]
         named = [(key[5:] if key.startswith("HTTP_") else key, value) for key, value in self._environ.items()
-                 if key.startswith("HTTP_") or key in ("CONTENT_TYPE", "CONTENT_LENGTH") and value]
+                 if key.startswith("HTTP_") or key in BARE_KEYS and value]
         return [(key.replace("_", "-").title(), value) for key, value in named]
 
     def getlist(self, name: str) -> list[str]:
         """Return the field, without making a list of them all."""
-        key = name.replace("-", "_").upper()
-        bare = key in ("CONTENT_TYPE", "CONTENT_LENGTH")
-        value = self._environ.get(key if bare else "HTTP_" + key)
-        return [] if value is None or bare and not value else [value]
+        key = environ_key(name)
+        value = self._environ.get(key)
+        return [] if value is None or not value and key in BARE_KEYS else [value]
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("the headers of a request can't be changed")
@@ -653,10 +669,9 @@ class RequestHeaders(Headers):
 
 def decode_text(data: bytes, charset: str = "utf-8") -> str:
     """Decode what a client sent; what can't be decoded becomes U+FFFD, an unknown charset is read as UTF-8."""
-    try:
+    with contextlib.suppress(LookupError, ValueError):  # idna, punycode and such fail in ways of their own
         return data.decode(charset, "replace")
-    except (LookupError, ValueError):  # idna, punycode and such fail in ways of their own
-        return data.decode("utf-8", "replace")
+    return data.decode("utf-8", "replace")
 
 
 def decode_wsgi(text: str) -> str:
@@ -746,11 +761,10 @@ def http_date(moment: Any = None) -> str:
 
 def parse_date(text: Optional[str]) -> Any:
     """Read an HTTP date into a datetime in UTC; None for anything else."""
-    from datetime import timezone
     from email.utils import parsedate_to_datetime  # only for conditional requests
     with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
         found = parsedate_to_datetime(text or "")
-        return found.replace(tzinfo=timezone.utc) if found.tzinfo is None else found.astimezone(timezone.utc)
+        return found.replace(tzinfo=datetime.timezone.utc) if found.tzinfo is None else found.astimezone(datetime.timezone.utc)
     return None
 
 
@@ -777,7 +791,7 @@ class ETags:
 class CacheControl(dict):
     """A Cache-Control header by names: ``max_age``, ``no_store``; True is a bare directive. Changes go to `changed`."""
 
-    def __init__(self, header: str, changed: Optional[Callable[[str], Any]] = None) -> None:
+    def __init__(self, header: str, changed: Callable[[str], Any] = str) -> None:
         for key, equals, value in (part.strip().partition("=") for part in header.split(",") if part.strip()):
             self[key.strip().lower().replace("-", "_")] = value.strip().strip('"') if equals else True
         self.__dict__["changed"] = changed
@@ -790,8 +804,7 @@ class CacheControl(dict):
         self.pop(name, None)
         if value is not None and value is not False:
             self[name] = value
-        if self.changed:
-            self.changed(str(self))
+        self.changed(str(self))
 
     def __str__(self) -> str:
         return ", ".join(key.replace("_", "-") + ("" if value is True else f"={value}") for key, value in self.items())
@@ -1404,9 +1417,8 @@ class Response:
 
     def close(self) -> None:
         """Close the body, where it can be closed, and call what waits for it."""
-        for function in [getattr(self._body, "close", None), *self._on_close]:
-            if function is not None:
-                function()
+        for function in filter(None, [getattr(self._body, "close", None), *self._on_close]):
+            function()
         self._on_close = ()
 
     def __repr__(self) -> str:
@@ -1581,16 +1593,21 @@ TABLES = {
 
 def file_number(path: str) -> int:
     """Return what tells a file from another of the same path; 0 where there is none."""
-    try:
+    with contextlib.suppress(OSError):
         return os.stat(path).st_ino
-    except OSError:
-        return 0
+    return 0
 
 
 def make_private(path: str) -> None:
     """Make a file that isn't there for its owner's eyes only; an existing one stays as it is."""
     with contextlib.suppress(OSError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
+
+def in_children(function: Callable[[], Any]) -> None:
+    """Have `function` called in each process that is forked from this one."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
 
 
 class Store:
@@ -1602,8 +1619,7 @@ class Store:
         self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
         self._owner, self._inode, self._durable = 0, 0, False
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
+        in_children(self._after_fork)
 
     def follow(self) -> None:
         """Let go of a file that was deleted or replaced while it was open; the next use opens what is there by then."""
@@ -3252,10 +3268,7 @@ class Client:
             "wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False}
         if self.cookies:
             environ["HTTP_COOKIE"] = "; ".join(f"{key}={value}" for key, value in self.cookies.items())
-        for name, value in fields.items():
-            key = name.upper().replace("-", "_")
-            environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key] = value
-        return environ
+        return {**environ, **{environ_key(name): value for name, value in fields.items()}}
 
     def run(self, environ: dict[str, Any], most: Optional[int] = None) -> Response:
         """Make the call that an environ describes; `most` cuts the answer off after so many bytes."""
@@ -3596,7 +3609,6 @@ class Cron:
         self._times = [sorted(self._sets[name]) for name in ("hour", "minute", "second")]
 
     def _days_of(self, year: int, month: int) -> list[int]:
-        import calendar
         first, length = calendar.monthrange(year, month)
         return [day for day in range(1, length + 1) if self._is_day(year, month, day, (first + day - 1) % 7, length)]
 
@@ -3605,12 +3617,10 @@ class Cron:
         by_weekday = weekday in self._sets["day_of_week"]
         if not (by_day or by_weekday if self._either else by_day and by_weekday):
             return False
-        import datetime
         return len(self._sets["week"]) == 53 or datetime.date(year, month, day).isocalendar()[1] in self._sets["week"]
 
     def walls(self, start: Any) -> Iterator[Any]:
         """Yield the local times (naive datetimes) that match, from `start` on."""
-        import datetime
         for year in sorted(year for year in self._sets["year"] if year >= start.year)[:YEARS_AHEAD]:
             for month in sorted(self._sets["month"]):
                 if (year, month) < (start.year, start.month):
@@ -3692,7 +3702,6 @@ class Trigger:
         return self._anchor + ((after - self._anchor) // self._every + 1) * self._every
 
     def _next_cron(self, after: float) -> Optional[float]:
-        import datetime
         local, hours = self._local(after), datetime.timedelta(hours=3)
         for wall in self._cron.walls(local.replace(microsecond=0, tzinfo=None) + datetime.timedelta(seconds=1)):
             moments = self._moments(wall)
@@ -3712,7 +3721,6 @@ class Trigger:
         return best if best < float("inf") else None
 
     def _local(self, moment: float) -> Any:
-        import datetime
         return datetime.datetime.fromtimestamp(moment, self.zone)
 
     def _moments(self, wall: Any) -> list[float]:
@@ -3747,7 +3755,6 @@ def local_zone() -> str:
 
 def read_moment(field: str, value: Any, zone: Any) -> float:
     """Read an ISO date, with or without time and offset, or a Unix time."""
-    import datetime
     try:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found = datetime.datetime.fromtimestamp(value, zone)
@@ -3880,8 +3887,7 @@ class Queue:
         self._adding, self._committing = threading.Lock(), threading.Lock()
         self._owner, self._handle = "", -1
         self._room, self._counted = 0, 0.0  #: how many more calls may wait, as of when
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._disown)
+        in_children(self._disown)
 
     def put(self, call: Queued) -> str:
         """Commit a call with fsync and return its id; who comes while another commits shares the next commit."""
@@ -4313,7 +4319,6 @@ class Schedule:
 
 def iso_time(moment: Optional[float], zone: Any) -> Optional[str]:
     """Write a Unix time as ISO 8601 in a zone."""
-    import datetime
     with contextlib.suppress(ValueError, OverflowError, OSError, TypeError):
         return datetime.datetime.fromtimestamp(moment, zone).isoformat()  # type: ignore[arg-type]  # None has no time
     return None
@@ -4485,10 +4490,7 @@ def run_queued(app: Any, row: Any) -> None:
                "SERVER_PROTOCOL": "HTTP/1.1", "wsgi.version": (1, 0), "wsgi.url_scheme": stored.get("scheme", "http"),
                "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr, "wsgi.multithread": True,
                "wsgi.multiprocess": True, "wsgi.run_once": False, "REMOTE_ADDR": stored.get("client") or ""}
-    for name, value in stored["headers"]:
-        key = name.upper().replace("-", "_")
-        environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key] = value
-    environ["CONTENT_LENGTH"] = str(len(body))
+    environ.update({environ_key(name): value for name, value in stored["headers"]}, CONTENT_LENGTH=str(len(body)))
     try:
         response = Client(app).run(environ, ANSWER_BYTES)
     except Exception as error:  # a stream that broke
@@ -4631,8 +4633,7 @@ class Watch:
         self._late: dict[int, Call] = {}  #: thread -> the call whose function it runs
         self._lines: dict[Function, list[tuple[float, Any]]] = {}  #: (until when, connection or Event) in line
         self.resume: Callable[[Any], Any] = lambda connection: None
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._mark_child)
+        in_children(self._mark_child)
         self.retire: Optional[Callable[[], Any]] = None  #: ends this process once it has finished what else it has
 
     def enter(self, call: Call, function: Function, concurrency: int) -> None:
@@ -6332,7 +6333,6 @@ def try_out(app: Any, t: Texts, name: str, source: bytes, seconds: float,
 
 def run_child(given: Any, answer: Any, output: Any, seconds: float) -> int:
     """Run `try_in_child` between files, which unlike pipes nobody it leaves behind can hold open; return its status."""
-    import signal
     import subprocess
     if "python" not in os.path.basename(sys.executable or "").lower():  # uWSGI says that it is the interpreter
         raise OSError("this Python does not know its own program")
@@ -6350,7 +6350,6 @@ def run_child(given: Any, answer: Any, output: Any, seconds: float) -> int:
 
 def read_trial(t: Texts, status: int, answer: bytes, output: bytes, path: str) -> dict[str, Any]:
     """Make of a child's answer, or of its end without one, what `try_out` returns."""
-    import signal
     text, crash = output.decode("utf-8", "replace"), None  # type: str, Optional[re.Match[str]]
     if not answer:  # not even the blank that says it is there
         raise OSError(text[-500:])
@@ -6896,7 +6895,6 @@ def shown_body(name: str, data: Optional[bytes]) -> dict[str, Any]:
 
 def view_scheduler(app: Any, call: Call) -> Response:
     """/scheduler : whether this machine runs the schedule."""
-    import socket
     return as_json({"current_host": socket.gethostname(), "allowed_hosts": list(app.settings.SCHEDULER_ALLOWED_HOSTS),
                     "running": app.runs_schedule})
 
@@ -7660,7 +7658,6 @@ class App:
     @property
     def runs_schedule(self) -> bool:
         """Tell whether this machine is one of SCHEDULER_ALLOWED_HOSTS."""
-        import socket
         return bool({"*", socket.gethostname()} & set(self.settings.SCHEDULER_ALLOWED_HOSTS))
 
     def keyword(self, word: str, call: Call) -> Any:
@@ -7699,8 +7696,7 @@ class Background:
         self._app, self._handle = app, -1
         self._folded = self._checked = self._pruned = self._scanned = self._sampled = self._summed = 0.0
         self._stopping, self._ended, self._load, self._lost = threading.Event(), threading.Event(), Load(), 0
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._resign)
+        in_children(self._resign)
 
     @property
     def stopping(self) -> bool:
@@ -7842,7 +7838,6 @@ class Background:
 def try_in_child() -> None:
     """Be the child of `try_out`: load code, call it where a request is given, write what became of it, and end."""
     import faulthandler
-    import linecache
     answer = os.dup(1)
     os.dup2(2, 1)  # whatever prints, at whatever level, prints into the output
     os.write(answer, b"\n")
@@ -7965,7 +7960,6 @@ QUIET_SECONDS = 1.0  # that a draining worker leaves a connection open: a proxy 
 
 def open_socket(settings: Settings) -> Any:
     """Open the listening socket, or take the one that systemd hands over (sd_listen_fds(3))."""
-    import socket
     kept = os.environ.pop("FNSERVE_SOCKET", "")
     if kept:  # from before a SIGHUP
         return socket.socket(fileno=int(kept))
@@ -7984,7 +7978,6 @@ def open_socket(settings: Settings) -> Any:
 
 def waitress_server(app: Callable[..., Any], opened: Any, settings: Settings) -> Any:
     """Make a waitress on an open socket."""
-    import copy
 
     import waitress.server
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request is no use to anybody
@@ -8094,7 +8087,6 @@ class Dispatcher:
     """Hands waitress's tasks to threads; its own does the same with a Condition, at half the requests/s (bench/)."""
 
     def __init__(self, threads: int) -> None:
-        import queue
         self._waiting: Any = queue.SimpleQueue()
         self.forked = False
         for number in range(threads):
@@ -8115,7 +8107,6 @@ class Dispatcher:
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> None:
         """Cancel the tasks that no thread has taken; those under way end with the process."""
-        import queue
         with contextlib.suppress(queue.Empty):
             while True:
                 self._waiting.get_nowait().cancel()
@@ -8167,7 +8158,6 @@ def notify(state: str) -> None:
     """Tell systemd how we are (sd_notify(3)); nothing where it didn't start us."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
-        import socket
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
             out.connect("\0" + address[1:] if address.startswith("@") else address)
             out.send(state.encode())
@@ -8175,7 +8165,6 @@ def notify(state: str) -> None:
 
 def log_stop(number: int) -> None:
     """Let the log say why the server ends."""
-    import signal
     log.warning("%s: the server ends when its calls have", signal.Signals(number).name if number else "stop")
 
 
@@ -8184,13 +8173,11 @@ STOPS = (1, 2, 15)  # SIGHUP, SIGINT, SIGTERM
 
 def hold_signals() -> None:
     """Hold back what would end a child before it has let go of our handlers: they would swallow it."""
-    import signal
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 
 
 def release_signals() -> None:
     """Let through what was held back."""
-    import signal
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
@@ -8210,7 +8197,6 @@ class Worker:
 
     def _let_go(self) -> None:
         """Let a child that a function forks keep neither the port nor anybody's connection open, nor our signal handlers."""
-        import signal
         self._server.task_dispatcher.forked = True
         for part in list(self._server._map.values()):
             part.socket.close()
@@ -8277,8 +8263,6 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until a signal; return the exit status."""
-        import select
-        import signal
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         os.set_blocking(writing, False)
@@ -8321,7 +8305,6 @@ class Supervisor:
 
         The workers serve on until the new ones are there.
         """
-        import signal
         import subprocess
         self._again = False
         command = import_command()
@@ -8358,7 +8341,6 @@ class Supervisor:
             os._exit(status)
 
     def _work(self, number: int, supervisor: int) -> None:
-        import signal
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -8395,7 +8377,6 @@ class Supervisor:
 
     def _drain(self) -> int:
         """Tell the workers to finish; kill those that don't within GRACE and a little, or all at a second signal."""
-        import signal
         notify("STOPPING=1")
         log_stop(self._stopped_by)
         self._socket.close()
@@ -8415,7 +8396,6 @@ class Supervisor:
 
 def end_former(former: list[str]) -> None:
     """Let the workers of the code before a SIGHUP finish: others are there now."""
-    import signal
     for pid in former:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGTERM)
@@ -8423,7 +8403,6 @@ def end_former(former: list[str]) -> None:
 
 def serve_first_look(app: App, opened: Any) -> int:
     """Serve with wsgiref where waitress is missing: good enough to look at, not to run."""
-    import signal
     import socketserver
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -8468,7 +8447,6 @@ def serve(app: App) -> int:
               "  (or: pip install waitress)", file=sys.stderr, flush=True)
         return serve_first_look(app, opened)
     if app.settings.WORKERS and hasattr(os, "fork"):
-        import gc
 
         import waitress.server  # noqa: F401  # before the fork, so that the workers share its pages
         gc.collect()
@@ -8476,7 +8454,6 @@ def serve(app: App) -> int:
         write_errors(app.settings)
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened, former).run()
-    import signal
     worker = Worker(app, opened)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.stop)
