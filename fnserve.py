@@ -172,8 +172,7 @@ def size(text: str) -> int:
     found = re.fullmatch(r"(\d+)\s*(?:([kKMG])(i?)B?|B)?", text, re.A)
     if not found or int(found[1]) == 0:
         raise ValueError("a size such as 16MiB, 500kB or 1048576")
-    power = " KMG".index(found[2].upper()) if found[2] else 0
-    return int(found[1]) * (1024 if found[3] else 1000) ** power
+    return int(found[1]) * (1024 if found[3] else 1000) ** " KMG".index((found[2] or " ").upper())
 
 
 def choice(*allowed: str) -> Callable[[str], str]:
@@ -264,11 +263,10 @@ _ESCAPED = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v
 
 
 def _env_value(found: re.Match[str]) -> Optional[str]:
-    if found[4] is not None:
-        return re.sub(r"\\([\\'])", r"\1", found[4])
-    if found[5] is not None:
-        return _ENV_ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[1]), found[5])
-    return None if found[3] is None else re.sub(r"\s+#.*", "", found[6] or "").rstrip()
+    if found[4] is None and found[5] is None:
+        return None if found[3] is None else re.sub(r"\s+#.*", "", found[6] or "").rstrip()
+    return re.sub(r"\\([\\'])", r"\1", found[4]) if found[5] is None else _ENV_ESCAPE.sub(
+        lambda escape: _ESCAPED.get(escape[1], escape[1]), found[5])
 
 
 def parse_env(text: str, environ: Mapping[str, str]) -> dict[str, Optional[str]]:
@@ -920,11 +918,9 @@ class Accept(list):
 
     def quality(self, value: str) -> float:
         """Return how much `value` is wanted, 0.0 to 1.0; the most exact entry decides."""
-        for wanted in (value.lower(), value.partition("/")[0] + "/*", "*/*", "*"):
-            for name, quality in self:
-                if name.lower() == wanted:
-                    return quality
-        return 0
+        qualities = {name.lower(): quality for name, quality in reversed(self)}  # of two the first counts
+        wanted = (value.lower(), value.partition("/")[0] + "/*", "*/*", "*")
+        return next((qualities[name] for name in wanted if name in qualities), 0)
 
     def __getitem__(self, key: Any) -> Any:
         return self.quality(key) if isinstance(key, str) else super().__getitem__(key)
@@ -1346,12 +1342,9 @@ class Response:
 
     def get_json(self, force: bool = False, silent: bool = False) -> Any:
         """Return the body parsed as JSON; ValueError for bad JSON, None where `silent`."""
-        try:
+        with contextlib.suppress(*[ValueError] * silent):
             return json.loads(self.get_data()) if force or self.is_json else None
-        except ValueError:
-            if silent:
-                return None
-            raise
+        return None
 
     def set_cookie(self, key: str, value: str = "", *arguments: Any, **options: Any) -> None:
         """Add a Set-Cookie header; the arguments are `dump_cookie`'s."""
@@ -1630,16 +1623,9 @@ class Store:
                 self._connection = None
 
     def read(self, sql: str, *values: Any) -> list[Any]:
-        """Run one SELECT and return its rows."""
+        """Run one SELECT and return its rows, whose columns go by number or by name."""
         with self._lock:
             return self._open().execute(sql, values).fetchall()
-
-    def rows(self, sql: str, *values: Any) -> list[Any]:
-        """Run one SELECT and return rows that are read by the names of their columns."""
-        with self._lock:
-            cursor = self._open().cursor()
-            cursor.row_factory = sqlite3.Row
-            return cursor.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def write(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
@@ -1662,6 +1648,11 @@ class Store:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
                 raise
+
+    def run(self, sql: str, *values: Any) -> int:
+        """Run one statement as a transaction of its own; return how many rows it changed."""
+        with self.write() as connection:
+            return connection.execute(sql, values).rowcount
 
     def check(self) -> None:
         """Open the database; StoreError where it can't be used. A lock held by somebody else is not an error."""
@@ -1690,6 +1681,7 @@ class Store:
             make_private(self.path)
             connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
             try:
+                connection.row_factory = sqlite3.Row
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=NORMAL")  # a fold that power loss undoes is done again
                 connection.execute("PRAGMA cache_size=-1024")
@@ -1818,12 +1810,14 @@ def scrub(query: str) -> str:
 
 
 class Tally:
-    """What a batch of records adds up to, before it is written in one transaction."""
+    """What a batch of records adds up to, before it is written in one transaction.
+
+    `groups`: (function or None, endpoint, method, status, minute) -> [count, microseconds, last time, buckets].
+    """
 
     def __init__(self) -> None:
         self.torn = 0  #: lines that are no record
         self.calls: list[dict[str, Any]] = []
-        #: (function or None, endpoint, method, status, minute) -> [count, microseconds, last time, buckets]
         self.groups: dict[tuple[Optional[str], str, str, int, int], list[Any]] = {}
         self.metrics: list[list[Any]] = []  #: what functions counted: name, labels, kind, help, sum, bounds, buckets
 
@@ -1886,11 +1880,9 @@ def add_buckets(one: str, other: list[int]) -> str:
 
 
 def read_from(path: str, position: int) -> bytes:
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.getsize(path) != position:
-            with open(path, "rb") as file:
-                file.seek(position)
-                return file.read(FOLD_BYTES)
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(position)
+        return file.read(FOLD_BYTES)
     return b""
 
 
@@ -2109,6 +2101,10 @@ class Versions:
         self._store, self._clock = store, clock
 
     _NEWEST = "SELECT version, source, loaded FROM fn_versions WHERE func_name = ? ORDER BY version DESC LIMIT 1"
+    _GOOD = "SELECT source FROM fn_versions WHERE func_name = ? AND loaded > 0 ORDER BY version DESC LIMIT 1"
+    _BROKEN = "SELECT func_name, 'version ' || version || ' failed its first calls; the one before it serves again'" \
+              " FROM fn_versions AS failed WHERE loaded < 0 AND version + 1 = (SELECT max(version) FROM fn_versions" \
+              " WHERE func_name = failed.func_name) UNION ALL SELECT func_name, error FROM fn_broken"
 
     def remember(self, name: str, source: bytes, loaded: bool) -> int:
         """Store `source` unless it is the newest version already; return its number (0: could not)."""
@@ -2138,16 +2134,13 @@ class Versions:
 
     def last_good(self, name: str) -> Optional[bytes]:
         """Return the newest source that has loaded, in this or any other process."""
-        with contextlib.suppress(sqlite3.Error):
-            for row in self._store.read("SELECT source FROM fn_versions WHERE func_name = ? AND loaded > 0"
-                                        " ORDER BY version DESC LIMIT 1", name):
-                return bytes(row[0])
+        with contextlib.suppress(sqlite3.Error, IndexError):
+            return bytes(self._store.read(self._GOOD, name)[0][0])
         return None
 
     def forget_good(self, name: str) -> None:
         """Let no version stand in for a file that was deleted on purpose; all can still be restored."""
-        with self._store.write() as connection:
-            connection.execute("UPDATE fn_versions SET loaded = 0 WHERE func_name = ?", (name,))
+        self._store.run("UPDATE fn_versions SET loaded = 0 WHERE func_name = ?", name)
 
     def mark_broken(self, name: str, error: Optional[LoadError]) -> None:
         """Note that a function can't be loaded, or can again."""
@@ -2161,10 +2154,7 @@ class Versions:
 
     def broken(self) -> dict[str, str]:
         """Return the functions that could not be loaded when somebody last tried, or were rolled back, and why."""
-        return dict(self._store.read(
-            "SELECT func_name, 'version ' || version || ' failed its first calls; the one before it serves again'"
-            " FROM fn_versions AS failed WHERE loaded < 0 AND version + 1 = (SELECT max(version) FROM fn_versions"
-            " WHERE func_name = failed.func_name) UNION ALL SELECT func_name, error FROM fn_broken"))
+        return dict(self._store.read(self._BROKEN))
 
 
 class Entry(NamedTuple):
@@ -2275,6 +2265,10 @@ class Functions:
         if not valid_name(name):
             raise ValueError(f"{name!r} is no function name")
         return os.path.join(self.root, *name.split("/")) + ".py"
+
+    def exists(self, name: str) -> bool:
+        """Tell whether there is a file for this name."""
+        return valid_name(name) and os.path.isfile(self.path(name))
 
     def resolve(self, path: str) -> tuple[Optional[Function], str, bool]:
         """Find the function for ``hello/sub/path`` and the rest of the path; the first segment that is a file wins.
@@ -2399,16 +2393,14 @@ class Functions:
             raise
 
     def _discover(self, name: str) -> Optional[Function]:
-        path = os.path.join(self.root, *name.split("/")) + ".py"
-        if not os.path.isfile(path):
-            return None
-        if name in self._reserved:
-            if name not in self._warned:
-                log.warning("%s: this name is the platform's own, so the file is not served", path)
+        path = os.path.join(self.root, *name.split("/")) + ".py"  # hooks too, whose name is not a function's
+        if os.path.isfile(path) and name not in self._reserved:
+            with self._adding:
+                return self._known.setdefault(name, Function(name, path))
+        if os.path.isfile(path) and name not in self._warned:
+            log.warning("%s: this name is the platform's own, so the file is not served", path)
             self._warned.add(name)
-            return None
-        with self._adding:
-            return self._known.setdefault(name, Function(name, path))
+        return None
 
     def refresh(self, function: Function) -> None:
         """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
@@ -2527,8 +2519,7 @@ class Functions:
     def _watch(self) -> None:
         """Twice a second: where a helper has changed, forget all of them and load their users anew."""
         if monotonic() - self._looked >= 0.5:
-            self._looked = monotonic()
-            self._hooked = {}
+            self._looked, self._hooked = monotonic(), {}
             with self._adding:
                 self._forget_helpers()
 
@@ -2590,8 +2581,7 @@ def describe_failure(error: BaseException, path: str) -> LoadError:
 def user_traceback(error: BaseException) -> str:
     """Format a traceback without the platform's own frames."""
     shown = traceback.TracebackException(type(error), error, error.__traceback__)
-    frames = [frame for frame in shown.stack if frame.filename != __file__]
-    shown.stack = traceback.StackSummary.from_list(frames)
+    shown.stack = traceback.StackSummary.from_list([frame for frame in shown.stack if frame.filename != __file__])
     return "".join(shown.format())
 
 
@@ -2752,9 +2742,8 @@ class Call:
     @property
     def session(self) -> Session:
         """The session, read when it is first asked for."""
-        if self._session is None:
-            cookie = self.request.cookies.get("session", "")  # anything wrong with it is an empty session
-            self._session = Session(self.app.signer.unsign(cookie, self.started))
+        if self._session is None:  # anything wrong with the cookie is an empty session
+            self._session = Session(self.app.signer.unsign(self.request.cookies.get("session", ""), self.started))
         return self._session
 
     @property
@@ -2798,10 +2787,9 @@ current_call: contextvars.ContextVar[Call] = contextvars.ContextVar("fnserve_cal
 
 def serving() -> Call:
     """Return the call being served here; RuntimeError outside of one."""
-    try:
-        return current_call.get()
-    except LookupError:
-        raise RuntimeError("this works only while a function is called, in its thread or one that copied its context") from None
+    if (call := current_call.get(None)) is not None:
+        return call
+    raise RuntimeError("this works only while a function is called, in its thread or one that copied its context")
 
 
 def _forward(operation: Callable[..., Any]) -> Any:
@@ -2874,9 +2862,8 @@ def abort(code: Any, description: Any = None, response: Optional[Response] = Non
 def redirect(location: str, code: int = 302, Response: type[Response] = Response) -> Response:
     """Return a redirect to `location`."""
     shown = escape(location)
-    response = Response(f"<!doctype html>\n<title>Redirecting...</title>\n<a href=\"{shown}\">{shown}</a>\n", code)
-    response.headers["Location"] = iri_to_uri(location)
-    return response
+    return Response(f"<!doctype html>\n<title>Redirecting...</title>\n<a href=\"{shown}\">{shown}</a>\n", code, {
+        "Location": iri_to_uri(location)}, "text/html")
 
 
 def url_for(endpoint: str, *, _external: bool = False, _anchor: Optional[str] = None, _scheme: Optional[str] = None,
@@ -2908,10 +2895,8 @@ def stream_with_context(body: Any) -> Any:
 
 def enqueue(name: str, json: Any = None, data: Any = None, query: Optional[Mapping[str, Any]] = None,
             headers: Optional[Mapping[str, str]] = None, delay: float = 0) -> str:
-    """Have a function called in the background, at least once, `delay` seconds from now; return the id of the call.
-
-    It is a POST with `json` or `data` as its body. Raises ValueError for a name that is no function.
-    """
+    """Have a function called in the background, at least once, `delay` seconds from now, by a POST of `json` or `data`;
+    return the id of the call. Raises ValueError for a name that is no function."""
     return serving().app.enqueue(name, json, data, query, headers, delay)
 
 
@@ -3070,11 +3055,15 @@ class FileBody:
         self._file.close()
 
 
+def plain_ascii(text: str) -> str:
+    """Return text without accents and whatever else ASCII lacks."""
+    import unicodedata
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
 def content_disposition(attachment: bool, name: str) -> str:
     """Write a Content-Disposition; a name that isn't plain ASCII is given twice (RFC 6266 4.3)."""
-    import unicodedata
-    kind = "attachment" if attachment else "inline"
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    kind, plain = "attachment" if attachment else "inline", plain_ascii(name)
     both = "" if plain == name else "; filename*=UTF-8''" + quote(name, safe="!#$&+-.^_`|~")
     return f"{kind}; filename={plain if _HEADER_NAME.fullmatch(plain) else quote_text(plain)}{both}"
 
@@ -3083,16 +3072,15 @@ def send_from_directory(directory: Any, path: str, **options: Any) -> Response:
     """Return a file below `directory`; 404 for one that is missing or would lie outside of it."""
     root = os.path.realpath(directory)
     full = os.path.realpath(os.path.join(root, path)) if "\0" not in path else ""
-    if not full.startswith(root + os.sep) or not os.path.isfile(full):
-        raise HTTPException(404)
-    return send_file(full, **options)
+    if full.startswith(root + os.sep) and os.path.isfile(full):
+        return send_file(full, **options)
+    raise HTTPException(404)
 
 
 def secure_filename(name: str) -> str:
     """Return a name that is safe on a file system, as werkzeug.utils.secure_filename does."""
-    import unicodedata
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9_.-]", "", "_".join(plain.replace("/", " ").replace("\\", " ").split())).strip("._")
+    parts = plain_ascii(name).replace("/", " ").replace("\\", " ").split()
+    return re.sub(r"[^A-Za-z0-9_.-]", "", "_".join(parts)).strip("._")
 
 
 def _jinja(app: Any) -> Any:
@@ -3152,8 +3140,7 @@ class CloudEvent(dict):
     def __init__(self, attributes: Mapping[str, Any], data: Any = None) -> None:
         super().__init__({"specversion": "1.0", **attributes})
         self.data = data
-        missing = [name for name in ("id", "source", "type") if not self.get(name)]
-        if missing:
+        if missing := [name for name in ("id", "source", "type") if not self.get(name)]:
             raise HTTPException(400, f"The CloudEvent lacks {', '.join(missing)}")
 
     get_attributes = dict.copy
@@ -3332,18 +3319,16 @@ def make_mac(key: bytes, signed: bytes, algorithm: str = "sha256", encoding: str
 
 def header_of(request: Request, name: str) -> str:
     """Return a header that must be there."""
-    value = request.headers.get(name, "")
-    if not value:
+    if not request.headers.get(name):
         raise BadSignature(f"no {name} header")
-    return value.strip()
+    return request.headers[name].strip()
 
 
 def fresh(moment: str, now: float) -> str:
     """Return a signature's time, which must be a number within five minutes of now."""
-    if not re.fullmatch(r"\d{1,12}", moment, re.A):
-        raise BadSignature("the time is no number")
-    if abs(now - int(moment)) > STALE_SECONDS:
-        raise BadSignature(f"{now - int(moment):.0f} s old")
+    age = now - int(moment) if re.fullmatch(r"\d{1,12}", moment, re.A) else None
+    if age is None or abs(age) > STALE_SECONDS:
+        raise BadSignature("the time is no number" if age is None else f"{age:.0f} s old")
     return moment
 
 
@@ -3358,8 +3343,8 @@ def _body_mac(scheme: Hmac, request: Request, keys: list[str], now: float) -> No
     given = header_of(request, scheme.header)
     if not given.startswith(scheme.prefix):
         raise BadSignature(f"bad encoding: it does not start with {scheme.prefix}")
-    body = request.get_data()
-    expect([given[len(scheme.prefix):]], [make_mac(key.encode(), body, scheme.algorithm, scheme.encoding) for key in keys])
+    expect([given[len(scheme.prefix):]], [
+        make_mac(key.encode(), request.get_data(), scheme.algorithm, scheme.encoding) for key in keys])
 
 
 def _stripe(request: Request, keys: list[str], now: float) -> None:
@@ -3379,8 +3364,7 @@ def _standard(request: Request, keys: list[str], now: float) -> None:
     number, moment = header_of(request, "webhook-id"), fresh(header_of(request, "webhook-timestamp"), now)
     given = [part.partition(",")[2] for part in header_of(request, "webhook-signature").split() if part.startswith("v1,")]
     signed = f"{number}.{moment}.".encode("latin-1") + request.get_data()
-    raw = [a2b_base64(key.removeprefix("whsec_")) for key in keys]
-    expect(given, [make_mac(key, signed, encoding="base64") for key in raw])
+    expect(given, [make_mac(a2b_base64(key.removeprefix("whsec_")), signed, encoding="base64") for key in keys])
 
 
 def _token(name: str) -> Callable[[Request, list[str], float], None]:
@@ -3553,8 +3537,8 @@ class TriggerError(ValueError):
 
 def _number(field: str, text: str) -> int:
     least, most, names = CRON_FIELDS[field]
-    value = int(text) if re.fullmatch(r"\d{1,4}", text, re.A) else -1
-    value = names.split().index(text) + least if text in names.split() else value
+    known = {name: number for number, name in enumerate(names.split(), least)}
+    value = known.get(text, int(text) if re.fullmatch(r"\d{1,4}", text, re.A) else -1)
     if not least <= value <= most:
         raise TriggerError(field, f"{text!r} is not from {least} to {most}" + (f" or one of {names}" if names else ""))
     return value
@@ -3615,9 +3599,8 @@ class Cron:
     def _is_day(self, year: int, month: int, day: int, weekday: int, length: int) -> bool:
         by_day = day in self._sets["day"] or any(test(day, weekday, length) for test in self._days)
         by_weekday = weekday in self._sets["day_of_week"]
-        if not (by_day or by_weekday if self._either else by_day and by_weekday):
-            return False
-        return len(self._sets["week"]) == 53 or datetime.date(year, month, day).isocalendar()[1] in self._sets["week"]
+        in_week = len(self._sets["week"]) == 53 or datetime.date(year, month, day).isocalendar()[1] in self._sets["week"]
+        return in_week and (by_day or by_weekday if self._either else by_day and by_weekday)
 
     def walls(self, start: Any) -> Iterator[Any]:
         """Yield the local times (naive datetimes) that match, from `start` on."""
@@ -3697,9 +3680,8 @@ class Trigger:
     def _next(self, after: float) -> Optional[float]:
         if self.kind == "cron":
             return self._next_cron(max(after, self._start - .001))
-        if self.kind == "date" or after < self._start:
-            return self._start if after < self._start else None
-        return self._anchor + ((after - self._anchor) // self._every + 1) * self._every
+        missed = None if self.kind == "date" else self._anchor + ((after - self._anchor) // self._every + 1) * self._every
+        return self._start if after < self._start else missed
 
     def _next_cron(self, after: float) -> Optional[float]:
         local, hours = self._local(after), datetime.timedelta(hours=3)
@@ -3811,11 +3793,10 @@ def _crontab_weekdays(text: str) -> str:
 
 
 def _crontab_weekday(text: str) -> int:
-    names = "sun mon tue wed thu fri sat".split()
-    value = names.index(text) if text in names else int(text) if re.fullmatch(r"\d", text, re.A) else 8
-    if value > 7:
-        raise TriggerError("day_of_week", f"{text!r} is not from 0 to 7 or one of {' '.join(names)}")
-    return value
+    names = "0 1 2 3 4 5 6 7 sun mon tue wed thu fri sat".split()
+    if text not in names:
+        raise TriggerError("day_of_week", f"{text!r} is not from 0 to 7 or one of {' '.join(names[8:])}")
+    return names.index(text) % 8
 
 # == 11 QUEUE =============================================================
 # Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 05. The
@@ -3843,10 +3824,8 @@ STATES = ("waiting", "running", "done", "dead")
 
 def free_bytes(directory: str) -> int:
     """Return how many bytes are free on a directory's disk."""
-    if not hasattr(os, "statvfs"):
-        return FREE_BYTES
-    found = os.statvfs(directory if os.path.isdir(directory) else ".")
-    return found.f_bavail * found.f_frsize
+    found = os.statvfs(directory if os.path.isdir(directory) else ".") if hasattr(os, "statvfs") else None
+    return found.f_bavail * found.f_frsize if found else FREE_BYTES
 
 
 def new_id(now: float) -> str:
@@ -3958,7 +3937,7 @@ class Queue:
 
     def get(self, number: str) -> Optional[sqlite3.Row]:
         """Return a call by its id."""
-        rows = self._store.rows("SELECT * FROM fn_queue WHERE id = ?", number)
+        rows = self._store.read("SELECT * FROM fn_queue WHERE id = ?", number)
         return rows[0] if rows else None
 
     def finish(self, row: Any, retries: int, failed: bool, status: int, headers: str, answer: bytes, error: str) -> None:
@@ -3982,11 +3961,10 @@ class Queue:
         for owner, in self._store.read("SELECT DISTINCT owner FROM fn_queue WHERE state = 'running'"):
             if owner == self._owner or self._is_alive(owner):
                 continue
-            with self._store.write() as connection:
-                count += connection.execute(
-                    "UPDATE fn_queue SET state = CASE WHEN attempts > ifnull(retries, ?) THEN 'dead' ELSE 'waiting' END,"
-                    " error = 'its process died', finished = ?, owner = NULL WHERE state = 'running' AND owner IS ?",
-                    (PLAIN.retries, self.clock(), owner)).rowcount
+            count += self._store.run(
+                "UPDATE fn_queue SET state = CASE WHEN attempts > ifnull(retries, ?) THEN 'dead' ELSE 'waiting' END,"
+                " error = 'its process died', finished = ?, owner = NULL WHERE state = 'running' AND owner IS ?",
+                PLAIN.retries, self.clock(), owner)
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._directory, owner))
         return count
@@ -4017,9 +3995,8 @@ class Queue:
 
     def prune(self, now: float, keep_days: int) -> None:
         """Delete results older than a day, dead calls older than KEEP_DAYS."""
-        with self._store.write() as connection:
-            connection.execute("DELETE FROM fn_queue WHERE state = 'done' AND finished < ? OR state = 'dead' AND finished < ?",
-                               (now - RESULT_SECONDS, now - max(1, keep_days) * 86_400))
+        self._store.run("DELETE FROM fn_queue WHERE state = 'done' AND finished < ? OR state = 'dead' AND finished < ?",
+                        now - RESULT_SECONDS, now - max(1, keep_days) * 86_400)
 
     def _own(self) -> str:
         """Return this process's name in the table, and hold its lock."""
@@ -4143,11 +4120,11 @@ class Schedule:
 
     def jobs(self) -> list[Any]:
         """Return the stored jobs."""
-        return self._store.rows("SELECT * FROM fn_jobs ORDER BY id")
+        return self._store.read("SELECT * FROM fn_jobs ORDER BY id")
 
     def get(self, number: str) -> Any:
         """Return one stored job; JobError 404 for none."""
-        for row in self._store.rows("SELECT * FROM fn_jobs WHERE id = ?", number):
+        for row in self._store.read("SELECT * FROM fn_jobs WHERE id = ?", number):
             return row
         raise JobError(404, "", f"Job {number[:100]} not found")
 
@@ -4185,14 +4162,12 @@ class Schedule:
     def remove(self, number: str) -> None:
         """Delete a job."""
         self.get(number)
-        with self._store.write() as connection:
-            connection.execute("DELETE FROM fn_jobs WHERE id = ?", (number,))
+        self._store.run("DELETE FROM fn_jobs WHERE id = ?", number)
 
     def pause(self, number: str, paused: bool) -> Any:
         """Pause or resume a job; what would have fired meanwhile is not made up for."""
         following = self.trigger(self.get(number)).next(self._clock())
-        with self._store.write() as connection:
-            connection.execute("UPDATE fn_jobs SET paused = ?, next = ? WHERE id = ?", (paused, following, number))
+        self._store.run("UPDATE fn_jobs SET paused = ?, next = ? WHERE id = ?", paused, following, number)
         return self.get(number)
 
     def call_now(self, number: str) -> Queued:
@@ -4207,7 +4182,7 @@ class Schedule:
                 if following is not None and (row["next"] is None or row["next"] > following):
                     self._move(row["id"], following)
         self._stepped = now
-        for row in self._store.rows("SELECT * FROM fn_jobs WHERE next <= ? AND NOT paused", now):
+        for row in self._store.read("SELECT * FROM fn_jobs WHERE next <= ? AND NOT paused", now):
             try:
                 self._fire(row, now)
             except (ValueError, OverflowError, TriggerError) as error:  # one job must not hold up the others
@@ -4233,7 +4208,7 @@ class Schedule:
         following = trigger.next(now) if moment is not None and moment <= now else moment
         planned, ready = missed + len(ready), ready[-1:] if row["coalesce"] else ready
         with self._store.write() as connection:
-            if connection.execute("SELECT next FROM fn_jobs WHERE id = ?", (row["id"],)).fetchone() != (oldest,):
+            if not connection.execute("SELECT 1 FROM fn_jobs WHERE id = ? AND next = ?", (row["id"], oldest)).fetchone():
                 return  # changed, deleted or fired since it was read
             under_way = connection.execute("SELECT count(*) FROM fn_queue WHERE job = ? AND state IN ('waiting', 'running')",
                                            (row["id"],)).fetchone()[0]
@@ -4249,7 +4224,7 @@ class Schedule:
 
     def sync(self, wanted: Mapping[str, Any]) -> None:
         """Make the jobs of SETTINGS["schedule"] what the files say: function -> schedule."""
-        known = {row["id"]: row for row in self._store.rows("SELECT * FROM fn_jobs WHERE source = 'code'")}
+        known = {row["id"]: row for row in self._store.read("SELECT * FROM fn_jobs WHERE source = 'code'")}
         for name in known.keys() - wanted.keys():
             self.remove(name)
         for name, schedule in wanted.items():
@@ -4303,8 +4278,7 @@ class Schedule:
         connection.execute(f"INSERT INTO fn_jobs ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
 
     def _move(self, number: str, following: Optional[float]) -> None:
-        with self._store.write() as connection:
-            connection.execute("UPDATE fn_jobs SET next = ? WHERE id = ?", (following, number))
+        self._store.run("UPDATE fn_jobs SET next = ? WHERE id = ?", following, number)
 
     def _call(self, row: Mapping[str, Any], planned: float) -> Queued:
         function, _, name = row["func"].partition(":")
@@ -4380,7 +4354,12 @@ def resolve(app: Any, call: Call) -> Union[Route, Function]:
     first = path[10:].partition("/")[0]
     if first in app.protected and app.settings.ADMIN:  # like the others, so that names can't be probed
         require_admin(app, call)
-    raise HTTPException(404, f'Function "{first[:100]}" not found')
+    raise not_found(first)
+
+
+def not_found(name: Optional[str]) -> HTTPException:
+    """Make the 404 of a function that isn't there, or is hidden."""
+    return HTTPException(404, f'Function "{(name or "")[:100]}" not found')
 
 
 def load(app: Any, call: Call, function: Function) -> None:
@@ -4412,7 +4391,7 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
             call.queued = code is not None and wants_queue(call, settings)
         if call.function in app.protected and call.trigger not in ("async", "schedule", "cli"):
             if not app.settings.ADMIN:
-                raise HTTPException(404, f'Function "{call.function}" not found')
+                raise not_found(call.function)
             require_admin(app, call)
     if "CONTENT_LENGTH" in request.environ and (request.content_length or 0) > request.max_content_length:
         raise HTTPException(413)
@@ -4422,7 +4401,7 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
     """Refuse what a function's SETTINGS refuse; answer a preflight."""
     request = call.request
     if settings.auth == "internal" and call.trigger == "http":
-        raise HTTPException(404, f'Function "{call.function}" not found')
+        raise not_found(call.function)
     if settings.cors:
         share_origin(call, settings)
     allowed = settings.methods + (("HEAD",) if "GET" in settings.methods else ())
@@ -4580,8 +4559,8 @@ class Guard:
     def _judge(self, call_id: str, name: str, code: Code) -> None:
         self._app.folder.fold()
         sql = "SELECT version, saved_at, source FROM fn_versions WHERE func_name = ? AND {} ORDER BY version DESC LIMIT 1"
-        newest = self._app.store.rows(sql.format("1"), name)
-        good = self._app.store.rows(sql.format("loaded > 0 AND version < ?"), name, newest[0]["version"]) if newest else []
+        newest = self._app.store.read(sql.format("1"), name)
+        good = self._app.store.read(sql.format("loaded > 0 AND version < ?"), name, newest[0]["version"]) if newest else []
         if not good or bytes(newest[0]["source"]) != code.source or good[0]["source"] == newest[0]["source"]:
             return
         version, since = newest[0]["version"], newest[0]["saved_at"]
@@ -4699,14 +4678,11 @@ class Watch:
                     break
                 woken.append(min(ready, key=lambda line: line[0][0]).pop(0))
             self._lines = {function: line for function, line in self._lines.items() if line}
-        for _, place in woken:
-            self._wake(place)
+        self._wake(place for _, place in woken)
 
-    def _wake(self, waiting: Any) -> None:
-        if isinstance(waiting, threading.Event):
-            waiting.set()
-        else:
-            self.resume(waiting)
+    def _wake(self, places: Iterable[Any]) -> None:
+        for place in places:
+            place.set() if isinstance(place, threading.Event) else self.resume(place)
 
     def run(self, call: Call, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function's code under its call's deadline."""
@@ -4735,14 +4711,13 @@ class Watch:
         with self._lock:
             self._ending = True
             waiting = [place for line in self._lines.values() for _, place in line]
-        for place in waiting:
-            self._wake(place)
+        self._wake(waiting)
         for call in list(self._late.values()):
             if call.trigger == "http" and not call.recorded:
                 give_up(self._app, call, "cut off by the end of the server", HTTPException(503, "The server is stopping"))
 
-    def step(self) -> None:
-        """Interrupt what is late, answer for what can't be interrupted, retire the process where that lasts."""
+    def step(self) -> float:
+        """Interrupt what is late, answer for what can't be, retire the process where that lasts; return the seconds to wait."""
         now = perf_counter()
         late = [(ident, call) for ident, call in list(self._late.items()) if call.until < now]
         for ident, call in late:
@@ -4758,13 +4733,13 @@ class Watch:
                 log.error("%s: can't be interrupted; this worker is replaced", call.function, extra={"call": call.id})
                 self.retire()
         self._end_waiting(now)
+        return WATCH_SECONDS
 
     def _end_waiting(self, now: float) -> None:
         with self._lock:
             ended = [place for line in self._lines.values() for until, place in line if until < now]
             self._lines = {key: left for key, line in self._lines.items() if (left := [row for row in line if row[0] >= now])}
-        for place in ended:
-            self._wake(place)
+        self._wake(ended)
 
 
 MOST_WAITING = 1000
@@ -4786,10 +4761,15 @@ def interrupt(ident: int) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(DeadlineExceeded))
 
 
+def complain(call: Call) -> None:
+    """Write into the error log what went wrong with a call."""
+    log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(), extra={"call": call.id})
+
+
 def give_up(app: Any, call: Call, why: str, error: HTTPException) -> None:
     """Answer in place of a thread that is blocked in C or cut off; what it makes of it in the end is thrown away."""
     call.error = call.error or f"{call.function}: {why}"
-    log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error, extra={"call": call.id})
+    complain(call)
     record(app, call, error.code, 0)
     connection = call.request.environ.get("fnserve.connection")
     if connection is not None:
@@ -4846,10 +4826,10 @@ def call_entry(call: Call, entry: Entry) -> Any:
 
 def finish_coroutine(value: Any) -> Any:
     """Run what an `async def` has returned to its end; return anything else as it is."""
-    if not isinstance(value, types.CoroutineType):
-        return value
-    import asyncio  # only for async functions
-    return asyncio.run(value)
+    if isinstance(value, types.CoroutineType):
+        import asyncio  # only for async functions
+        return asyncio.run(value)
+    return value
 
 
 def call_job(call: Call) -> Any:
@@ -4871,7 +4851,7 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
         error = HTTPException(known.code or 500, known.description, response=known.response and make_response(known.response))
     if isinstance(error, DeadlineExceeded):
         call.error = user_traceback(error)
-        log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error, extra={"call": call.id})
+        complain(call)
         error = HTTPException(504, "The function took too long")
     if isinstance(error, HTTPException) and error.response is not None:
         return error.response
@@ -5002,9 +4982,8 @@ def json_error(call: Call, error: HTTPException) -> Response:
 
 def answer_failure(app: Any, call: Call, error: BaseException) -> Response:
     """Log a failure, the traceback for the admin only, and answer 500."""
-    call.failed = error
-    call.error = error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error)
-    log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(), extra={"call": call.id})
+    call.failed, call.error = error, error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error)
+    complain(call)
     return json_error(call, HTTPException(500, "Function execution failed"))
 
 
@@ -5057,8 +5036,7 @@ def next_chunk(app: Any, call: Call, chunks: Iterator[Any]) -> bytes:
 
 def _first_chunk(chunks: Iterator[Any]) -> bytes:
     for chunk in chunks:
-        data = chunk.encode() if isinstance(chunk, str) else bytes(chunk)
-        if data:
+        if data := chunk.encode() if isinstance(chunk, str) else bytes(chunk):
             return data
     return b""
 
@@ -5079,7 +5057,7 @@ def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chun
         pass  # the client has gone, or the server has had enough
     except BaseException as error:  # the status is out: all that is left is to cut the connection
         call.error = user_traceback(error)
-        log.error("%s: the stream broke: %s", quote(call.request.path)[:500], call.error.rstrip(), extra={"call": call.id})
+        complain(call)
         raise ConnectionAbortedError("the function failed in the middle of its answer") from None
     finally:
         token = current_call.set(call)
@@ -5198,8 +5176,7 @@ class ErrorLog(logging.Handler):
         for key, (_, count) in list(self._seen.items()):
             del self._seen[key]
             if count > FLOOD_COUNT:
-                at = strftime("%Y-%m-%d %H:%M:%S", localtime(now))
-                self._append(f"{at} {count - FLOOD_COUNT:.0f} more: {key[1]}")
+                self._append(f"{strftime('%Y-%m-%d %H:%M:%S', localtime(now))} {count - FLOOD_COUNT:.0f} more: {key[1]}")
 
     def _append(self, text: str) -> None:
         line = f"{text}\n".encode("utf-8", "backslashreplace")
@@ -5362,11 +5339,9 @@ def _escape_metric(text: str, quotes: bool) -> str:
 
 def histogram_samples(labels: dict[str, Any], bounds: Iterable[float], buckets: list[int], total: float) -> list[Any]:
     """Return the samples of one histogram: cumulative buckets, count and sum."""
-    samples, below = [], 0
-    for bound, count in zip([*map(float, bounds), "+Inf"], buckets):
-        below += count
-        samples.append(("_bucket", {**labels, "le": bound}, below))
-    return [*samples, ("_count", labels, below), ("_sum", labels, total)]
+    sums = list(itertools.accumulate(buckets))
+    samples = [("_bucket", {**labels, "le": bound}, below) for bound, below in zip([*map(float, bounds), "+Inf"], sums)]
+    return [*samples, ("_count", labels, sums[-1]), ("_sum", labels, total)]
 
 
 def collect_metrics(app: Any) -> Iterator[Family]:
@@ -5470,8 +5445,7 @@ class Loki:
                 self._send(lines)
             if ready:
                 place = {key: value for key, value in {**done, number: done.get(number, 0) + ready}.items() if key in kept}
-                with self._app.store.write() as connection:
-                    connection.execute("REPLACE INTO fn_meta VALUES ('loki', ?)", (json.dumps(place),))
+                self._app.store.run("REPLACE INTO fn_meta VALUES ('loki', ?)", json.dumps(place))
                 return True
         return False
 
@@ -6013,6 +5987,31 @@ def form(action: str, /, *parts: Any, **hidden: Any) -> Markup:
     return tag("form", *kept, *parts, method="post", action=action)
 
 
+def card(*parts: Any) -> Markup:
+    """Make a box."""
+    return tag("div", *parts, class_="card")
+
+
+def folded(title: str, *parts: Any) -> Markup:
+    """Make a box of which only the title is seen until it is unfolded."""
+    return tag("details", tag("summary", title), *parts, class_="card")
+
+
+def soft(*parts: Any, name: str = "div") -> Markup:
+    """Make a piece of less weight."""
+    return tag(name, *parts, class_="soft")
+
+
+def bad_if(wrong: Any, text: Any) -> Markup:
+    """Make a piece that stands out where something is wrong."""
+    return tag("span", text, class_="bad" if wrong else None)
+
+
+def beside(*parts: Any) -> Markup:
+    """Put pieces beside one another."""
+    return tag("p", *parts, class_="row")
+
+
 def note(text: str, kind: str = "") -> Markup:
     """Make the box that says what has happened."""
     return tag("div", text, class_=f"card note {kind}", role="status")
@@ -6054,9 +6053,8 @@ def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[
 def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over: Iterable[Any] = (), kind: str = "") -> Markup:
     """Make the box of one chart: what it shows and its maximum, the bars, the times of the minutes where it begins and ends."""
     names = [strftime(shape, localtime(minute * 60)) for minute in edges]
-    head = tag("div", f"{label} · max {round(max(values), 1):,}", class_="soft")
-    foot = tag("div", tag("span", names[0]), tag("span", names[-1]), class_="ends soft")
-    return tag("div", head, bars(values, 300, 60, label, over, names), foot, class_=f"card {kind}")
+    return tag("div", soft(f"{label} · max {round(max(values), 1):,}"), bars(values, 300, 60, label, over, names),
+               tag("div", tag("span", names[0]), tag("span", names[-1]), class_="ends soft"), class_=f"card {kind}")
 
 
 def local_time(moment: Optional[float]) -> str:
@@ -6097,20 +6095,22 @@ def done(call: Call, message: str, url: str, status: int = 200, **data: Any) -> 
 
 def fields(call: Call) -> dict[str, Any]:
     """Return what was sent to a page: the JSON body, else form and query."""
-    if not call.request.is_json:
-        return call.request.values.to_dict()
-    sent = call.request.get_json()
-    if not isinstance(sent, dict):
-        raise HTTPException(400, "The JSON body must be an object")
-    return {**call.request.args.to_dict(), **sent}
+    request = call.request
+    return {**request.args.to_dict(), **json_fields(call)} if request.is_json else request.values.to_dict()
+
+
+def json_fields(call: Call) -> dict[str, Any]:
+    """Return the JSON object that was sent."""
+    if isinstance(sent := call.request.json, dict):
+        return sent
+    raise HTTPException(400, "The JSON body must be an object")
 
 
 def text_field(sent: Mapping[str, Any], name: str) -> str:
     """Return one field that must be text; a missing one is blank."""
-    value = sent.get(name, "")
-    if not isinstance(value, str):
+    if not isinstance(sent.get(name, ""), str):
         raise HTTPException(400, f"{name} must be text")
-    return value
+    return sent.get(name, "")
 
 
 def view_index(app: Any, call: Call) -> Response:
@@ -6171,7 +6171,7 @@ def error_page(call: Call, error: HTTPException) -> Response:
     text, again = f"{error.code} {error.description}", None
     if error.code == 403:
         text, again = t("cross"), link(t("go_on"), request.path, "button")
-    return page(call, t("failed"), note(text, "bad"), again, tag("p", call.id, class_="soft"), menu=False)
+    return page(call, t("failed"), note(text, "bad"), again, soft(call.id), menu=False)
 
 
 def function_rows(app: Any) -> list[dict[str, Any]]:
@@ -6246,18 +6246,18 @@ def list_group(t: Texts, name: str, count: int, rows: list[dict[str, Any]], spar
     columns = {"name": None, "calls": "n", "errors": "n", "last": "n soft wide", "hour": "wide", "status": None}
     shown = table(t, columns, "none", (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
     content = join(shown, tag("p", more) if more else None)
-    head = tag("summary", f"{name}/ ", tag("span", f"{count:,}", class_="soft"))
+    head = tag("summary", f"{name}/ ", soft(f"{count:,}", name="span"))
     return tag("details", head, content, open=unfolded or any(row["reason"] for row in rows)) if name else content
 
 
 def list_row(t: Texts, row: dict[str, Any], spark: list[int]) -> tuple[Any, ...]:
     """Make the cells of one function."""
     name, failed = row["name"], row["last_error"]
-    last = tag("div", link(failed[:200], "/admin/logs", "bad", function=name, status="5xx"), class_="soft") if failed else None
-    about = join(link(name, "/function/edit_function", module_name=name), tag("div", row["summary"], class_="soft"),
+    last = soft(link(failed[:200], "/admin/logs", "bad", function=name, status="5xx")) if failed else None
+    about = join(link(name, "/function/edit_function", module_name=name), soft(row["summary"]),
                  None if failed == row["reason"] else last, function_links(t, name))
-    status = tag("div", t(row["status"]), tag("div", row["reason"], class_="soft"), class_="bad" if row["reason"] else "good")
-    return (about, f"{row['calls']:,}", tag("span", f"{row['errors']:,}", class_="bad" if row["errors"] else None),
+    status = tag("div", t(row["status"]), soft(row["reason"]), class_="bad" if row["reason"] else "good")
+    return (about, f"{row['calls']:,}", bad_if(row["errors"], f"{row['errors']:,}"),
             local_time(row["last_call"]), bars(spark, 120, 24, f"{t('hour')}: {sum(spark)}"), status)
 
 
@@ -6283,8 +6283,8 @@ def call_history(app: Any, edges: list[int], grain: int = 1) -> dict[str, tuple[
 
 def read_current(app: Any, name: str) -> tuple[bytes, int]:
     """Return the source that a function's file holds now, and the number it is kept under; 404 where there is no file."""
-    if not valid_name(name) or not os.path.isfile(app.functions.path(name)):
-        raise HTTPException(404, f'Function "{name[:100]}" not found')
+    if not app.functions.exists(name):
+        raise not_found(name)
     source = read_source(app.functions.path(name))
     return source, app.functions.versions.remember(name, source, loaded=False)
 
@@ -6447,7 +6447,7 @@ def editor_page(call: Call, name: str, code: str, original: Optional[str] = None
                  editor_buttons(t, name, wrong), tag("p", t("keys"), id="keys", class_="soft"),
                  function_links(t, original) if original else None, original_name=original or "", version=version)
     return page(call, t("add" if original is None else "edit"), offer_draft(t), tag(
-        "div", tag("div", shown, class_="card"), try_panel(t), class_="beside", id="edit", data_offline=t("offline")),
+        "div", card(shown), try_panel(t), class_="beside", id="edit", data_offline=t("offline")),
         status=error.code if error else 200)
 
 
@@ -6461,14 +6461,13 @@ def editor_buttons(t: Texts, name: str, wrong: Mapping[str, Any]) -> Markup:
                  hidden=not wrong.get("can_force"))
     steps = (tag("button", sign, type="button", class_="plain", data_key=key, aria_label=t(key), title=t(key))
              for key, sign in (("outdent", "⇤"), ("indent", "⇥")))
-    return tag("p", tag("button", t("save")), anyway, see, replaces, *steps, link(t("cancel"), LIST, "button plain"),
-               class_="row")
+    return beside(tag("button", t("save")), anyway, see, replaces, *steps, link(t("cancel"), LIST, "button plain"))
 
 
 def offer_draft(t: Texts) -> Markup:
     """Make the note that offers what was typed and never saved; the script fills and shows it."""
     choose = (tag("button", t("take"), type="button"), tag("button", t("discard"), type="button", class_="plain"))
-    return tag("div", t("draft"), " ", tag("span"), tag("p", *choose, class_="row"), id="draft", class_="card note",
+    return tag("div", t("draft"), " ", tag("span"), beside(*choose), id="draft", class_="card note",
                hidden=True)
 
 
@@ -6514,7 +6513,7 @@ def view_save(app: Any, call: Call) -> Response:
         if name == original:
             read_current(app, name)
         source = read_code(app, t, name, code)
-        if name != original and os.path.isfile(app.functions.path(name)):
+        if name != original and app.functions.exists(name):
             raise HTTPException(409, t("exists"))
         found = {**UNCHECKED, "warnings": [t("forced")]} if sent.get("force") else check_code(app, t, name, source)
         version = swap_in(app, t, name, source, name != original, seen)
@@ -6563,8 +6562,8 @@ def view_edit(app: Any, call: Call) -> Response:
 
 def ask(call: Call, title: str, text: str, **hidden: str) -> Response:
     """Show a page that asks before something is done."""
-    buttons = tag("p", tag("button", title, class_="danger"), link(Texts(call)("cancel"), LIST, "button plain"), class_="row")
-    return page(call, title, tag("div", form(call.request.path, tag("p", text), buttons, **hidden), class_="card"))
+    buttons = beside(tag("button", title, class_="danger"), link(Texts(call)("cancel"), LIST, "button plain"))
+    return page(call, title, card(form(call.request.path, tag("p", text), buttons, **hidden)))
 
 
 def view_delete(app: Any, call: Call) -> Response:
@@ -6609,8 +6608,8 @@ def view_stats(app: Any, call: Call) -> Response:
         for row in rows[first:first + LIST_ROWS]))
     more = link(t("go_on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
     return page(call, f"{t('stats')}: {one}" if one else t("stats"), stats_charts(app, t, call.started, one, days, history),
-                shown, tag("p", more if len(rows) > first + LIST_ROWS else None,
-                           link(t("clear"), "/function/clear_stats", "button plain"), class_="row"))
+                shown, beside(more if len(rows) > first + LIST_ROWS else None,
+                              link(t("clear"), "/function/clear_stats", "button plain")))
 
 
 def stats_charts(app: Any, t: Texts, now: float, one: Optional[str], days: list[int],
@@ -6682,8 +6681,7 @@ def view_logs(app: Any, call: Call) -> Response:
     response = page(call, t("logs"), filters, table(t, columns, "no_calls", ((
         local_time(row["time"]), row["function"],
         join(f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
-             tag("div", row["id"], class_="soft")),
-        tag("span", row["status"], class_="bad" if row["status"] >= 500 else None), f"{row['ms']:.1f} ms") for row in rows)))
+             soft(row["id"])), bad_if(row["status"] >= 500, row["status"]), f"{row['ms']:.1f} ms") for row in rows)))
     if "follow" in args:
         response.headers["Refresh"] = "3"
     return response
@@ -6691,10 +6689,9 @@ def view_logs(app: Any, call: Call) -> Response:
 
 def read_version(app: Any, name: str, version: int) -> bytes:
     """Return the source of one version; 404 where it isn't kept."""
-    rows = app.store.read("SELECT source FROM fn_versions WHERE func_name = ? AND version = ?", name, version)
-    if not rows:
-        raise HTTPException(404, f'Version {version} of "{name[:100]}" not found')
-    return bytes(rows[0][0])
+    if rows := app.store.read("SELECT source FROM fn_versions WHERE func_name = ? AND version = ?", name, version):
+        return bytes(rows[0][0])
+    raise HTTPException(404, f'Version {version} of "{name[:100]}" not found')
 
 
 def view_versions(app: Any, call: Call) -> Response:
@@ -6702,7 +6699,7 @@ def view_versions(app: Any, call: Call) -> Response:
     if "version" in call.request.args:
         return view_version(app, call)
     t, name = Texts(call), call.request.args["module_name"]
-    now = read_source(app.functions.path(name)) if valid_name(name) and os.path.isfile(app.functions.path(name)) else None
+    now = read_source(app.functions.path(name)) if app.functions.exists(name) else None
     rows = [{"version": version, "saved_at": moment, "size": size, "current": False, "rolled_back": loaded < 0}
             for version, moment, size, loaded in app.store.read(
                 "SELECT version, saved_at, length(source), loaded FROM fn_versions WHERE func_name = ?"
@@ -6715,7 +6712,7 @@ def view_versions(app: Any, call: Call) -> Response:
     shown = table(t, columns, "no_versions", ((
         link(f"#{row['version']}", "/admin/versions", module_name=name, version=row["version"]), local_time(row["saved_at"]),
         row["size"], tag("span", t("current"), class_="good") if row["current"] else
-        tag("span", t("rolled_back"), class_="bad") if row["rolled_back"] else "",
+        bad_if(True, t("rolled_back")) if row["rolled_back"] else "",
         None if row["current"] else link(t("restore"), "/admin/restore", "button plain", module_name=name,
                                          version=row["version"])) for row in rows))
     return page(call, f"{t('versions')}: {name}", tag("p", link(
@@ -6735,11 +6732,10 @@ def view_version(app: Any, call: Call) -> Response:
     before, newest = (decode_source(bytes(others[at][0])) for at in (0, -1))
     if len(others) == 1:  # it is the first, or the only one
         before = ""
-    links = tag("p", link(t("versions"), "/admin/versions", "button plain", module_name=name),
-                None if newest == code else link(t("restore"), "/admin/restore", "button", module_name=name, version=number),
-                class_="row")
+    links = beside(link(t("versions"), "/admin/versions", "button plain", module_name=name), None if newest == code else link(
+        t("restore"), "/admin/restore", "button", module_name=name, version=number))
     return page(call, f"{name} #{number}", links, show_diff(t("diff"), before, code), None if newest == code else show_diff(
-        t("changes"), code, newest), tag("div", tag("h2", t("code")), tag("pre", code, tabindex="0"), class_="card"))
+        t("changes"), code, newest), card(tag("h2", t("code")), tag("pre", code, tabindex="0")))
 
 
 def show_diff(title: str, old: str, new: str) -> Markup:
@@ -6748,7 +6744,7 @@ def show_diff(title: str, old: str, new: str) -> Markup:
     lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=3))[2:]
     kinds = {"+": "ins", "-": "del", "@": "b"}
     shown = (tag(kinds.get(line[0], "span"), line + ("" if line[0] in "+-" else "\n")) for line in lines)
-    return tag("div", tag("h2", title), tag("pre", *shown, tabindex="0"), class_="card")
+    return card(tag("h2", title), tag("pre", *shown, tabindex="0"))
 
 
 def view_restore(app: Any, call: Call) -> Response:
@@ -6774,10 +6770,9 @@ def view_restore(app: Any, call: Call) -> Response:
 def view_health(app: Any, call: Call) -> Response:
     """/health : 200 or 503, and what was checked."""
     checks = check_health(app)
-    healthy = set(checks.values()) == {"ok"}
+    status, code = ("healthy", 200) if set(checks.values()) == {"ok"} else ("unhealthy", 503)
     broken = len(app.functions.versions.broken()) if checks["database"] == "ok" else 0
-    return as_json({"status": "healthy" if healthy else "unhealthy", "checks": checks, "broken_functions": broken},
-                   200 if healthy else 503)
+    return as_json({"status": status, "checks": checks, "broken_functions": broken}, code)
 
 
 def view_metrics(app: Any, call: Call) -> Response:
@@ -6808,7 +6803,7 @@ def recent_figures(app: Any, now: float) -> dict[str, Any]:
         if minute >= first + 55:
             calls, errors, recent = calls + count, errors + failed, [a + b for a, b in zip(recent, buckets)]
     slow = sorted(((quantile(buckets, .95), name) for name, buckets in ends.items()), reverse=True)[:5]
-    last = app.store.rows("SELECT id, time, function, status, error FROM fn_calls WHERE status >= 500"
+    last = app.store.read("SELECT id, time, function, status, error FROM fn_calls WHERE status >= 500"
                           " ORDER BY number DESC LIMIT 5")
     return {"requests_per_second": round(calls / (240 + now % 60), 2), "error_rate": round(errors / calls, 4) if calls else 0.0,
             "p50_ms": round(quantile(recent, .5) * 1000, 1), "p95_ms": round(quantile(recent, .95) * 1000, 1),
@@ -6822,7 +6817,7 @@ def dashboard(app: Any, t: Texts) -> Markup:
     recent = recent_figures(app, now)
     recent["error_rate"] = f"{recent['error_rate']:.2%}"
     units = {"cpu_percent": " %", "memory_rss_mb": " MB", "uptime_seconds": " s", "p50_ms": " ms", "p95_ms": " ms"}
-    boxes = (tag("div", tag("div", t(name), class_="soft"), tag("b", f"{value}{units.get(name, '')}"), class_="card")
+    boxes = (card(soft(t(name)), tag("b", f"{value}{units.get(name, '')}"))
              for name, value in {**found, **recent}.items() if not isinstance(value, list))
     minute = int(now) // 60
     charts = [drawn for first, step, span in ((minute - 59, 1, "hour"), (minute - 1439, 24, "one_day"))
@@ -6887,10 +6882,9 @@ def view_invocation(app: Any, call: Call) -> Response:
 
 def shown_body(name: str, data: Optional[bytes]) -> dict[str, Any]:
     """Return bytes as JSON can hold them: ``body``, or ``body_base64`` where they are no text."""
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         return {name: None if data is None else bytes(data).decode()}
-    except UnicodeDecodeError:
-        return {name + "_base64": b2a_base64(data or b"", newline=False).decode()}
+    return {name + "_base64": b2a_base64(data or b"", newline=False).decode()}
 
 
 def view_scheduler(app: Any, call: Call) -> Response:
@@ -6909,18 +6903,18 @@ def view_jobs(app: Any, call: Call) -> Response:
     try:
         if not number:
             if method == "POST":
-                check_func(app, job_fields(call).get("func"))
-                return as_json(schedule.show(schedule.add(job_fields(call))))
+                check_func(app, json_fields(call).get("func"))
+                return as_json(schedule.show(schedule.add(json_fields(call))))
             return as_json([schedule.show(row) for row in schedule.jobs()])
         if method in ("PATCH", "DELETE") and schedule.get(number)["source"] == "code":
             raise HTTPException(409, f"This job comes from SETTINGS in {number}.py: change it there, or pause it")
         if method in ("PATCH", "POST") and call.request.is_json:
-            check_func(app, job_fields(call).get("func"))
+            check_func(app, json_fields(call).get("func"))
         if method == "DELETE":
             schedule.remove(number)
             return Response(status=204)
         if method == "PATCH":
-            return as_json(schedule.show(schedule.change(number, job_fields(call))))
+            return as_json(schedule.show(schedule.change(number, json_fields(call))))
         return act_on_job(app, call, number) if method == "POST" else as_json(schedule.show(schedule.get(number)))
     except (JobError, TriggerError) as error:
         raise HTTPException(getattr(error, "status", 400), str(error), field=error.field) from None
@@ -6934,14 +6928,6 @@ def check_func(app: Any, func: Any) -> None:
         module = function.code.module if function is not None and function.code is not None else None
         if function is None or found[2] and not callable(getattr(module, found[2], None)):
             raise JobError(400, "func", f"there is no {func}")
-
-
-def job_fields(call: Call) -> dict[str, Any]:
-    """Return the JSON object that describes a job."""
-    sent = call.request.get_json()
-    if not isinstance(sent, dict):
-        raise HTTPException(400, "The JSON body must be an object")
-    return sent
 
 
 def act_on_job(app: Any, call: Call, path: str) -> Response:
@@ -6962,12 +6948,12 @@ def view_admin_jobs(app: Any, call: Call) -> Response:
     t, jobs = Texts(call), [app.schedule.show(row) for row in app.schedule.jobs()]
     if wants_json(call):
         return as_json(jobs)
-    last = {row["job"]: row for row in app.store.rows("SELECT job, state, status, max(created) FROM fn_queue"
+    last = {row["job"]: row for row in app.store.read("SELECT job, state, status, max(created) FROM fn_queue"
                                                       " WHERE job IS NOT NULL GROUP BY job")}
     columns = {"name": None, "schedule": "soft", "next": None, "last_run": None, "planned": "n", "late": "n", "skipped": "n",
                "missed": "n", "": None}
     shown = table(t, columns, "no_jobs", ((
-        join(job["id"], tag("div", job["func"], class_="soft")),
+        join(job["id"], soft(job["func"])),
         join(job["trigger"], *(tag("div", f"{name} = {job[name]}") for name in job if name in TRIGGER_FIELDS)),
         t("paused") if job["paused"] else (job["next_run_time"] or t("never")).replace("T", " ").partition(".")[0],
         link(f"{t(last[job['id']]['state'])} {last[job['id']]['status'] or ''}", "/admin/queue", job=job["id"])
@@ -6987,7 +6973,7 @@ def view_queue(app: Any, call: Call) -> Response:
         if args.get(name):
             where, values = where + [f"{name} = ?"], values + [args[name]]
     limit = max(1, min(1000, args.get("limit", 100, type=int)))
-    rows = app.store.rows(f"SELECT {', '.join(QUEUE_COLUMNS)} FROM fn_queue WHERE {' AND '.join(where)} ORDER BY created DESC"
+    rows = app.store.read(f"SELECT {', '.join(QUEUE_COLUMNS)} FROM fn_queue WHERE {' AND '.join(where)} ORDER BY created DESC"
                           " LIMIT ?", *map(sql_value, values), limit)
     one = app.queue.get(args["id"]) if rows and args.get("id") else None
     data = [dict(row) for row in rows]
@@ -6996,12 +6982,12 @@ def view_queue(app: Any, call: Call) -> Response:
     t = Texts(call)
     columns = {"function": None, "state": "time", "tries": "n", "due": "soft time", "answer": "n", "error": "break", "": None}
     shown = table(t, columns, "no_calls", ((
-        join(link(row["function"], "/admin/queue", id=row["id"]), tag("div", row["id"], class_="soft")),
-        tag("span", t(row["state"]), class_="bad" if row["state"] == "dead" else None), row["attempts"], local_time(row["due"]),
+        join(link(row["function"], "/admin/queue", id=row["id"]), soft(row["id"])),
+        bad_if(row["state"] == "dead", t(row["state"])), row["attempts"], local_time(row["due"]),
         row["status"], (row["error"] or "").strip().rpartition("\n")[2], queue_buttons(t, row, args.get("state", "")))
         for row in data))
-    states = tag("p", *(link(t(state or "all"), "/admin/queue", "button plain" if state != args.get("state", "") else "button",
-                             state=state) for state in ("", *STATES)), class_="row")
+    states = beside(*(link(t(state or "all"), "/admin/queue", "button plain" if state != args.get("state", "") else "button",
+                           state=state) for state in ("", *STATES)))
     details = tag("pre", json.dumps(whole_call(one), indent=2, ensure_ascii=False)) if one else None
     return page(call, t("queue"), states, shown, details)
 
@@ -7156,15 +7142,14 @@ def view_data(app: Any, call: Call) -> Response:
                                   for name, label, example in (("table", "name", "notes"), (
                                       "columns", "columns", "id INTEGER PRIMARY KEY, text TEXT"))),
                  tag("p", tag("button", t("add_table"))), action="create")
-    return page(call, t("data"), theirs, tag("details", tag("summary", t("add_table")), asked, class_="card"), sql_form(t, ""),
+    return page(call, t("data"), theirs, folded(t("add_table"), asked), sql_form(t, ""),
                 tag("details", tag("summary", t("read_only")), ours))
 
 
 def sql_form(t: Texts, text: str) -> Markup:
     """Make the box that takes SQL."""
     box = tag("textarea", "\n" + text, name="sql", rows="4", spellcheck="false", class_="mono")
-    asked = form("/admin/data", tag("label", "SQL", box), tag("p", tag("button", t("run"))), action="sql")
-    return tag("div", asked, class_="card")
+    return card(form("/admin/data", tag("label", "SQL", box), tag("p", tag("button", t("run"))), action="sql"))
 
 
 def fetch_rows(app: Any, name: str, after: Any, limit: int, shown: Callable[[Any], Any]) -> tuple[Table, list[Any], list[Any]]:
@@ -7241,21 +7226,19 @@ def rows_page(call: Call, found: Table, data: list[dict[str, Any]], following: O
     t, url, ours = Texts(call), "/admin/data/" + found.name, is_ours(found.name)
     columns: dict[str, Optional[str]] = {**{column["name"]: None for column in found.columns}, "": None}
     shown = table(t, columns, "no_rows", ((
-        *(tag("i", "NULL", class_="soft") if value is None else str(value)[:200] + "…" * (len(str(value)) > 200)
+        *(soft("NULL", name="i") if value is None else str(value)[:200] + "…" * (len(str(value)) > 200)
           for value in row["values"].values()),
         None if ours else link(t("edit"), url, key=json.dumps(row["key"]))) for row in data), False)
     more = link(t("go_on"), url, "button plain", after=json.dumps(following)) if following else None
-    added = tag("details", tag("summary", t("add_row")), row_form(t, found, {}, t("save"), action="insert"), class_="card")
-    gone = tag("details", tag("summary", t("drop")), form(
-        "/admin/data", tag("button", t("drop"), class_="danger"), action="drop", table=found.name), class_="card")
-    made = tag("details", tag("summary", t("schema")), tag("pre", found.sql), class_="card")
-    return page(call, found.name, tag("p", more, link("CSV", url, "button plain", format="csv"), class_="row"), shown, made,
-                *(() if ours else (added, gone)))
+    added = folded(t("add_row"), row_form(t, found, {}, t("save"), action="insert"))
+    gone = folded(t("drop"), form("/admin/data", tag("button", t("drop"), class_="danger"), action="drop", table=found.name))
+    return page(call, found.name, beside(more, link("CSV", url, "button plain", format="csv")), shown,
+                folded(t("schema"), tag("pre", found.sql)), *(() if ours else (added, gone)))
 
 
 def row_form(t: Texts, found: Table, values: Mapping[str, Any], button: str, **hidden: str) -> Markup:
     """Make the form of one row: a box for each column, as high as what stands in it."""
-    boxes = (tag("label", f"{column['name']} ", tag("span", column["type"], class_="soft"), tag(
+    boxes = (tag("label", f"{column['name']} ", soft(column["type"], name="span"), tag(
         "textarea", "\n" + field_text(values.get(column["name"])), name="value_" + column["name"], spellcheck="false",
         rows=str(min(12, field_text(values.get(column["name"])).count("\n") + 1)))) for column in found.columns)
     return form("/admin/data", *boxes, tag("p", tag("button", button)), table=found.name, **hidden)
@@ -7269,10 +7252,9 @@ def field_text(value: Any) -> str:
 def find_row(connection: sqlite3.Connection, found: Table, key: list[Any]) -> dict[str, Any]:
     """Return one row by its key; 404 where there is none."""
     where = " AND ".join(f"{name} = ?" for name in found.key)
-    row = connection.execute(f"SELECT * FROM {quote_name(found.name)} WHERE {where}", key).fetchone()
-    if row is None:
-        raise HTTPException(404, "There is no such row")
-    return {column["name"]: value for column, value in zip(found.columns, row)}
+    for row in connection.execute(f"SELECT * FROM {quote_name(found.name)} WHERE {where}", key):
+        return {column["name"]: value for column, value in zip(found.columns, row)}
+    raise HTTPException(404, "There is no such row")
 
 
 def row_page(app: Any, call: Call, name: str, key: list[Any]) -> Response:
@@ -7282,8 +7264,7 @@ def row_page(app: Any, call: Call, name: str, key: list[Any]) -> Response:
         row = find_row(connection, found, key)
     t, kept = Texts(call), call.request.args["key"]
     gone = form("/admin/data", tag("button", t("delete"), class_="danger"), action="delete", table=found.name, key=kept)
-    return page(call, f"{found.name}: {t('edit')}", tag(
-        "div", row_form(t, found, row, t("save"), action="update", key=kept), gone, class_="card"))
+    return page(call, f"{found.name}: {t('edit')}", card(row_form(t, found, row, t("save"), action="update", key=kept), gone))
 
 
 def change_data(app: Any, call: Call) -> Response:
@@ -7381,8 +7362,8 @@ def view_settings(app: Any, call: Call) -> Response:
         t(row["source"]) if row["source"] in TEXTS else row["source"], t(row["name"])) for row in rows))
     saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
                  tag("p", tag("button", t("backup"))))
-    return page(call, t("settings"), bad, tag("p", t("restart")), shown, tag("div", tag("h2", t("backup")), tag(
-        "p", t("backup_help")), saved, class_="card"))
+    return page(call, t("settings"), bad, tag("p", t("restart")), shown,
+                card(tag("h2", t("backup")), tag("p", t("backup_help")), saved))
 
 
 def view_backup(app: Any, call: Call) -> Response:
@@ -7417,14 +7398,6 @@ def write_backup(settings: Settings, file: Any, secrets: bool) -> None:
                 archive.writestr(name, "".join(  # by bindings, since a secret may have several lines
                     found[0] for found in _ENV_BINDING.finditer(env.read())
                     if secrets or not _SECRET.search(found[0].partition("=")[0])))
-
-
-def may_read_docs(app: Any, call: Call) -> None:
-    """Let the admin pass, and everybody where DOCS=public."""
-    if app.settings.DOCS != "public":
-        if not app.settings.ADMIN:
-            raise HTTPException(404, "Not found")
-        require_admin(app, call)
 
 
 def describe_functions(app: Any) -> list[dict[str, Any]]:
@@ -7462,7 +7435,6 @@ def read_parameters(text: str) -> dict[str, dict[str, Any]]:
 
 def view_openapi(app: Any, call: Call) -> Response:
     """/openapi.json : OpenAPI 3.1 of the public functions."""
-    may_read_docs(app, call)
     paths = {"/function/" + quote(row["name"]): {method.lower(): describe_operation(row, method) for method in row["methods"]}
              for row in describe_functions(app)}
     return as_json({"openapi": "3.1.0", "info": {"title": "Functions", "version": __version__}, "paths": paths,
@@ -7496,21 +7468,19 @@ def one_of(value: Any, allowed: str) -> str:
 
 def view_docs(app: Any, call: Call) -> Response:
     """/docs : the public functions, to be read and tried."""
-    may_read_docs(app, call)
     t, cards = Texts(call), []
     for row in describe_functions(app):
         url = call.request.host_url + "function/" + quote(row["name"])
         names = "&".join(f"{quote(name)}=..." for name, item in row["parameters"].items() if item.get("in") != "body")
         token = " -H 'Authorization: Bearer ...'" if row["auth"] != "public" else ""
         method = "" if "GET" in row["methods"] else row["methods"][0]
-        asked = [tag("label", name, tag("input", name=name), tag("span", item.get("description", ""), class_="soft"))
+        asked = [tag("label", name, tag("input", name=name), soft(item.get("description", ""), name="span"))
                  for name, item in row["parameters"].items()]
-        cards.append(tag("div", tag("h2", row["name"]), tag("p", row["summary"]),
-                         tag("pre", row["description"]) if row["description"] else None,
-                         tag("pre", f"curl{token}{method and ' -X ' + method} '{url}{'?' + names if names else ''}'"),
-                         tag("form", *asked, tag("p", tag("button", t("run"), class_="plain")), method=method or "get",
-                             action=url, target="_blank") if method in ("", "POST") else None,  # all a form can send
-                         class_="card"))
+        cards.append(card(
+            tag("h2", row["name"]), tag("p", row["summary"]), tag("pre", row["description"]) if row["description"] else None,
+            tag("pre", f"curl{token}{method and ' -X ' + method} '{url}{'?' + names if names else ''}'"),
+            tag("form", *asked, tag("p", tag("button", t("run"), class_="plain")), method=method or "get", action=url,
+                target="_blank") if method in ("", "POST") else None))  # all a form can send
     return page(call, t("docs"), *cards, menu=app.signer.is_login(call.session.get("_login"), call.started))
 
 
@@ -7529,8 +7499,8 @@ ROUTES = {
     "/scheduler": Route(view_scheduler, basic=True),
     "/scheduler/*": Route(view_jobs, True, ("GET", "HEAD", "POST", "PATCH", "DELETE"), basic=True),
     "/admin/data": Route(view_data, True, GET_POST), "/admin/data/*": Route(view_rows), "/admin/settings": Route(view_settings),
-    "/openapi.json": Route(view_openapi, admin=False), "/admin/backup": Route(view_backup, True, POST),
-    "/docs": Route(view_docs, admin=False), "/admin/jobs": Route(view_admin_jobs),
+    "/openapi.json": Route(view_openapi), "/admin/backup": Route(view_backup, True, POST),
+    "/docs": Route(view_docs), "/admin/jobs": Route(view_admin_jobs),
     "/admin/queue": Route(view_queue, True, GET_POST),
     "/admin/assets/fnserve.css": Route(view_asset, False), "/admin/assets/fnserve.js": Route(view_asset, False),
     "/login": Route(view_login, False, GET_POST), "/logout": Route(view_logout, False, GET_POST),
@@ -7553,7 +7523,8 @@ class App:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time) -> None:
         self.settings, self.clock = settings, clock
-        self.routes, self.error_page = ROUTES, error_page
+        docs = {path: ROUTES[path]._replace(admin=settings.DOCS == "private") for path in ("/docs", "/openapi.json")}
+        self.routes, self.error_page = {**ROUTES, **docs}, error_page
         self.reserved = frozenset(path[10:] for path in ROUTES if path.startswith("/function/"))
         self.protected = NAMES_OF_ADMIN_FUNCTIONS | self.reserved | set(settings.PROTECTED_FUNCTIONS)
         self.signer = Signer(settings.SECRET_KEY, settings.SECRET_TOKEN)
@@ -7662,11 +7633,9 @@ class App:
 
     def keyword(self, word: str, call: Call) -> Any:
         """Return what an entry point gets for one of KEYWORDS."""
-        if word == "config":
-            return dict(self.config.current())
-        if word == "protected":
-            return sorted(self.protected)
-        return Context(call.id, call.function or "", call.trigger, call.attempt, call.deadline)
+        if word == "context":
+            return Context(call.id, call.function or "", call.trigger, call.attempt, call.deadline)
+        return dict(self.config.current()) if word == "config" else sorted(self.protected)
 
 
 def capture_output(settings: Settings) -> None:
@@ -7694,7 +7663,8 @@ class Background:
 
     def __init__(self, app: App) -> None:
         self._app, self._handle = app, -1
-        self._folded = self._checked = self._pruned = self._scanned = self._sampled = self._summed = 0.0
+        self._done: dict[str, float] = {}  #: what is done now and then -> when it was done last
+        self._sync_seconds = 1.0
         self._stopping, self._ended, self._load, self._lost = threading.Event(), threading.Event(), Load(), 0
         in_children(self._resign)
 
@@ -7709,8 +7679,7 @@ class Background:
 
     def start(self) -> None:
         """Run the loop in a thread of its own."""
-        self._handle, self._summed = -1, self._app.clock()
-        self._stopping, self._ended = threading.Event(), threading.Event()
+        self._handle, self._stopping, self._ended = -1, threading.Event(), threading.Event()
         for loop, ending in ((self._run, self._stopping), (self._watch, self._ended)):
             threading.Thread(target=loop, args=(ending,), name="fnserve background", daemon=True).start()
 
@@ -7724,25 +7693,21 @@ class Background:
         self.drain()
         self._ended.set()
 
-    def _run(self, stopping: threading.Event) -> None:
-        self._loop(stopping)
+    def _run(self, ending: threading.Event) -> None:
+        self._loop(ending, lambda: self.step(self._app.clock()), 5.0)
         self._resign()
 
-    def _loop(self, stopping: threading.Event) -> None:
-        pause = 1.0
-        while not stopping.wait(pause):
+    def _watch(self, ending: threading.Event) -> None:
+        self._loop(ending, self._app.watch.step, WATCH_SECONDS)
+
+    def _loop(self, ending: threading.Event, step: Callable[[], float], retry: float) -> None:
+        pause = min(1.0, retry)
+        while not ending.wait(pause):
             try:
-                pause = self.step(self._app.clock())
+                pause = step()
             except Exception as error:  # the loop must outlive a locked database or a full disk; it tries again
                 log.error("background: %s: %s", type(error).__name__, error)
-                pause = 5.0
-
-    def _watch(self, stopping: threading.Event) -> None:
-        while not stopping.wait(WATCH_SECONDS):
-            try:
-                self._app.watch.step()
-            except Exception as error:  # the loop must outlive what it meets
-                log.error("watch: %s: %s", type(error).__name__, error)
+                pause = retry
 
     def step(self, now: float) -> float:
         """Do one round; return the seconds until the next, one at most.
@@ -7765,53 +7730,57 @@ class Background:
         self._app.config.current()  # os.environ follows .env within a second; `config` does with the next call
         if self._app.journal.in_use():
             self._app.journal.refresh()
-        if now - self._summed >= 60 or now < self._summed:
-            self._summed = now
-            self._sum_up(now)
+        self._sum_up(now)
         if not self._lead():
             return False
-        if self._checked > now:  # the clock went back
-            self._folded = self._checked = self._pruned = self._scanned = 0.0
         self._app.queue.reclaim()
-        if now >= self._scanned:  # a directory of 10,000 functions takes a while, so it is looked at less often
+        for duty in (self._sync, self._fold, self._sample, self._prune):
+            duty(now)
+        self._app.loki.keep_up()
+        return True
+
+    def _is_due(self, duty: str, now: float, seconds: float) -> bool:
+        """Tell whether something was last done so long ago, or later than now since the clock was put back; it is done now."""
+        if 0 <= now - self._done.get(duty, float("-inf")) < seconds:
+            return False
+        self._done[duty] = now
+        return True
+
+    def _sync(self, now: float) -> None:
+        if self._is_due("sync", now, self._sync_seconds):
             began = monotonic()
             self._app.schedule.sync(self._app.functions.schedules())
-            self._scanned = now + 1 + 50 * (monotonic() - began)
-        if now - self._checked >= 5:
-            self._checked = now
-            if now - self._folded >= FOLD_SECONDS or self._app.folder.pending() > FOLD_PENDING:
-                if self._app.folder.pending():
-                    self._app.folder.fold()
-                self._folded = now
-        self._app.loki.keep_up()
-        if now - self._sampled >= 60 or now < self._sampled:
-            self._sampled = now
-            self._sample(now)
-        if now - self._pruned >= PRUNE_SECONDS:
-            self._pruned = now
+            self._sync_seconds = 1 + 50 * (monotonic() - began)  # 10,000 functions take a while to look at
+
+    def _fold(self, now: float) -> None:
+        pending = self._app.folder.pending() if self._is_due("look", now, 5) else 0
+        if pending > FOLD_PENDING or pending and self._is_due("fold", now, FOLD_SECONDS):
+            self._app.folder.fold()
+
+    def _prune(self, now: float) -> None:
+        if self._is_due("prune", now, PRUNE_SECONDS):
             self._app.folder.prune(now, self._app.loki.position() if self._app.settings.LOKI_URL else None)
             self._app.queue.prune(now, self._app.settings.KEEP_DAYS)
-        return True
 
     def _sum_up(self, now: float) -> None:
         """Once a minute: sum up floods in the error log, and add this process's lost records to those of all."""
+        if not self._is_due("sum up", now, 60):
+            return
         for handler in log.handlers:
             if isinstance(handler, ErrorLog):
                 handler.sum_up(now)
         lost, self._lost = self._app.journal.lost - self._lost, self._app.journal.lost
         if lost:
-            with self._app.store.write() as connection:
-                connection.execute("INSERT INTO fn_meta VALUES ('lost_lines', ?) ON CONFLICT (key) DO UPDATE"
-                                   " SET value = value + excluded.value", (lost,))
+            self._app.store.run("INSERT INTO fn_meta VALUES ('lost_lines', ?) ON CONFLICT (key) DO UPDATE"
+                                " SET value = value + excluded.value", lost)
 
     def _sample(self, now: float) -> None:
         """Once a minute: keep what the charts of memory and CPU show, for KEEP_DAYS."""
-        found = self._load.figures(now)
-        with self._app.store.write() as connection:
-            connection.execute("REPLACE INTO fn_samples VALUES (?, ?, ?, ?)", (
-                int(now) // 60, found["cpu_percent"], found["memory_rss_mb"], found["threads"]))
-            connection.execute("DELETE FROM fn_samples WHERE minute < ?", (
-                int(now) // 60 - 1440 * self._app.settings.KEEP_DAYS,))
+        if self._is_due("sample", now, 60):
+            found, minute = self._load.figures(now), int(now) // 60
+            self._app.store.run("REPLACE INTO fn_samples VALUES (?, ?, ?, ?)", minute, found["cpu_percent"],
+                                found["memory_rss_mb"], found["threads"])
+            self._app.store.run("DELETE FROM fn_samples WHERE minute < ?", minute - 1440 * self._app.settings.KEEP_DAYS)
 
     def _resign(self) -> None:
         """Give up the leader's lock; a child that a function forks must not hold it."""
@@ -7934,9 +7903,8 @@ class LazyApp:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Serve one request."""
-        if self._app is None:
-            with self._lock:
-                self._app = self._app or create_app()
+        with self._lock:
+            self._app = self._app or create_app()
         return self._app(environ, start_response)
 
 
@@ -8087,8 +8055,7 @@ class Dispatcher:
     """Hands waitress's tasks to threads; its own does the same with a Condition, at half the requests/s (bench/)."""
 
     def __init__(self, threads: int) -> None:
-        self._waiting: Any = queue.SimpleQueue()
-        self.forked = False
+        self._waiting, self.forked = queue.SimpleQueue(), False  # type: Any, bool
         for number in range(threads):
             threading.Thread(target=self._serve, name=f"fnserve {number}", daemon=True).start()
         self.add_task = self._waiting.put
@@ -8223,18 +8190,19 @@ class Worker:
         if parent is None:
             log_stop(self._stopped_by)
         self._app.background.drain()
-        until = monotonic() + self._grace
-        while self._busy() and monotonic() < until:
-            turn(timeout=.05)
-        if self._busy():
+        if not self._finish(turn, self._grace):
             self._app.watch.cut_off()
-            until = monotonic() + LAST_SECONDS
-            while self._busy() and monotonic() < until:
-                turn(timeout=.05)
+            self._finish(turn, LAST_SECONDS)
             for channel in list(self._server.active_channels.values()):
                 channel.handle_close()
             sleep(.1)  # for streams to notice, so that they are recorded
         self._server.task_dispatcher.shutdown()
+
+    def _finish(self, turn: Callable[..., Any], seconds: float) -> bool:
+        until = monotonic() + seconds
+        while (busy := self._busy()) and monotonic() < until:
+            turn(timeout=.05)
+        return not busy
 
     def _retire(self, relieve: Callable[[], Any]) -> None:
         if not self._stopping:
@@ -8274,7 +8242,7 @@ class Supervisor:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._replace(monotonic())
         notify("READY=1")
-        end_former(self._former)
+        send_signal(signal.SIGTERM, self._former)  # others are there now
         while not self._stops:
             if self._again:
                 self._execute_again()
@@ -8380,25 +8348,20 @@ class Supervisor:
         notify("STOPPING=1")
         log_stop(self._stopped_by)
         self._socket.close()
-        self._signal(signal.SIGTERM, self._workers)
+        send_signal(signal.SIGTERM, self._workers)
         until = monotonic() + self._app.settings.GRACE + 2
         while self._workers and monotonic() < until and self._stops < 2:
             self._reap()
             sleep(.02)
-        self._signal(signal.SIGKILL, self._workers)
+        send_signal(signal.SIGKILL, self._workers)
         return 0
 
-    def _signal(self, number: int, pids: Iterable[int]) -> None:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
 
-
-def end_former(former: list[str]) -> None:
-    """Let the workers of the code before a SIGHUP finish: others are there now."""
-    for pid in former:
+def send_signal(number: int, pids: Iterable[Any]) -> None:
+    """Send a signal to those of the processes that are still there."""
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGTERM)
+            os.kill(int(pid), number)
 
 
 def serve_first_look(app: App, opened: Any) -> int:
@@ -8442,7 +8405,7 @@ def serve(app: App) -> int:
     try:
         import waitress  # noqa: F401
     except ImportError:
-        end_former(former)
+        send_signal(signal.SIGTERM, former)
         print("waitress is missing, so this is for a first look only: sudo apt-get install python3-waitress"
               "  (or: pip install waitress)", file=sys.stderr, flush=True)
         return serve_first_look(app, opened)
@@ -8458,7 +8421,7 @@ def serve(app: App) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.stop)
     notify("READY=1")
-    end_former(former)
+    send_signal(signal.SIGTERM, former)
     worker.run()
     return 0
 
@@ -8516,8 +8479,12 @@ def cmd_list(arguments: Any, options: dict[str, Any]) -> int:
     """list the functions"""
     app = prepare(**options)
     for row in (describe_row(app, row) for row in function_rows(app)):
-        print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  {row['reason'] or row['summary']}")
+        print_row(row, row["reason"] or row["summary"])
     return 0
+
+
+def print_row(row: Mapping[str, Any], more: str) -> None:
+    print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  {more}")
 
 
 def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
@@ -8577,8 +8544,7 @@ def cmd_logs(arguments: Any, options: dict[str, Any]) -> int:
 def cmd_stats(arguments: Any, options: dict[str, Any]) -> int:
     """print how often each function was called"""
     for row in stats_rows(prepare(**options), time()):
-        print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  p50 {milliseconds(row['p50'])}"
-              f"  p95 {milliseconds(row['p95'])}")
+        print_row(row, f"p50 {milliseconds(row['p50'])}  p95 {milliseconds(row['p95'])}")
     return 0
 
 
@@ -8594,9 +8560,7 @@ def cmd_jobs(arguments: Any, options: dict[str, Any]) -> int:
 
 def cmd_queue(arguments: Any, options: dict[str, Any]) -> int:
     """list queued calls, the newest last"""
-    app = prepare(**options)
-    for row in reversed(app.store.rows("SELECT id, state, function, attempts, status FROM fn_queue ORDER BY created DESC"
-                                        " LIMIT ?", arguments.n)):
+    for row in reversed(prepare(**options).store.read("SELECT * FROM fn_queue ORDER BY created DESC LIMIT ?", arguments.n)):
         print(f"{row['id']} {row['state']:8} {row['function']:24} runs {row['attempts']}  {row['status'] or ''}")
     return 0
 
@@ -8756,7 +8720,7 @@ def main(request):
 def cmd_export(arguments: Any, options: dict[str, Any]) -> int:
     """write a directory that Google's functions-framework serves"""
     app, name, target = App(Settings(options)), arguments.name, os.path.abspath(arguments.to)
-    if not valid_name(name) or not os.path.isfile(app.functions.path(name)):
+    if not app.functions.exists(name):
         raise SettingError(f"there is no function {name!r}")
     if os.path.isdir(target) and os.listdir(target):
         raise SettingError(f"--to {arguments.to}: the directory is not empty")
@@ -8929,7 +8893,6 @@ def serve_from_module() -> None:
     """Start anew as an imported module: a script's syntax tree stays in memory while it runs, 18 MB in each process."""
     known = __name__ == "__main__" and __spec__ is None and os.name == "posix" and bool(sys.executable)
     if known and re.fullmatch(r"[a-zA-Z_]\w*\.py", os.path.basename(os.path.realpath(__file__))):
-        sys.stdout.flush()
         os.execv(sys.executable, import_command())
 
 
@@ -8940,11 +8903,9 @@ def import_command() -> list[str]:
 
 def keep_paths(arguments: Any) -> None:
     """Make the paths of the command line absolute: they begin where it was typed, not in --dir."""
-    if hasattr(arguments, "files"):
-        arguments.files = [os.path.abspath(path) for path in arguments.files]
-    for name in ("file", "to") if arguments.run is not cmd_deploy else ():
-        if hasattr(arguments, name):
-            setattr(arguments, name, os.path.abspath(getattr(arguments, name)))
+    names = ("files",) if arguments.run is cmd_deploy else ("file", "to")
+    for name, given in [(name, getattr(arguments, name)) for name in names if hasattr(arguments, name)]:
+        setattr(arguments, name, list(map(os.path.abspath, given)) if name == "files" else os.path.abspath(given))
 
 
 def main(argv: Optional[list[str]] = None) -> int:
