@@ -2087,6 +2087,7 @@ class Description(NamedTuple):
     returns: str = ""  #: main's hint: dict, str, ...
     settings: Mapping[str, Any] = types.MappingProxyType({})  #: as far as they are literals
     error: Optional[LoadError] = None  #: why it does not compile
+    serves: bool = True  #: False for a helper module, which names nothing that could be an entry point
 
     @property
     def summary(self) -> str:
@@ -2352,7 +2353,8 @@ class Functions:
             try:
                 source = read_source(path)
                 said, settings = read_docstring(source, path), read_literals(source)
-                self._described[name] = stamp, Description(*said, {} if settings is UNREADABLE else settings)
+                serves = re.search(rb"\bmain\b|functions_framework|\bentry\b", source) is not None
+                self._described[name] = stamp, Description(*said, {} if settings is UNREADABLE else settings, None, serves)
             except LoadError as error:
                 self._described[name] = stamp, Description(error=error)
         return self._described[name][1], stamp[0] / 1e9 if stamp else 0.0
@@ -6290,13 +6292,11 @@ def read_current(app: Any, name: str) -> tuple[bytes, int]:
 
 
 def python_command(call: str) -> list[str]:
-    """Return the command line that imports this file, as a module, and makes a call.
-
-    The file may have another name, or be a link's target; the module is fnserve all the same.
-    """
-    directory, name = os.path.split(os.path.realpath(__file__))
-    boot = (f"import sys; sys.path[0] = {directory!r}; import {name[:-3]} as found; sys.modules['fnserve'] = found;"
-            f" sys.exit(found.{call})")
+    """Return the command line that imports this file as the module fnserve, whatever it is called, and makes a call."""
+    path = os.path.realpath(__file__)
+    boot = (f"import sys, importlib.util as util; sys.path[0] = {os.path.dirname(path)!r};"
+            f" spec = util.spec_from_file_location('fnserve', {path!r}); found = util.module_from_spec(spec);"
+            f" sys.modules['fnserve'] = found; spec.loader.exec_module(found); sys.exit(found.{call})")
     return [sys.executable, *(["-B"] if sys.dont_write_bytecode else []), "-c", boot]
 
 
@@ -7053,8 +7053,11 @@ def _authorize(done: set[int], action: int, first: Optional[str], second: Option
 
 
 @contextlib.contextmanager
-def user_data(app: Any) -> Iterator[sqlite3.Connection]:
-    """Open the database for the data browser: fnserve's tables can't be written to, and nothing takes longer than 5 s."""
+def user_data(app: Any, writes: bool = False) -> Iterator[sqlite3.Connection]:
+    """Open the database for the data browser: fnserve's tables can't be written to, and nothing takes longer than 5 s.
+
+    What `writes` waits for the lock first: what reads before it would be told at once that the database is locked.
+    """
     until = monotonic() + SQL_SECONDS
     make_private(app.settings.DB_PATH)
     with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5, isolation_level=None)) as connection:
@@ -7063,7 +7066,7 @@ def user_data(app: Any) -> Iterator[sqlite3.Connection]:
         connection.set_progress_handler(lambda: monotonic() > until, 10_000)
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
-            connection.execute("BEGIN")
+            connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
             yield connection
             refuse_ours(connection, known)
             connection.execute("COMMIT")
@@ -7273,7 +7276,7 @@ def change_data(app: Any, call: Call) -> Response:
     action, name = text_field(sent, "action"), text_field(sent, "table")
     if action == "sql":
         return run_sql(app, call, text_field(sent, "sql"))
-    with user_data(app) as connection:
+    with user_data(app, writes=True) as connection:
         if action == "create" and name:
             connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
         elif action == "drop":
@@ -7327,7 +7330,7 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
     try:
         if not text.strip():
             raise HTTPException(400, "There is no statement")
-        with user_data(app) as connection:
+        with user_data(app, not re.match(r"\s*(select|values|explain|pragma)\b", text, re.I)) as connection:
             cursor = connection.execute(text)
             rows = [list(map(shown_value, row)) for _, row in zip(range(SQL_ROWS), cursor)]
             columns, changed = [column[0] for column in cursor.description or ()], cursor.rowcount
@@ -7406,7 +7409,7 @@ def describe_functions(app: Any) -> list[dict[str, Any]]:
     rows = []
     for name in app.functions.names():
         said, settings = (found := app.functions.describe(name)[0]), found.settings
-        if not said.error and settings.get("auth") != "internal" and name not in app.protected:
+        if said.serves and not said.error and settings.get("auth") != "internal" and name not in app.protected:
             text = textwrap.dedent(said.docstring.partition("\n")[2]).strip()
             parameters, given = read_parameters(text), settings.get("parameters")
             for key, item in given.items() if isinstance(given, dict) else ():
@@ -8223,8 +8226,8 @@ class Supervisor:
 
     def __init__(self, app: App, opened: Any, former: list[str]) -> None:
         self._app, self._socket, self._stops, self._stopped_by, self._again = app, opened, 0, 0, False
-        self._former = former  #: workers of the code before a SIGHUP
-        self._workers: dict[int, tuple[int, float]] = {}  #: pid -> (number, -1 once it is relieved; monotonic time of birth)
+        #: pid -> (number, -1 for one that is relieved or of the code before a SIGHUP; monotonic time of birth)
+        self._workers: dict[int, tuple[int, float]] = {int(pid): (-1, 0.0) for pid in former}
         self._relieved = os.pipe()  #: what a worker writes its number to when it has to go
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
         self._backoff = dict.fromkeys(self._due, 0.0)  #: number -> seconds to wait, for workers that die at birth
@@ -8240,9 +8243,10 @@ class Supervisor:
         signal.signal(signal.SIGHUP, self._reload)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        former = list(self._workers)
         self._replace(monotonic())
         notify("READY=1")
-        send_signal(signal.SIGTERM, self._former)  # others are there now
+        send_signal(signal.SIGTERM, former)  # others are there now
         while not self._stops:
             if self._again:
                 self._execute_again()
@@ -8357,11 +8361,11 @@ class Supervisor:
         return 0
 
 
-def send_signal(number: int, pids: Iterable[Any]) -> None:
+def send_signal(number: int, pids: Iterable[int]) -> None:
     """Send a signal to those of the processes that are still there."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), number)
+            os.kill(pid, number)
 
 
 def serve_first_look(app: App, opened: Any) -> int:
@@ -8405,7 +8409,7 @@ def serve(app: App) -> int:
     try:
         import waitress  # noqa: F401
     except ImportError:
-        send_signal(signal.SIGTERM, former)
+        send_signal(signal.SIGTERM, map(int, former))
         print("waitress is missing, so this is for a first look only: sudo apt-get install python3-waitress"
               "  (or: pip install waitress)", file=sys.stderr, flush=True)
         return serve_first_look(app, opened)
@@ -8421,7 +8425,7 @@ def serve(app: App) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.stop)
     notify("READY=1")
-    send_signal(signal.SIGTERM, former)
+    send_signal(signal.SIGTERM, map(int, former))
     worker.run()
     return 0
 
@@ -8586,11 +8590,11 @@ def cmd_next(arguments: Any, options: dict[str, Any]) -> int:
 def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
     """send function files to a running fnserve"""
     settings = Settings(options)
-    token, root = arguments.token or settings.SECRET_TOKEN, settings.FUNCTIONS_DIR + os.sep
-    failed = 0
+    token, failed = arguments.token or settings.SECRET_TOKEN, 0
     for path in arguments.files:
         full = os.path.abspath(path)
-        name = (full[len(root):].replace(os.sep, "/") if full.startswith(root) else os.path.basename(full)).removesuffix(".py")
+        roots = [root for root in (settings.FUNCTIONS_DIR + os.sep, f"{os.sep}{PACKAGE}{os.sep}") if root in full]
+        name = (full.rpartition(roots[0])[2] if roots else os.path.basename(full)).removesuffix(".py").replace(os.sep, "/")
         try:
             print(f"{name}: version {send_code(arguments.to, token, name, read_source(full))}")
         except LoadError as error:
@@ -8891,8 +8895,8 @@ def make_parser() -> Any:
 
 def serve_from_module() -> None:
     """Start anew as an imported module: a script's syntax tree stays in memory while it runs, 18 MB in each process."""
-    known = __name__ == "__main__" and __spec__ is None and os.name == "posix" and bool(sys.executable)
-    if known and re.fullmatch(r"[a-zA-Z_]\w*\.py", os.path.basename(os.path.realpath(__file__))):
+    is_script = __name__ == "__main__" and __spec__ is None and os.path.realpath(__file__).endswith(".py")
+    if is_script and os.name == "posix" and sys.executable:
         os.execv(sys.executable, import_command())
 
 

@@ -3350,6 +3350,7 @@ class AdminTest(Case):
                             " 'whom <b>'}}}\ndef main(request):\n    'Say hello.'\n    return 'x'")
         self.write("inner", "SETTINGS = {'auth': 'internal'}\ndef main(request): return 'x'")
         self.write("closed", "SETTINGS = {'auth': 'token'}\ndef main(request): return 'x'")
+        self.write("helper", "def double(x): return x * 2")
         app = self.make_app()
         self.assertEqual([self.call(app, "GET", path).status_code for path in ("/openapi.json", "/docs")], [401, 401])
         app = self.make_app(DOCS="public")
@@ -4515,6 +4516,10 @@ scrape_configs:
                 (self.dir / "fnserve.py").write_text("raise SystemExit('the wrong one')")
                 version = ("9" if name == "link" else "") + fnserve.__version__
                 self.assertEqual(json.loads(server.get("/function/f")[2]), [version, "GET"])
+                old = set(server.workers())
+                os.kill(server.process.pid, signal.SIGHUP)
+                wait_until(lambda: server.workers() and not old & set(server.workers()))
+                self.assertEqual(json.loads(server.get("/function/f")[2]), [version, "GET"])
                 self.assertEqual(server.stop(), 0)
 
     def test_a_stuck_worker_is_replaced(self):
@@ -4582,6 +4587,26 @@ scrape_configs:
         wait_until(lambda: "does not start" in (self.dir / "serverless_error.log").read_text())
         self.assertEqual(server.get("/health")[0], 200)
         self.assertEqual(server.stop(), 0)
+
+    def test_a_stop_waits_for_workers_of_before_a_sighup(self):
+        self.write("slow", "import os, time\ndef main(request):\n    open('begun', 'w').close()\n    while not os.path.exists('free'):\n"
+                           "        time.sleep(.01)\n    return 'done'")
+        self.write("who", "import os\ndef main(request): return str(os.getpid())")
+        server = self.start("--workers", "1")
+        wait_until(server.workers)
+        old, answers = set(server.workers()), []
+        caller = threading.Thread(target=lambda: answers.append(server.get("/function/slow")[2]))
+        caller.start()
+        wait_until((self.dir / "begun").exists)
+        os.kill(server.process.pid, signal.SIGHUP)
+        wait_until(lambda: int(server.get("/function/who")[2]) not in old)
+        server.process.terminate()
+        with self.assertRaises(subprocess.TimeoutExpired):  # the new one has long gone
+            server.process.wait(1)
+        (self.dir / "free").touch()
+        self.assertEqual((server.process.wait(20), server.session()), (0, []))
+        caller.join(20)
+        self.assertEqual(answers, [b"done"])
 
     def test_sighup_upgrades_without_a_failed_request(self):
         self.write("hello", "import fnserve\ndef main(request): return fnserve.__version__")
@@ -5630,6 +5655,10 @@ class CommandTest(Case):
         made = self.run_command("deploy", "functions/v1/users.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
         self.assertEqual((made.returncode, made.stdout), (0, "v1/users: version 1\n"))
         self.assertEqual(server.get("/function/v1/users")[2], b"grouped")
+        (self.dir / "elsewhere" / "functions" / "v2").mkdir(parents=True)
+        (self.dir / "elsewhere" / "functions" / "v2" / "users.py").write_text("def main(request): return 'from elsewhere'")
+        made = self.run_command("deploy", "elsewhere/functions/v2/users.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
+        self.assertEqual((made.returncode, made.stdout), (0, "v2/users: version 1\n"))
         path.write_bytes(b"x = '\xff'")
         for to, status in ((f"http://127.0.0.1:{server.port}", 1), (f"http://127.0.0.1:{server.port}/health?", 1), ("nonsense", 2),
                            ("http://127.0.0.1:1", 1)):
