@@ -2028,12 +2028,16 @@ def valid_name(name: str) -> bool:
     return len(name) <= 200 and all(part.isidentifier() and part[0] != "_" for part in name.split("/"))
 
 
+_PARSING = threading.Lock()  # where two threads make syntax trees at once, Python 3.11 raises SystemError (gh-106905)
+
+
 def compile_source(source: bytes, path: str, flags: int = 0) -> Any:
     """Compile a function file; LoadError with line and column where it can't be."""
     if not source.strip():
         raise LoadError("the file is empty")
     try:
-        return compile(source, path, "exec", flags, dont_inherit=True)
+        with _PARSING:
+            return compile(source, path, "exec", flags, dont_inherit=True)
     except SyntaxError as error:
         raise LoadError(f"{type(error).__name__}: {error.msg}", error.lineno or 0, error.offset or 0) from None
     except (ValueError, RecursionError, MemoryError, OverflowError) as error:  # NUL bytes, absurd nesting

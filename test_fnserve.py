@@ -2964,6 +2964,7 @@ class OpenApiTest(Case):
         (self.dir / ".env").write_text("GITHUB_WEBHOOK_SECRET=s\n")
         app = self.make_app(DOCS="public", API_TOKENS="caller")
         document = self.call(app, "GET", "/openapi.json").json
+        app.background.stop()  # it reads the functions' syntax, as hypothesis does its own: too much for Python 3.11 (gh-106905)
         validate(document)
         self.assertEqual(len(document["paths"]), len(self.FUNCTIONS))
         seen: dict[str, set[int]] = {}
