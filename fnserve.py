@@ -197,6 +197,21 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.replace(",", " ").split())
 
 
+def http_url(text: str) -> str:
+    """Cast an http or https URL, or nothing."""
+    if text and not re.fullmatch(r"https?://[^/\s]+\S*", text):
+        raise ValueError("a URL such as http://127.0.0.1:3100")
+    return text
+
+
+def ip_address(text: str) -> str:
+    """Cast an IP address, or nothing."""
+    with contextlib.suppress(OSError):
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text or "0.0.0.0")
+        return text
+    raise ValueError("one IP address, such as 127.0.0.1")
+
+
 def workers(text: str) -> int:
     """Cast a number of processes; auto = one per core this process may run on (one where it can't fork)."""
     if text.lower() != "auto":
@@ -227,16 +242,16 @@ SETTINGS_TABLE = (
     Setting("LOG_BACKUPS", whole(0, 100), "3", "rotated error logs kept"),
     Setting("JOURNAL_DIR", str, "journal", "directory of the access journal"),
     Setting("KEEP_INVOCATIONS", whole(0, 10_000_000), "10000", "calls kept for the logs"),
-    Setting("KEEP_DAYS", whole(0, 3650), "7", "days that folded journal segments and charts are kept"),
+    Setting("KEEP_DAYS", whole(0, 3650), "7", "days that folded journal segments, charts and dead calls are kept"),
     Setting("MAX_BODY", size, "16MiB", "largest request body"),
     Setting("TIMEOUT", seconds, "60", "seconds after which a call is interrupted and gets 504; in context.deadline"),
     Setting("GRACE", seconds, "30", "seconds that calls get to finish at a stop"),
     Setting("SESSION_HOURS", seconds, "12", "hours that a login lasts"),
-    Setting("TRUSTED_PROXY", str, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
+    Setting("TRUSTED_PROXY", ip_address, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
     Setting("API_TOKENS", words, "", "tokens that callers of functions with auth 'token' hold, separated by commas", True),
-    Setting("PROTECTED_FUNCTIONS", words, "", "further functions that only the admin may call"),
+    Setting("PROTECTED_FUNCTIONS", words, "", "further functions, or groups, that only the admin may call"),
     Setting("METRICS_TOKEN", str, "", "Bearer token that /metrics asks for; blank: everybody may read them", True),
-    Setting("LOKI_URL", str, "", "Loki that the journal is pushed to, such as http://127.0.0.1:3100; blank: none"),
+    Setting("LOKI_URL", http_url, "", "Loki that the journal is pushed to, such as http://127.0.0.1:3100; blank: none"),
     Setting("LOKI_USER", str, "", "user of Loki"), Setting("LOKI_PASSWORD", str, "", "password of Loki", True),
     Setting("LOKI_TENANT", str, "", "tenant of Loki"),
     Setting("QUEUE_MAX", whole(1, 10**9), "100000", "calls that may wait in the queue; more get 503"),
@@ -294,6 +309,12 @@ def read_env(path: str, environ: Optional[Mapping[str, str]] = None) -> dict[str
         raise SettingError(f"{path}: {error}") from None
 
 
+def read_both(paths: list[str], environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read .env and the .env.local that overrides it, and that may use its values."""
+    env = read_env(paths[0], environ)
+    return env, read_env(paths[1], {**environ, **{key: text or "" for key, text in env.items()}})
+
+
 class Settings:
     """The settings, cast: ``settings.PORT``, paths absolute; `sources` says where each came from. Raises SettingError."""
 
@@ -305,8 +326,9 @@ class Settings:
             raise SettingError(f"{name}: there is no such setting")
         environ = {row.name: os.environ.get("FNSERVE_" + row.name) for row in SETTINGS_TABLE}
         environ["PORT"] = os.environ.get("PORT", "").strip() or environ["PORT"]  # plain PORT is what hosting services set
-        layers = [(name, read_env(os.path.join(self.directory, name))) for name in (".env", ".env.local")]  # rising priority
-        layers += [("environment", environ), ("option", {**self.options})]
+        env, local = read_both([os.path.join(self.directory, name) for name in (".env", ".env.local")], os.environ)
+        layers: list[tuple[str, dict[str, Optional[str]]]] = [  # rising priority
+            (".env", env), (".env.local", local), ("environment", environ), ("option", {**self.options})]
         for row in SETTINGS_TABLE:
             setattr(self, row.name, self._value(row, layers))
         for name in ("FUNCTIONS_DIR", "DB_PATH", "LOG_FILE", "JOURNAL_DIR"):
@@ -319,7 +341,7 @@ class Settings:
         text, source = row.default, "default"
         for name, values in layers:
             given = values.get(row.name)
-            if given is not None and (given.strip() or "blank:" in row.help):
+            if given is not None and (given.strip() or "blank:" in row.help or row.cast is words):
                 text, source = given.strip(), name
         self.sources[row.name], self.texts[row.name] = source, text
         try:
@@ -358,8 +380,8 @@ class Config:
         self._stamps = stamps
         environ = {key: value for key, value in os.environ.items() if self._exported.get(key) != value}
         try:
-            values = read_env(self._paths[0], environ)
-            values.update(read_env(self._paths[1], {**environ, **{key: value or "" for key, value in values.items()}}))
+            env, local = read_both(self._paths, environ)
+            values = {**env, **local}
         except SettingError as error:
             log.warning("%s: the values read before stay", error)
             return
@@ -1300,7 +1322,7 @@ class Response:
             return
         text = str(int(value)) if not isinstance(value, str) else value
         code, _, reason = text.partition(" ")
-        if not re.fullmatch("[1-9][0-9][0-9]", code) or not _HEADER_VALUE.fullmatch(reason):
+        if not re.fullmatch("[2-9][0-9][0-9]", code) or not _HEADER_VALUE.fullmatch(reason):
             raise ValueError(f"status {value!r} is not an HTTP status")
         self.code = int(code)
         self._status = f"{code} {reason}" if reason else STATUS_LINES.get(self.code, f"{code} UNKNOWN")
@@ -1451,13 +1473,32 @@ def make_response(*values: Any) -> Response:
     response = _body_response(value)
     if status is not None:
         response.status = status
-    for name, item in (headers.items() if hasattr(headers, "items") else headers or ()):
+    pairs = list(headers.items() if hasattr(headers, "items") else headers or ())
+    for name, _ in pairs if not isinstance(value, (Response, dict, list)) else ():
         del response.headers[name]
-        response.headers.extend([(name, item)])
+    if isinstance(value, (Response, dict, list)):
+        response.headers.update(pairs)  # as in Flask, where the last of a name counts here
+    else:
+        response.headers.extend(pairs)
     return response
 
 
+def iterate_async(values: Any) -> Iterator[Any]:
+    """Yield what an async generator yields, in an event loop of its own."""
+    import asyncio  # only for async functions
+    loop = asyncio.new_event_loop()
+    try:
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                yield loop.run_until_complete(values.__anext__())
+    finally:
+        loop.run_until_complete(values.aclose())
+        loop.close()
+
+
 def _body_response(value: Any) -> Response:
+    if isinstance(value, types.AsyncGeneratorType):
+        return Response(iterate_async(value))
     if isinstance(value, Response):
         return value
     if isinstance(value, (str, bytes, bytearray)) or hasattr(value, "__next__"):
@@ -1530,7 +1571,8 @@ class Session(dict):
     new, accessed = False, True  # as Flask's are for whoever can ask
 
     def __init__(self, payload: Optional[str]) -> None:
-        super().__init__(json.loads(payload) if payload else {})
+        with contextlib.suppress(ValueError, TypeError):  # signed, but by somebody who put something else into it
+            self.update(json.loads(payload or "{}"))
         self._before, self._marked = dump_json(self), False
 
     modified = property(lambda self: self._marked or dump_json(self) != self._before,
@@ -1584,6 +1626,15 @@ TABLES = {
 }
 
 
+LOOK_SECONDS = 1.0
+
+
+def add_up(connection: sqlite3.Connection, key: str, value: int) -> None:
+    """Add to a number of fn_meta."""
+    connection.execute("INSERT INTO fn_meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = value + excluded.value",
+                       (key, value))
+
+
 def file_number(path: str) -> int:
     """Return what tells a file from another of the same path; 0 where there is none."""
     with contextlib.suppress(OSError):
@@ -1606,8 +1657,8 @@ def in_children(function: Callable[[], Any]) -> None:
 class Store:
     """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error."""
 
-    def __init__(self, path: str, tables: Mapping[str, str]) -> None:
-        self.path, self._tables, self._lock = path, tables, threading.RLock()
+    def __init__(self, path: str, tables: Mapping[str, str], migrations: Iterable[str] = ()) -> None:
+        self.path, self._tables, self._migrations, self._lock = path, tables, migrations, threading.RLock()
         #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
         self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
@@ -1657,6 +1708,8 @@ class Store:
     def check(self) -> None:
         """Open the database; StoreError where it can't be used. A lock held by somebody else is not an error."""
         try:
+            if os.path.exists(self.path) and os.path.getsize(self.path):
+                self._look()
             self.read("SELECT 1 FROM call_stats LIMIT 1")
         except sqlite3.Error as error:
             if "locked" not in str(error):
@@ -1664,6 +1717,15 @@ class Store:
             log.warning("%s is locked; the calls go on and are counted later", self.path)
         finally:
             self.close()
+
+    def _look(self) -> None:
+        """Check the file before anything is written to it, for LOOK_SECONDS at most; DatabaseError where it is broken."""
+        until = monotonic() + LOOK_SECONDS
+        with contextlib.closing(sqlite3.connect(f"file:{quote(os.fsencode(self.path))}?mode=ro", uri=True)) as connection:
+            connection.set_progress_handler(lambda: monotonic() > until, 10_000)
+            with contextlib.suppress(sqlite3.OperationalError):  # it took too long, or is locked
+                if (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                    raise sqlite3.DatabaseError(" ".join(found.split()))
 
     def close(self) -> None:
         """Close this process's connection."""
@@ -1689,6 +1751,9 @@ class Store:
                 for name, columns in self._tables.items() if not names.issuperset(self._tables) else ():
                     kind = "TABLE" if columns.startswith("(") else "INDEX"
                     connection.execute(f"CREATE {kind} IF NOT EXISTS {name} {columns}")
+                for statement in self._migrations:
+                    with contextlib.suppress(sqlite3.OperationalError):  # it was done before
+                        connection.execute(statement)
             except BaseException:
                 connection.close()
                 raise
@@ -1796,16 +1861,17 @@ class Journal:
             log.error("%s: %s; %d records lost so far", self.directory, error, self.lost)
 
 
-_SECRET = re.compile("token|key|secret|signature|password|passwd|auth(?!or)|cookie|hmac|credential", re.I)
+_SECRET = re.compile(r"token|key|secret|signature|(?<![a-z])(sig|pass)(?![a-z])|passw|pwd|auth(?!ors?(?![a-z]))|cookie|hmac"
+                     "|credential", re.I)
 
 
 def scrub(query: str) -> str:
-    """Blank the values of query parameters that carry secrets, however their names are spelt; cut a long query."""
+    """Blank the values of query parameters that carry secrets, however their names are spelt, also in a URL that is a value;
+    cut a long query."""
     shown = []
     for pair in query[:1000].replace(";", "&").split("&"):
-        name, equals, value = pair.partition("=")
-        secret = equals and _SECRET.search(unquote_to_bytes(name).decode("utf-8", "replace"))
-        shown.append(name + "=***" if secret else pair)
+        names = re.findall(r"([^=&?#/]*)=", unquote_to_bytes(pair).decode("utf-8", "replace"))
+        shown.append(pair.partition("=")[0] + "=***" if any(map(_SECRET.search, names)) else pair)
     return "&".join(shown)
 
 
@@ -1849,6 +1915,12 @@ class Tally:
         group[3][bisect_left(BUCKETS, taken / 1e6)] += 1
         self.calls.append(record)
         self.metrics += record.get("mx", ())
+
+
+def is_worth_keeping(call: Mapping[str, Any]) -> bool:
+    """Tell whether a record is for the logs page: not the platform's own pages and probes, unless they fail, nor what
+    scanners look for; they would drive the functions' calls out."""
+    return bool(call.get("f")) or call["s"] >= 400 and call["s"] != 404
 
 
 def sql_value(value: Any) -> Any:
@@ -1897,8 +1969,8 @@ def read_lines(path: str, position: int) -> tuple[list[bytes], int, bool]:
 class Folder:
     """Folds the journal into the database, each record exactly once, whichever process does it and dies doing it."""
 
-    def __init__(self, journal: Journal, store: Store, settings: Settings, protected: frozenset[str]) -> None:
-        self._directory, self._store, self._protected = journal.directory, store, protected
+    def __init__(self, journal: Journal, store: Store, settings: Settings, is_protected: Callable[[str], bool]) -> None:
+        self._directory, self._store, self._is_protected = journal.directory, store, is_protected
         self._keep_calls, self._keep_days = settings.KEEP_INVOCATIONS, settings.KEEP_DAYS
 
     def fold(self, within: Optional[Callable[[sqlite3.Connection], None]] = None) -> int:
@@ -1942,7 +2014,7 @@ class Folder:
         run, groups = connection.execute, tally.groups.items()
         for (name, endpoint, method, status, minute), (count, taken, last, buckets) in groups:
             failed = count if status >= 500 else 0
-            if name and name not in self._protected:
+            if name and not self._is_protected(name):
                 run("INSERT INTO call_stats VALUES (?, ?) ON CONFLICT (func_name) DO UPDATE"
                     " SET call_count = call_count + excluded.call_count", (name, count))
             if name:
@@ -1961,21 +2033,20 @@ class Folder:
             run("REPLACE INTO fn_minutes VALUES (?, ?, ?, ?, ?)",
                 (minute, endpoint, row[0] + count, row[1] + failed, add_buckets(row[2], buckets)))
         if tally.torn:
-            connection.execute("INSERT INTO fn_meta VALUES ('torn_lines', ?) ON CONFLICT (key) DO UPDATE"
-                               " SET value = value + excluded.value", (tally.torn,))
+            add_up(connection, "torn_lines", tally.torn)
         for metric in tally.metrics:
             with contextlib.suppress(TypeError, ValueError, sqlite3.IntegrityError):  # a row that no call of ours wrote
                 self._add_metric(connection, *metric)
-        self._keep(connection, tally.calls[-self._keep_calls:] if self._keep_calls else [])
+        self._keep(connection, [call for call in tally.calls if is_worth_keeping(call)][-self._keep_calls:])
 
     def _add_metric(self, connection: sqlite3.Connection, name: str, labels: str, kind: str, text: str, value: float,
                     bounds: list[float], counts: list[int]) -> None:
-        """Add to a counter, or to a histogram with its first bounds; series beyond MOST_SERIES are left out."""
+        """Add to a counter, or to a histogram with its first bounds; not to more than MOST_SERIES, nor to both by one name."""
         row = connection.execute("SELECT value, bounds, buckets FROM fn_metrics WHERE name = ? AND labels = ?",
                                  (name, labels)).fetchone()
         if row is None:
-            series = connection.execute("SELECT count(*) FROM fn_metrics WHERE name = ?", (name,)).fetchone()[0]
-            if series >= MOST_SERIES:
+            known = connection.execute("SELECT count(*), min(kind) FROM fn_metrics WHERE name = ?", (name,)).fetchone()
+            if known[0] >= MOST_SERIES or known[1] not in (None, kind):
                 return
             row = (0.0, json.dumps(bounds), json.dumps([0] * (len(bounds) + 1)))
         buckets, first = json.loads(row[2]), json.loads(row[1])
@@ -2029,6 +2100,11 @@ def valid_name(name: str) -> bool:
 
 
 _PARSING = threading.Lock()  # where two threads make syntax trees at once, Python 3.11 raises SystemError (gh-106905)
+
+
+def is_protected(name: str, protected: frozenset[str]) -> bool:
+    """Tell whether a function is one of the protected names, or in a group that is."""
+    return name in protected or "/" in name and is_protected(name.rpartition("/")[0], protected)
 
 
 def compile_source(source: bytes, path: str, flags: int = 0) -> Any:
@@ -2258,12 +2334,14 @@ class Functions:
         sys.meta_path.insert(at, self)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """Find a module as ever, but give one under functions/ the loader above (importlib's protocol for finders)."""
+        """Find a module as ever, but give one under functions/ or beside it the loader above (importlib's protocol)."""
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec and spec.origin and isinstance(spec.loader, importlib.machinery.SourceFileLoader) \
-                and spec.origin.startswith(self.root + os.sep):
-            spec.loader, spec.cached = _HelperLoader(fullname, spec.origin, self.builtins), None
+        if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader) and self._is_helper(spec.origin or ""):
+            spec.loader, spec.cached = _HelperLoader(fullname, spec.origin or "", self.builtins), None
         return spec
+
+    def _is_helper(self, path: str) -> bool:
+        return path.startswith(self.root + os.sep) or os.path.dirname(path) == os.path.dirname(self.root)
 
     def path(self, name: str) -> str:
         """Return the file of a name, which must be a `valid_name`; the only door from names to the file system."""
@@ -2338,6 +2416,8 @@ class Functions:
         """List every function there is a file for."""
         found: list[str] = []
         groups = [""]
+        for name in self._reserved - self._warned:
+            self._warn(name)
         while groups:
             group = groups.pop()
             with contextlib.suppress(OSError), os.scandir(os.path.join(self.root, group)) as entries:
@@ -2357,11 +2437,19 @@ class Functions:
             try:
                 source = read_source(path)
                 said, settings = read_docstring(source, path), read_literals(source)
+                read_settings({} if settings is UNREADABLE else settings, self._casts)
                 serves = re.search(rb"\bmain\b|functions_framework|\bentry\b", source) is not None
                 self._described[name] = stamp, Description(*said, {} if settings is UNREADABLE else settings, None, serves)
             except LoadError as error:
                 self._described[name] = stamp, Description(error=error)
         return self._described[name][1], stamp[0] / 1e9 if stamp else 0.0
+
+    def retries(self, name: str) -> int:
+        """Return how often a function's failed calls are run again, as its file says; nothing of it is run."""
+        with contextlib.suppress(ValueError):
+            found = self.describe(name)[0].settings.get("retries")
+            return found if isinstance(found, int) else PLAIN.retries
+        return PLAIN.retries
 
     def schedules(self) -> dict[str, Any]:
         """Return SETTINGS["schedule"] of every function that has one; nothing is run, so it must be a literal."""
@@ -2403,10 +2491,13 @@ class Functions:
         if os.path.isfile(path) and name not in self._reserved:
             with self._adding:
                 return self._known.setdefault(name, Function(name, path))
-        if os.path.isfile(path) and name not in self._warned:
-            log.warning("%s: this name is the platform's own, so the file is not served", path)
-            self._warned.add(name)
+        self._warn(name)
         return None
+
+    def _warn(self, name: str) -> None:
+        if name in self._reserved and name not in self._warned and self.exists(name):
+            log.warning("%s: this name is the platform's own, so the file is not served", self.path(name))
+            self._warned.add(name)
 
     def refresh(self, function: Function) -> None:
         """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
@@ -2430,6 +2521,9 @@ class Functions:
                 self._swap(function, source)
         except LoadError as error:
             self._fail(function, error)
+        except BaseException:  # a deadline came while this was stored: nothing may be taken for done
+            function.source = None
+            raise
         # A second edit within the clock's tick would leave the same stamp, so a young file is read again
         tick = 2e9 if stamp[0] % 1_000_000_000 == 0 else 2e7
         young = abs(time_ns() - stamp[0]) < tick
@@ -2442,24 +2536,24 @@ class Functions:
         broken, function.source, function.tried = function.error is not None, source, monotonic()
         code = self._execute(function, source)
         error = None if code.entries or function.is_hooks else NoEntry("it has no main()")
-        if error is None:
-            self.versions.remember(function.name, source, loaded=True)
-        elif function.code is not None and function.code.entries or self.versions.last_good(function.name):
+        if error and (function.code is not None and function.code.entries or self.versions.last_good(function.name)):
             raise error
         function.code, function.error = code, error
+        if error is None:  # after it serves: this waits for a database that somebody has locked
+            self.versions.remember(function.name, source, loaded=True)
         if broken:
             self.versions.mark_broken(function.name, None)  # a helper module without main() is not broken either
 
     def _fail(self, function: Function, error: LoadError) -> None:
-        """Keep the last good version serving: this process's, else what another one stored."""
+        """Have the last good version serve, whichever process has loaded it."""
         if str(error) != str(function.error):
             log.error("%s: %s%s", function.path, error, "\n" + error.trace if error.trace else "")
             self.versions.mark_broken(function.name, error)
         function.error = error
-        if function.code is None or not function.code.entries and not function.is_hooks:
-            source = self.versions.last_good(function.name)
+        source = self.versions.last_good(function.name)
+        if source and (function.code is None or function.code.source != source):
             with contextlib.suppress(LoadError):
-                function.code = self._execute(function, source) if source else None
+                function.code = self._execute(function, source)
 
     def _execute(self, function: Function, source: bytes) -> Code:
         """Run a file as a module; whatever it raises, SystemExit too, is a LoadError."""
@@ -2474,7 +2568,7 @@ class Functions:
         sys.modules[name] = module
         try:
             exec(program, module.__dict__)
-            settings = read_settings(module, self._casts)
+            settings = read_settings(getattr(module, "SETTINGS", {}), self._casts)
             code = Code(source, module, settings, find_entries(module, settings.entry), find_handlers(module))
             if settings.schedule is not None and read_schedule(source) != settings.schedule:
                 raise LoadError("SETTINGS['schedule']: must be written as a literal, because the file is read for it, not run")
@@ -2516,7 +2610,7 @@ class Functions:
         for full in [name, *(f"{name}.{item}" for item in fromlist)]:
             module = sys.modules.get(full)
             path = getattr(module, "__file__", None) or ""
-            if path.startswith(self.root + os.sep):
+            if self._is_helper(path):
                 self._watched.setdefault(path, file_stamp(path))
                 user = self._known.get(str(globals.get("__name__", ""))[len(PACKAGE) + 1:].replace(".", "/"))
                 if user is not None:
@@ -2530,11 +2624,14 @@ class Functions:
                 self._forget_helpers()
 
     def _forget_helpers(self) -> None:
-        if all(file_stamp(path) == stamp for path, stamp in list(self._watched.items())):
+        changed = {path for path, stamp in list(self._watched.items()) if file_stamp(path) != stamp}
+        if not changed:
             return
         self._watched, self._generation = {}, self._generation + 1
+        stay = [function.code.module for function in self._known.copy().values()
+                if function.code is not None and not function.uses_helpers and function.path not in changed]
         for name, module in list(sys.modules.items()):
-            if isinstance(getattr(module, "__loader__", None), _HelperLoader):
+            if isinstance(getattr(module, "__loader__", None), _HelperLoader) and module not in stay:
                 parent, _, last = name.rpartition(".")
                 sys.modules.pop(name, None)
                 getattr(sys.modules.get(parent), "__dict__", {}).pop(last, None)
@@ -2596,8 +2693,8 @@ KEYWORDS = ("config", "protected", "context")
 
 def find_entries(module: types.ModuleType, name: str) -> dict[str, Entry]:
     """Find the entry points: SETTINGS["entry"], several that functions_framework marked, main, or the one marked."""
-    marked = {name: value for name, value in vars(module).items() if isinstance(value, types.FunctionType)
-              and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}
+    marked = {value.__name__: value for value in vars(module).values() if isinstance(value, types.FunctionType)
+              and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}  # main = hello is no second one
     if name:
         if not callable(getattr(module, name, None)):
             raise LoadError(f"SETTINGS['entry']: the file has no function {name!r}")
@@ -2645,19 +2742,18 @@ _ORIGINS = "* or origins such as https://example.com"
 SETTINGS_CASTS: dict[str, Callable[[Any], Any]] = {
     "methods": _list_of(choice(*METHODS), "a list of HTTP methods"),
     "auth": lambda value: choice("public", "login", "token", "internal")(str(value)),
-    "cors": _list_of(_must(re.compile(r"\*|[a-z][a-z0-9+.\-]*://[^/\s]+", re.I).fullmatch, _ORIGINS), _ORIGINS), "rate": _rate,
+    "cors": _list_of(_must(re.compile(r"\*|[a-z][a-z0-9+.\-]*://[^/\s*]+", re.I).fullmatch, _ORIGINS), _ORIGINS), "rate": _rate,
     "concurrency": lambda value: whole(1, 256)(str(value)), "timeout": lambda value: seconds(str(value)),
     "max_body": lambda value: size(str(value)), "parameters": _must(lambda value: isinstance(value, dict), "a dict"),
     "async": _must(lambda value: isinstance(value, bool), "True or False"), "retries": lambda value: whole(0, 100)(str(value)),
     "guard": _must(lambda value: isinstance(value, bool), "True or False"),
     "dedupe": _must(lambda value: isinstance(value, str) and _HEADER_NAME.fullmatch(value), "the name of a header"),
-    "entry": lambda value: choice(str(value))(str(value) if str(value).isidentifier() else ""),
+    "entry": _must(lambda value: str(value).isidentifier(), "the name of a function"),
 }
 
 
-def read_settings(module: types.ModuleType, casts: Mapping[str, Callable[[Any], Any]]) -> CallSettings:
+def read_settings(given: Any, casts: Mapping[str, Callable[[Any], Any]]) -> CallSettings:
     """Check a file's SETTINGS; LoadError names the key that can't be used."""
-    given = getattr(module, "SETTINGS", {})
     if not isinstance(given, dict):
         raise LoadError("SETTINGS: must be a dict")
     found = {}
@@ -2676,12 +2772,12 @@ PLAIN = CallSettings()
 
 def make_entry(entry: Callable[..., Any]) -> Entry:
     """Look at an entry point: whether it takes the request, and which of config, protected and context."""
-    if type(entry) is types.FunctionType and not hasattr(entry, "__wrapped__"):
+    if type(entry) is types.FunctionType:
         code = entry.__code__  # what inspect.signature would say, without the 500 kB of importing it
         names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
         first, every = code.co_argcount > 0 or bool(code.co_flags & 4), bool(code.co_flags & 8)
         names = names[1 if code.co_argcount else 0:]
-    else:
+    if type(entry) is not types.FunctionType or every and hasattr(entry, "__wrapped__"):  # a wrapper hands on what it gets
         first, every, names = _inspect_callable(entry)
     wants = KEYWORDS if every else tuple(word for word in KEYWORDS if word in names)
     kind = getattr(entry, "_fnserve_entry", ("", "http"))[1]
@@ -3560,8 +3656,9 @@ def _values(field: str, text: str) -> set[int]:
     if span != "*":
         least = _number(field, first)
         most = _number(field, last) if dash else most if slash else least
-    if least > most:
-        raise TriggerError(field, f"{text!r} ends before it begins")
+    if least > most or int(step or 1) > most - least > 0:
+        why = "ends before it begins" if least > most else "has a step longer than its range"
+        raise TriggerError(field, f"{text!r} {why}")
     return set(range(least, most + 1, int(step or 1)))
 
 
@@ -3583,7 +3680,7 @@ class Cron:
 
     def __init__(self, fields: Mapping[str, Any], either: bool = False) -> None:
         given = [name for name in CRON_FIELDS if fields.get(name) is not None]
-        least = list(CRON_FIELDS).index(given[-1]) if given else -1
+        least = list(CRON_FIELDS).index(given[-1]) if given else len(CRON_FIELDS)  # with no field it is every second
         self._sets: dict[str, set[int]] = {}
         self._days: list[Callable[[int, int, int], bool]] = []
         self._either = either
@@ -3656,8 +3753,7 @@ class Trigger:
         if kind == "cron":
             self._cron = Cron(fields, either)
         elif kind == "interval":
-            given = any(fields.get(name) is not None for name in INTERVAL_FIELDS)
-            self._every = sum(self._positive(name, 0) * unit for name, unit in INTERVAL_FIELDS.items()) if given else 1
+            self._every = sum(self._positive(name, 0) * unit for name, unit in INTERVAL_FIELDS.items()) or 1
             if self._every < 1:
                 raise TriggerError("seconds", "the interval is less than a second")
         else:
@@ -3669,9 +3765,8 @@ class Trigger:
         found = self._next(after)
         if found is None or found > min(self._end, LAST_MOMENT):
             return None
-        if self._jitter:  # each process would draw another, but only the one that moves the job on does
-            found += (int.from_bytes(os.urandom(4), "big") / 2 ** 31 - 1) * self._jitter
-            return max(found, after + .001)
+        if self._jitter:  # only ever later, or it would fire twice; only the process that moves the job on draws
+            found += int.from_bytes(os.urandom(4), "big") / 2 ** 32 * self._jitter
         return found
 
     def count(self, first: float, end: float) -> int:
@@ -3747,13 +3842,27 @@ def read_moment(field: str, value: Any, zone: Any) -> float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found = datetime.datetime.fromtimestamp(value, zone)
         else:
-            found = datetime.datetime.fromisoformat(str(value).strip().replace("Z", "+00:00"))
+            found = read_iso(str(value).strip())
         moment = (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
         if abs(moment) > LAST_MOMENT:
             raise OverflowError
         return moment
     except (ValueError, OverflowError, OSError):
         raise TriggerError(field, f"{value!r} is no date such as 2026-05-01 08:00:00") from None
+
+
+_ISO = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})(?:[ T](\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:\.(\d{1,6}))?)?)?"
+                  r"\s*(Z|[+-]\d\d:?\d\d)?", re.A)
+
+
+def read_iso(text: str) -> datetime.datetime:
+    """Read an ISO 8601 date and time as APScheduler does, on every Python alike; ValueError for anything else."""
+    found = _ISO.fullmatch(text)
+    if not found:
+        raise ValueError(text)
+    year, month, day, hour, minute, second = (int(number or 0) for number in found.groups()[:6])
+    made = datetime.datetime(year, month, day, hour, minute, second, int((found[7] or "0").ljust(6, "0")))
+    return made.replace(tzinfo=datetime.datetime.strptime(found[8].replace("Z", "+0000"), "%z").tzinfo) if found[8] else made
 
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -3961,16 +4070,22 @@ class Queue:
             if state == "done":
                 connection.execute("UPDATE fn_queue SET body = NULL WHERE id = ? AND length(body) > ?", (row["id"], KEPT_BODY))
 
-    def reclaim(self) -> int:
-        """Give back the calls of processes that died: whose file's lock can be had. Return how many there were."""
+    def reclaim(self, retries: Callable[[str], int]) -> int:
+        """Give back the calls of processes that died: whose file's lock can be had. Return how many there were.
+
+        `retries` tells how often a function's failed calls are run again.
+        """
         count = 0
         for owner, in self._store.read("SELECT DISTINCT owner FROM fn_queue WHERE state = 'running'"):
             if owner == self._owner or self._is_alive(owner):
                 continue
-            count += self._store.run(
-                "UPDATE fn_queue SET state = CASE WHEN attempts > ifnull(retries, ?) THEN 'dead' ELSE 'waiting' END,"
-                " error = 'its process died', finished = ?, owner = NULL WHERE state = 'running' AND owner IS ?",
-                PLAIN.retries, self.clock(), owner)
+            with self._store.write() as connection:
+                for row in connection.execute("SELECT id, function, attempts, retries FROM fn_queue WHERE state = 'running'"
+                                              " AND owner IS ?", (owner,)).fetchall():
+                    most = retries(row["function"]) if row["retries"] is None else row["retries"]
+                    count += connection.execute(
+                        "UPDATE fn_queue SET state = ?, error = 'its process died', finished = ?, owner = NULL WHERE id = ?",
+                        ("dead" if row["attempts"] > most else "waiting", self.clock(), row["id"])).rowcount
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._directory, owner))
         return count
@@ -3981,12 +4096,14 @@ class Queue:
         return rows[0][0]
 
     def act(self, number: str, action: str) -> Optional[str]:
-        """Retry (go on with a dead call), replay (run the request anew) or discard; return the id, None for no such."""
+        """Retry (go on with a dead call), replay (run the request anew) or discard; return the id, None for no such call,
+        "" where its state or a body that was not kept forbids it."""
         with self._store.write() as connection:
-            row = connection.execute("SELECT state, length(body) FROM fn_queue WHERE id = ? AND state <> 'running'",
-                                     (sql_value(number),)).fetchone()
-            if row is None or action == "retry" and row[0] != "dead" or action == "replay" and row[1] is None:
+            row = connection.execute("SELECT state, length(body) FROM fn_queue WHERE id = ?", (sql_value(number),)).fetchone()
+            if row is None:
                 return None
+            if row[0] == "running" or action == "retry" and row[0] != "dead" or action == "replay" and row[1] is None:
+                return ""
             if action == "discard":
                 connection.execute("DELETE FROM fn_queue WHERE id = ?", (number,))
             elif action == "retry":
@@ -4097,11 +4214,15 @@ SCHEDULE_TABLES = {
     "fn_jobs": "(id TEXT PRIMARY KEY, name TEXT NOT NULL, func TEXT NOT NULL, args TEXT NOT NULL, kwargs TEXT NOT NULL,"
                " schedule TEXT NOT NULL, next REAL, paused INTEGER NOT NULL DEFAULT 0, source TEXT NOT NULL, grace REAL,"
                " instances INTEGER NOT NULL, coalesce INTEGER NOT NULL, created REAL NOT NULL,"
-               " planned INTEGER NOT NULL DEFAULT 0, late INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0,"
+               " planned INTEGER NOT NULL DEFAULT 0, started INTEGER NOT NULL DEFAULT 0,"
+               " late INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0,"
                " missed INTEGER NOT NULL DEFAULT 0)"}
+MIGRATIONS = ("ALTER TABLE fn_jobs ADD COLUMN started INTEGER NOT NULL DEFAULT 0",)  # of databases from before it
 MISFIRE_SECONDS = 60.0  # APScheduler's default of one second would miss what a restart of the board delays
 LATE_SECONDS = 5.0
 JOB_FIELDS = ("id", "name", "func", "args", "kwargs", "trigger", "misfire_grace_time", "max_instances", "coalesce")
+SHOWN_FIELDS = ("next_run_time", "paused", "source", "planned", "started", "late", "skipped", "missed")  # of a job, besides
+JOB_COUNTS = ("planned", "started", "late", "skipped", "missed")
 FUNC = re.compile(r"([^\W\d]\w*(?:/[^\W\d]\w*)*)(?::([^\W\d]\w*))?")
 
 
@@ -4119,6 +4240,7 @@ class Schedule:
     def __init__(self, store: Store, queue: Queue, zone: str, clock: Callable[[], float]) -> None:
         self._store, self._queue, self._zone, self._clock = store, queue, zone, clock
         self._stepped = 0.0
+        self._refused: dict[str, str] = {}  #: function -> the schedule of it that is in the log
 
     def trigger(self, row: Mapping[str, Any]) -> Trigger:
         """Return the trigger of a stored job."""
@@ -4141,7 +4263,7 @@ class Schedule:
                 "kwargs": json.loads(row["kwargs"]), "trigger": trigger.kind, **trigger.fields,
                 "misfire_grace_time": row["grace"], "max_instances": row["instances"], "coalesce": bool(row["coalesce"]),
                 "next_run_time": None if row["paused"] else iso_time(row["next"], trigger.zone), "paused": bool(row["paused"]),
-                "source": row["source"], **{name: row[name] for name in ("planned", "late", "skipped", "missed")}}
+                "source": row["source"], **{name: row[name] for name in JOB_COUNTS}}
 
     def add(self, sent: Mapping[str, Any], source: str = "api") -> Any:
         """Store a new job; JobError 409 for an id that is taken, 400 naming the field that is wrong."""
@@ -4153,12 +4275,14 @@ class Schedule:
         return self.get(row["id"])
 
     def change(self, number: str, sent: Mapping[str, Any]) -> Any:
-        """Change fields of a job; fields of a trigger replace all of the old one's. Its counts stay."""
+        """Change fields of a job; with `trigger` all of the old one's fields go. Its counts stay."""
         with self._store.write() as connection:
             old = self.get(number)
-            keeps = not set(sent) - set(JOB_FIELDS) and "trigger" not in sent
+            fields = {name: value for name, value in sent.items() if name not in (*JOB_FIELDS, *SHOWN_FIELDS)}
+            keeps, schedule = not fields and "trigger" not in sent, json.loads(old["schedule"])
             shown = {name: value for name, value in self.show(old).items() if name in JOB_FIELDS and name != "trigger"}
-            row = self._read({**shown, **sent, "id": number}, old["source"], json.loads(old["schedule"]) if keeps else None)
+            row = self._read({**shown, **sent, "id": number}, old["source"],
+                             None if "trigger" in sent else {**schedule, **fields} if fields else schedule)
             names = ["name", "func", "args", "kwargs", "grace", "instances", "coalesce"]
             names += [] if keeps else ["schedule", "next", "created"]
             connection.execute(f"UPDATE fn_jobs SET {', '.join(f'{name} = ?' for name in names)} WHERE id = ?",
@@ -4221,12 +4345,17 @@ class Schedule:
             run = ready[:max(0, row["instances"] - under_way)]
             for moment in run:
                 self._queue.insert(connection, self._call(row, moment))
+            if missed:
+                add_up(connection, "missed_runs", missed)
+                log.warning("job %s: %d runs were missed", row["id"], missed)
             if following is None and row["source"] == "api":  # as in APScheduler: a job that never fires again is gone
                 connection.execute("DELETE FROM fn_jobs WHERE id = ?", (row["id"],))
-            connection.execute("UPDATE fn_jobs SET next = ?, planned = planned + ?, missed = missed + ?, skipped = skipped + ?,"
-                               " late = late + ? WHERE id = ?",
-                               (following, planned, missed, len(ready) - len(run),
-                                sum(now - moment > LATE_SECONDS for moment in run), row["id"]))
+            connection.execute("UPDATE fn_jobs SET next = ?, planned = planned + ?, missed = missed + ?, skipped = skipped + ?"
+                               " WHERE id = ?", (following, planned, missed, len(ready) - len(run), row["id"]))
+
+    def count_start(self, number: str, delay: float) -> None:
+        """Count a run of a job that has just begun, so many seconds after it was planned."""
+        self._store.run("UPDATE fn_jobs SET started = started + 1, late = late + ? WHERE id = ?", delay > LATE_SECONDS, number)
 
     def sync(self, wanted: Mapping[str, Any]) -> None:
         """Make the jobs of SETTINGS["schedule"] what the files say: function -> schedule."""
@@ -4235,9 +4364,13 @@ class Schedule:
             self.remove(name)
         for name, schedule in wanted.items():
             row = known.get(name)
-            with contextlib.suppress(JobError, ValueError, TypeError, OverflowError):  # the function itself shows what is wrong
+            try:
                 if schedule is not UNREADABLE and (row is None or row["schedule"] != dump_json(schedule)):
                     self._sync_one(name, schedule, row)
+            except (JobError, ValueError, TypeError, OverflowError) as error:  # the list shows it, too
+                if self._refused.get(name) != repr(schedule):
+                    self._refused[name] = repr(schedule)
+                    log.error("%s: its SETTINGS['schedule'] can't be used: %s", name, error)
 
     def _sync_one(self, name: str, schedule: Any, old: Optional[Mapping[str, Any]]) -> None:
         options = {key: schedule[key] for key in JOB_OPTIONS if isinstance(schedule, dict) and key in schedule}
@@ -4264,18 +4397,21 @@ class Schedule:
         if isinstance(instances, bool) or not isinstance(instances, int) or not 0 < instances <= 1000:
             raise JobError(400, "max_instances", "must be a whole number above 0")
         if schedule is None:
-            schedule = {name: value for name, value in sent.items() if name not in JOB_FIELDS or name == "trigger"}
+            others = {*JOB_FIELDS, *SHOWN_FIELDS} - {"trigger"}
+            schedule = {name: value for name, value in sent.items() if name not in others}
             if not schedule:
                 raise JobError(400, "trigger", "is missing: cron, interval or date")
         try:
-            following = parse_schedule(schedule, self._zone, now).next(now)
+            trigger = parse_schedule(schedule, self._zone, now)
+            following = trigger.next(float("-inf") if trigger.kind == "date" else now)  # a date just past is still run
         except TriggerError as error:
             raise JobError(400, error.field, str(error).partition(": ")[2]) from None
         except (ValueError, OverflowError, OSError) as error:
             raise JobError(400, "trigger", str(error)) from None
         return {"id": number, "name": sql_value(str(sent.get("name") or number)), "func": func,
                 "args": dump_json(sent.get("args", [])),
-                "kwargs": dump_json(sent.get("kwargs", {})), "schedule": dump_json(schedule), "next": following, "paused": 0,
+                "kwargs": dump_json(sent.get("kwargs", {})), "schedule": dump_json(schedule), "next": following,
+                "paused": int("next_run_time" in sent and sent["next_run_time"] is None),  # as APScheduler's add_job has it
                 "source": source, "grace": grace, "instances": instances, "coalesce": bool(sent.get("coalesce", True)),
                 "created": now}
 
@@ -4311,8 +4447,9 @@ NAMES_OF_ADMIN_FUNCTIONS = frozenset(
     "list_functions add_function save_function edit_function update_function delete_function show_stats clear_stats"
     " list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
 FAILURES, FAILURE_SECONDS = 5, 300
-HOP_BY_HOP = frozenset(  # RFC 9110 7.6.1; PEP 3333 forbids them to applications
-    "connection keep-alive proxy-authenticate proxy-authorization te trailer trailers transfer-encoding upgrade".split())
+NOT_THEIRS = frozenset(  # hop by hop (RFC 9110 7.6.1), which PEP 3333 forbids to applications, and what we add ourselves
+    "connection keep-alive proxy-authenticate proxy-authorization te trailer trailers transfer-encoding upgrade"
+    " x-request-id".split())
 
 
 class Route(NamedTuple):
@@ -4333,7 +4470,12 @@ def handle(app: Any, call: Call) -> Response:
         raise
     except BaseException as error:  # SystemExit and the like too: a function must not be able to end its worker
         response = recover(app, call, error)
-    return finish(app, call, response) if call.after or call.hooks else response
+    if not (call.after or call.hooks):
+        return response
+    try:
+        return run_last(app, call, finish, app, call, response)
+    except DeadlineExceeded as error:
+        return answer_deadline(call, error)
 
 
 def resolve(app: Any, call: Call) -> Union[Route, Function]:
@@ -4380,27 +4522,28 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     """Refuse what may not be served: method, login, origin, rate, size."""
     request = call.request
     if isinstance(target, Route):
-        if request.method not in target.methods:
-            raise HTTPException(405, headers=[("Allow", ", ".join(target.methods))])
         if target.admin:
             require_admin(app, call, target.basic)
         else:
             request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
+        if request.method not in target.methods:
+            raise HTTPException(405, headers=[("Allow", ", ".join(target.methods))])
     else:
         code = call.code = target.code
         settings = code.settings if code is not None else PLAIN
         limit = settings.timeout or app.settings.TIMEOUT
         call.deadline, call.until = call.started + limit, call.clock + limit
-        app.watch.enter(call, target, settings.concurrency)
         if settings is not PLAIN or "HTTP_PREFER" in request.environ:
             gate_function(app, call, settings)
             call.queued = code is not None and wants_queue(call, settings)
-        if call.function in app.protected and call.trigger not in ("async", "schedule", "cli"):
+        if is_protected(target.name, app.protected) and call.trigger not in ("async", "schedule", "cli"):
             if not app.settings.ADMIN:
                 raise not_found(call.function)
             require_admin(app, call)
     if "CONTENT_LENGTH" in request.environ and (request.content_length or 0) > request.max_content_length:
         raise HTTPException(413)
+    if isinstance(target, Function) and not call.queued:
+        app.watch.enter(call, target, settings.concurrency)
 
 
 def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
@@ -4416,13 +4559,13 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
     if allowed and request.method not in allowed:
         raise HTTPException(405, headers=[("Allow", ", ".join(dict.fromkeys(allowed)))])
     if call.trigger != "cli" and (settings.auth == "login" or settings.auth == "token" and not has_api_token(app, request)):
-        require_admin(app, call)
-    if settings.rate[0]:
-        app.rates.take(call, settings.rate)
+        require_admin(app, call, purpose=" " + settings.auth)
     if settings.max_body:
         request.max_content_length = settings.max_body
     if settings.verify is not None and call.trigger == "http":
         check_signature(app, call, settings.verify)
+    if settings.rate[0] and waited_until(call) is None:  # one that comes out of the line was counted when it came
+        app.rates.take(call, settings.rate)
 
 
 def check_signature(app: Any, call: Call, scheme: Any) -> None:
@@ -4455,8 +4598,7 @@ def accept(app: Any, call: Call) -> Response:
         whose = "\n".join((request.method, request.path, request.headers.get("Authorization", "")))
         mark = f"{hashlib.sha256(whose.encode('utf-8', 'replace')).hexdigest()[:32]}:{mark}"
     stored = {"method": request.method, "path": request.path, "query": request.environ.get("QUERY_STRING", ""),
-              "headers": [pair for pair in request.headers if not app.is_admins(*pair)], "host": request.host,
-              "scheme": request.scheme, "client": request.remote_addr}
+              "headers": kept_headers(app, call), "host": request.host, "scheme": request.scheme, "client": request.remote_addr}
     key = mark and f"{call.function}:{mark}"
     number = app.put(Queued(call.function or "", json.dumps(stored), request.get_data(), key=key))
     call.run = _QUEUED  # its record is not a run of the function
@@ -4465,9 +4607,20 @@ def accept(app: Any, call: Call) -> Response:
         "Location": f"/invocations/{number}", "Preference-Applied": "respond-async"})
 
 
+def kept_headers(app: Any, call: Call) -> list[tuple[str, str]]:
+    """Return a request's headers but the admin's token and login, which a queued call must not keep on disk."""
+    kept = [(name, value) for name, value in call.request.headers
+            if name != "Authorization" or not value.endswith(f" {app.settings.SECRET_TOKEN}")]
+    if "HTTP_COOKIE" in call.request.environ and "_login" in call.session:
+        return [(name, re.sub(r"(?:^|;\s*)session=[^;]*", "", value) if name == "Cookie" else value) for name, value in kept]
+    return kept
+
+
 def run_queued(app: Any, row: Any) -> None:
     """Run a call of the queue through the pipeline, and store how it ended."""
     stored, body = json.loads(row["request"]), bytes(row["body"] or b"")
+    if row["job"] and row["attempts"] == 1:
+        app.schedule.count_start(row["job"], row["started"] - row["planned"])
     run = Run(row["trigger"], row["attempts"], stored.get("entry", ""), stored.get("args", []), stored.get("kwargs", {}))
     host, _, port = stored.get("host", "localhost").partition(":")
     environ = {"REQUEST_METHOD": stored["method"], "SCRIPT_NAME": "", "QUERY_STRING": stored["query"], "fnserve.run": run,
@@ -4480,9 +4633,12 @@ def run_queued(app: Any, row: Any) -> None:
         response = Client(app).run(environ, ANSWER_BYTES)
     except Exception as error:  # a stream that broke
         response = Response(f"{type(error).__name__}: {error}", 500)
-    gone = run.call is None or run.call.function is None
-    settings = run.call.code.settings if run.call is not None and run.call.code is not None else PLAIN
-    why = run.call.error if run.call and run.call.error else response.status if gone or response.code >= 500 else ""
+    call, run.call = run.call, None  # else each would keep the other, and the body, until the garbage is collected
+    gone = call is None or call.function is None
+    settings = call.code.settings if call is not None and call.code is not None else PLAIN
+    why = call.error if call and call.error else response.status if gone or response.code >= 500 else ""
+    if len(response.get_data()) > ANSWER_BYTES:
+        why = why or f"the answer is longer than {ANSWER_BYTES} bytes; the rest of it is not kept"
     while True:
         try:
             return app.queue.finish(row, settings.retries, gone or response.code >= 500, response.code,
@@ -4599,6 +4755,12 @@ class Guard:
         return True
 
 
+def waited_until(call: Call) -> Optional[float]:
+    """Return the deadline that a call had when it was parked; None where it was not."""
+    connection = call.request.environ.get("fnserve.connection")
+    return getattr(connection.requests[0], "waits_until", None) if connection is not None else None
+
+
 class Parked(BaseException):
     """A call waits for room in its function's share, and its thread is free for others. No response has begun."""
 
@@ -4619,7 +4781,8 @@ class Watch:
         self._lines: dict[Function, list[tuple[float, Any]]] = {}  #: (until when, connection or Event) in line
         self.resume: Callable[[Any], Any] = lambda connection: None
         in_children(self._mark_child)
-        self.retire: Optional[Callable[[], Any]] = None  #: ends this process once it has finished what else it has
+        #: ends this process once it has finished what else it has, which may take so many seconds
+        self.retire: Optional[Callable[[float], Any]] = None
 
     def enter(self, call: Call, function: Function, concurrency: int) -> None:
         """Take a place in the function's share; Parked, or 503 where the line is absurdly long or took too long."""
@@ -4645,8 +4808,7 @@ class Watch:
         return True
 
     def _wait(self, call: Call, function: Function) -> None:
-        connection: Any = call.request.environ.get("fnserve.connection")
-        waited = getattr(connection.requests[0], "waits_until", None) if connection is not None else None
+        connection, waited = call.request.environ.get("fnserve.connection"), waited_until(call)  # type: Any, Optional[float]
         until = waited or call.until
         place = (until, threading.Event() if connection is None else connection)
         while until > perf_counter() and not self._ending:
@@ -4660,6 +4822,7 @@ class Watch:
                     return
             if connection is not None:
                 connection.requests[0].waits_until = until
+                call.request.environ["wsgi.input"].seek(0)  # its signature may have been checked; it will be again
                 raise Parked
             place[1].wait(until - perf_counter())
             place[1].clear()
@@ -4692,7 +4855,7 @@ class Watch:
 
     def run(self, call: Call, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function's code under its call's deadline."""
-        ident = threading.get_ident()
+        ident, call.interrupted = threading.get_ident(), 0
         self._late[ident] = call
         try:
             return function(*args)
@@ -4737,7 +4900,8 @@ class Watch:
                         HTTPException(504, "The function took too long"))
             if call.until + self._app.settings.GRACE < now and self.retire is not None:
                 log.error("%s: can't be interrupted; this worker is replaced", call.function, extra={"call": call.id})
-                self.retire()
+                retire, self.retire = self.retire, None
+                retire(max([0.0] + [call.until - now for call in self._late.copy().values()]))
         self._end_waiting(now)
         return WATCH_SECONDS
 
@@ -4750,6 +4914,7 @@ class Watch:
 
 MOST_WAITING = 1000
 WATCH_SECONDS = .25
+LAST_SECONDS = 1.0  # that hooks and handlers have where the function has used up all of its time
 
 
 def end_child() -> None:
@@ -4850,6 +5015,19 @@ def call_job(call: Call) -> Any:
         return Response(repr(value), mimetype="text/plain")
 
 
+def run_last(app: Any, call: Call, function: Callable[..., Any], *args: Any) -> Any:
+    """Run what comes after a function within what is left of its time, or LAST_SECONDS where nothing is."""
+    call.until = max(call.until, perf_counter() + LAST_SECONDS)
+    return app.watch.run(call, function, *args)
+
+
+def answer_deadline(call: Call, error: BaseException) -> Response:
+    """Log where a call was when its time was over, and answer 504."""
+    call.error = user_traceback(error)
+    complain(call)
+    return json_error(call, HTTPException(504, "The function took too long"))
+
+
 def recover(app: Any, call: Call, error: BaseException) -> Response:
     """Make the answer to what went wrong: the function's own handler's, the hooks', or the platform's."""
     if type(error).__module__.startswith("werkzeug.") and hasattr(error, "get_response"):  # the real Werkzeug's
@@ -4859,13 +5037,18 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
         call.error = user_traceback(error)
         complain(call)
         error = HTTPException(504, "The function took too long")
+    if call.function is None and isinstance(error, (sqlite3.Error, OSError)):  # a page of ours meets a locked database
+        answer_failure(app, call, error)
+        error = HTTPException(503, "The database or a directory can't be used just now", [("Retry-After", "5")])
     if isinstance(error, HTTPException) and error.response is not None:
         return error.response
     for handler in find_handlers_of(call, error) if call.runs else ():
         try:
-            value = handler()
+            value = run_last(app, call, handler)
             if value is not None:
                 return make_response(value)
+        except DeadlineExceeded as late:
+            return answer_deadline(call, late)
         except BaseException as again:
             error = again
             break
@@ -4907,14 +5090,17 @@ def finish(app: Any, call: Call, response: Response) -> Response:
     return response
 
 
-def require_admin(app: Any, call: Call, basic: bool = False) -> None:
-    """Let the admin pass; 401 for anybody else, 403 for another site that uses the admin's browser."""
+def require_admin(app: Any, call: Call, basic: bool = False, purpose: str = "") -> None:
+    """Let the admin pass; 401 for anybody else, 403 for another site that uses the admin's browser.
+
+    Failures count for one `purpose`: a caller with an old API token must not lock the admin out.
+    """
     given = call.request.authorization
     if basic and given is not None and given.type == "basic" and check_token(app, call, given.password or ""):
         if is_cross_site(call.request):  # browsers send what they know of Basic by themselves
             raise HTTPException(403, "This request came from another site")
         return
-    if given is not None and given.type == "bearer" and check_token(app, call, given.token):
+    if given is not None and given.type == "bearer" and check_token(app, call, decode_wsgi(given.token or ""), purpose):
         return
     if not app.signer.is_login(call.session.get("_login"), call.started):
         challenge = 'Basic realm="fnserve"' if basic else "Bearer"
@@ -4933,11 +5119,11 @@ def is_cross_site(request: Request) -> bool:
     return origin is not None and host not in (request.host.lower(), request.environ.get("HTTP_HOST", "").lower())
 
 
-def check_token(app: Any, call: Call, token: str) -> bool:
+def check_token(app: Any, call: Call, token: str, purpose: str = "") -> bool:
     """Compare with SECRET_TOKEN; five failures in five minutes from one address are a 429 in every worker."""
     if not app.settings.SECRET_TOKEN or not token:
         return False
-    address = client_network(call.request.remote_addr or "")
+    address = client_network(call.request.remote_addr or "") + purpose
     try:
         with app.store.write() as connection:  # counts and compares in one, so that a hundred at once get no more tries
             now = app.clock()  # not when the request began: those under way together must count each other
@@ -5026,7 +5212,7 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
 def clean_headers(headers: list[tuple[str, str]], bare: bool, whole: bool) -> list[tuple[str, str]]:
     """Leave out what the server says itself, which a function that hands on another server's answer has, and nonsense."""
     unwanted = ("content-length", "content-type") if bare else ("content-length",) if whole else ()
-    return [pair for pair in headers if (name := pair[0].lower()) not in HOP_BY_HOP and name not in unwanted
+    return [pair for pair in headers if (name := pair[0].lower()) not in NOT_THEIRS and name not in unwanted
             and (name != "content-length" or re.fullmatch("[0-9]+", pair[1]))]
 
 
@@ -5042,7 +5228,7 @@ def next_chunk(app: Any, call: Call, chunks: Iterator[Any]) -> bytes:
 
 def _first_chunk(chunks: Iterator[Any]) -> bytes:
     for chunk in chunks:
-        if data := chunk.encode() if isinstance(chunk, str) else bytes(chunk):
+        if data := chunk.encode() if isinstance(chunk, str) else b"".join([chunk]):  # a TypeError for what is neither
             return data
     return b""
 
@@ -5070,7 +5256,7 @@ def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chun
         for part in (chunks, response, call.request):
             try:
                 if hasattr(part, "close"):
-                    part.close()
+                    run_last(app, call, part.close)
             except BaseException as error:  # the function's own code; the other parts must be closed all the same
                 call.error = user_traceback(error)
         current_call.reset(token)
@@ -5249,7 +5435,7 @@ def _check_journal(app: Any) -> str:
 
 
 def _check_disk(app: Any) -> str:
-    free = free_bytes(app.settings.directory)
+    free = min(map(free_bytes, (app.settings.directory, app.settings.JOURNAL_DIR, os.path.dirname(app.settings.DB_PATH))))
     return f"only {free // 1024} KiB are left" if free < FULL_BYTES else ""
 
 
@@ -5282,10 +5468,10 @@ def read_process(pid: int) -> Process:
 
 
 def read_processes() -> list[Process]:
-    """Return this process and those beside it that run the same command: the workers and their supervisor."""
+    """Return this process and those beside it that run the same command in the same directory: workers and supervisor."""
     def command(pid: Union[int, str]) -> bytes:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read()
+            return file.read() + os.readlink(f"/proc/{pid}/cwd").encode("utf-8", "surrogateescape")
     found, parent = [], os.getppid()
     with contextlib.suppress(OSError):
         with open(f"/proc/{parent}/task/{parent}/children") as file:
@@ -5315,7 +5501,7 @@ class Load:
         return {"cpu_percent": round(100 * used / max(now - since, .01), 1), "memory_rss_mb": round(rss / 2 ** 20, 1),
                 "memory_percent": round(100 * rss / total, 2), "threads": sum(row.threads for row in processes),
                 "uptime_seconds": round(now - min([row.started for row in processes], default=now)),
-                "workers": len(processes)}
+                "workers": sum(row.pid != os.getppid() for row in processes)}
 
 
 class Family(NamedTuple):
@@ -5352,7 +5538,8 @@ def histogram_samples(labels: dict[str, Any], bounds: Iterable[float], buckets: 
 
 def collect_metrics(app: Any) -> Iterator[Family]:
     """Yield every metric: exact over all workers and restarts, because the journal is folded first."""
-    app.folder.fold()
+    with contextlib.suppress(sqlite3.Error):  # somebody holds the write lock: the figures of a moment ago will do
+        app.folder.fold()
     requests = app.store.read("SELECT method, endpoint, status, count FROM fn_requests ORDER BY endpoint, method, status")
     yield Family("fnserve_requests", "counter", "Requests answered.", [
         ("_total", {"method": method, "endpoint": endpoint, "status": status}, count)
@@ -5371,11 +5558,11 @@ def collect_metrics(app: Any) -> Iterator[Family]:
     states = dict(app.store.read("SELECT state, count(*) FROM fn_queue GROUP BY state"))
     yield Family("fnserve_queue_calls", "gauge", "Queued calls by state.", [
         ("", {"state": state}, states.get(state, 0)) for state in STATES])
-    missed = app.store.read("SELECT ifnull(sum(missed), 0) FROM fn_jobs")[0][0]
-    yield Family("fnserve_job_runs_missed", "counter", "Scheduled runs that were missed.", [("_total", {}, missed)])
     broken = len(app.functions.versions.broken())
     yield Family("fnserve_load_errors", "gauge", "Functions that can't be loaded.", [("", {}, broken)])
     kept = dict(app.store.read("SELECT key, value FROM fn_meta"))
+    yield Family("fnserve_job_runs_missed", "counter", "Scheduled runs that were missed.", [
+        ("_total", {}, kept.get("missed_runs", 0))])
     yield Family("fnserve_journal_lost_lines", "counter", "Records that could not be written or read.", [
         ("_total", {}, kept.get("lost_lines", 0) + kept.get("torn_lines", 0))])
     yield Family("fnserve_build_info", "gauge", "Version of fnserve and of Python.", [
@@ -5387,7 +5574,8 @@ def collect_metrics(app: Any) -> Iterator[Family]:
 def collect_process_metrics() -> Iterator[Family]:
     """Yield the standard process metrics, summed over all processes."""
     processes = read_processes()
-    yield Family("fnserve_workers", "gauge", "Processes, the supervisor among them.", [("", {}, len(processes))])
+    workers = sum(row.pid != os.getppid() for row in processes)
+    yield Family("fnserve_workers", "gauge", "Processes that serve.", [("", {}, workers)])
     if processes:
         import resource
         used, files = sum(row.cpu for row in processes), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -5879,12 +6067,12 @@ TEXTS = {  # key: (Traditional Chinese, English)
     "filter": ("篩選", "Filter"), "text": ("文字", "Text"), "follow": ("持續更新", "Follow"), "jobs": ("排程", "Jobs"),
     "queue": ("佇列", "Queue"), "no_jobs": ("還沒有排程。", "There are no jobs yet."), "schedule": ("時間規則", "Schedule"),
     "next": ("下次執行", "Next run"), "last_run": ("最近執行", "Last run"), "planned": ("已排定", "Planned"),
-    "late": ("延遲", "Late"), "skipped": ("略過", "Skipped"), "missed": ("錯過", "Missed"), "paused": ("已暫停", "paused"),
-    "never": ("不再執行", "never"), "pause": ("暫停", "Pause"), "resume": ("恢復", "Resume"), "state": ("狀態", "State"),
-    "all": ("全部", "All"), "tries": ("次數", "Runs"), "due": ("到期", "Due"), "error": ("錯誤", "Error"),
-    "answer": ("回應", "Answer"), "waiting": ("等待中", "waiting"), "running": ("執行中", "running"), "done": ("完成", "done"),
-    "dead": ("失敗", "dead"), "version": ("版本", "Version"), "saved_as": ("已存成第 {} 版。", "Saved as version {}."),
-    "serves": ("提供 {}。", "It serves {}."),
+    "started": ("已開始", "Started"), "late": ("延遲", "Late"), "skipped": ("略過", "Skipped"), "missed": ("錯過", "Missed"),
+    "paused": ("已暫停", "paused"), "never": ("不再執行", "never"), "pause": ("暫停", "Pause"), "resume": ("恢復", "Resume"),
+    "state": ("狀態", "State"), "all": ("全部", "All"), "tries": ("次數", "Runs"), "due": ("到期", "Due"),
+    "error": ("錯誤", "Error"), "answer": ("回應", "Answer"), "waiting": ("等待中", "waiting"),
+    "running": ("執行中", "running"), "done": ("完成", "done"), "dead": ("失敗", "dead"), "version": ("版本", "Version"),
+    "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
     "forced": ("沒有試載入；載入不了時，由上一個好的版本繼續服務。",
                "It was not tried. Where it can't be loaded, the last good version goes on serving."),
     "lost_main": ("沒有 main()，但目前的版本有，所以沒有存。",
@@ -5920,10 +6108,12 @@ SETTINGS_ZH = {  # what the settings are for; in English it stands in their tabl
     "THREADS": "每個行程同時執行的函式呼叫數", "FUNCTIONS_DIR": "函式檔案的目錄",
     "DB_PATH": "SQLite 資料庫", "LOG_FILE": "錯誤紀錄檔",
     "LOG_MAX_BYTES": "錯誤紀錄檔達到此大小時輪替", "LOG_BACKUPS": "保留幾個輪替後的錯誤紀錄檔", "JOURNAL_DIR": "存取日誌的目錄",
-    "KEEP_INVOCATIONS": "紀錄頁保留的呼叫數", "KEEP_DAYS": "已彙整的日誌與圖表保留的天數", "MAX_BODY": "請求內容的大小上限",
+    "KEEP_INVOCATIONS": "紀錄頁保留的呼叫數", "KEEP_DAYS": "已彙整的日誌、圖表與失敗的佇列呼叫保留的天數",
+    "MAX_BODY": "請求內容的大小上限",
     "TIMEOUT": "呼叫超過此秒數會被中斷並回應 504；見 context.deadline", "GRACE": "停止時留給呼叫完成的秒數",
     "SESSION_HOURS": "登入有效的小時數", "TRUSTED_PROXY": "信任其 X-Forwarded 標頭的位址；空白：都不信任",
-    "API_TOKENS": "呼叫 auth 為 'token' 的函式所用的權杖，以逗號分隔", "PROTECTED_FUNCTIONS": "另外只有管理者能呼叫的函式",
+    "API_TOKENS": "呼叫 auth 為 'token' 的函式所用的權杖，以逗號分隔",
+    "PROTECTED_FUNCTIONS": "另外只有管理者能呼叫的函式或群組",
     "METRICS_TOKEN": "/metrics 要求的 Bearer 權杖；空白：任何人都能讀", "LOKI_USER": "Loki 的使用者",
     "LOKI_URL": "日誌推送到的 Loki，例如 http://127.0.0.1:3100；空白：不推送", "LOKI_PASSWORD": "Loki 的密碼",
     "LOKI_TENANT": "Loki 的租戶", "QUEUE_MAX": "佇列中等待的呼叫上限；超過回應 503", "TIMEZONE": "排程的時區；空白：機器的時區",
@@ -6376,7 +6566,7 @@ def check_code(app: Any, t: Texts, name: str, source: bytes) -> dict[str, Any]:
     if error:
         raise HTTPException(400, error, line=line, column=0, output=found["output"], can_force=True)
     warnings = [t(key) for key, holds in (
-        ("unchecked", not found), ("no_main", found.get("entries") == []), ("admin_only", name in app.protected),
+        ("unchecked", not found), ("no_main", found.get("entries") == []), ("admin_only", is_protected(name, app.protected)),
         ("slow_load", found.get("ms", 0) > 1000)) if holds]
     return {**UNCHECKED, **found, "warnings": warnings}
 
@@ -6497,7 +6687,9 @@ def try_panel(t: Texts) -> Markup:
 
 def view_add(app: Any, call: Call) -> Response:
     """/function/add_function : the empty form; POST is save_function."""
-    return view_save(app, call) if call.request.method == "POST" else editor_page(call, "", NEW_FUNCTION)
+    if call.request.method == "POST":
+        return view_save(app, call)
+    return as_json({"module_name": "", "code": NEW_FUNCTION}) if wants_json(call) else editor_page(call, "", NEW_FUNCTION)
 
 
 def view_save(app: Any, call: Call) -> Response:
@@ -6561,6 +6753,8 @@ def view_edit(app: Any, call: Call) -> Response:
 
 def ask(call: Call, title: str, text: str, **hidden: str) -> Response:
     """Show a page that asks before something is done."""
+    if wants_json(call):
+        return as_json({"message": text, **hidden})
     buttons = beside(tag("button", title, class_="danger"), link(Texts(call)("cancel"), LIST, "button plain"))
     return page(call, title, card(form(call.request.path, tag("p", text), buttons, **hidden)))
 
@@ -6569,7 +6763,7 @@ def view_delete(app: Any, call: Call) -> Response:
     """/function/delete_function?module_name= : GET asks, POST deletes; the versions stay."""
     t, name = Texts(call), text_field(fields(call), "module_name")
     read_current(app, name)
-    if call.request.method == "GET":
+    if call.request.method in ("GET", "HEAD"):
         return ask(call, t("delete"), t("ask_delete", name), module_name=name)
     os.unlink(app.functions.path(name))
     app.functions.versions.mark_broken(name, None)
@@ -6642,7 +6836,7 @@ def view_clear(app: Any, call: Call) -> Response:
     def clear(connection: sqlite3.Connection) -> None:
         for name in ("call_stats", "fn_functions", "fn_minutes"):
             connection.execute(f"DELETE FROM {name}")
-    if call.request.method == "GET":
+    if call.request.method in ("GET", "HEAD"):
         t = Texts(call)
         return ask(call, t("clear"), t("ask_clear"))
     app.folder.fold(within=clear)
@@ -6654,22 +6848,26 @@ LOG_COLUMNS = "id time function method path status ms trigger attempt output err
 
 def read_calls(app: Any, function: str = "", status: str = "", text: str = "", limit: int = 100,
                after: int = 0) -> list[dict[str, Any]]:
-    """Return the last calls, newest first; `status` is 404 or 4xx, `text` occurs in path, output or traceback."""
+    """Return the last calls, newest first, or those that follow number `after`; `status` is 404 or 4xx, `text` occurs in
+    path, output or traceback."""
     app.folder.fold()
     wanted = {"number > ?": after, **{condition: value for condition, value in (
         ("function = ?", function), ("status LIKE ?", status.lower().replace("x", "_")),
         ("instr(path || char(10) || ifnull(output, '') || char(10) || ifnull(error, '') || id, ?)", text)) if value}}
     rows = app.store.read(
         "SELECT id, time, function, method, path, status, us / 1000.0, trigger, attempt, output, error, number"
-        f" FROM fn_calls WHERE {' AND '.join(wanted)} ORDER BY number DESC LIMIT ?", *wanted.values(), limit)
-    return [dict(zip(LOG_COLUMNS, row)) for row in rows]
+        f" FROM fn_calls WHERE {' AND '.join(wanted)} ORDER BY number {'' if after else 'DESC'} LIMIT ?",
+        *wanted.values(), limit)
+    return [dict(zip(LOG_COLUMNS, row)) for row in (reversed(rows) if after else rows)]
 
 
 def view_logs(app: Any, call: Call) -> Response:
     """/admin/logs?function=&status=&q=&limit=&after= : the last calls, with what they printed and why they failed."""
-    args = call.request.args
+    args, after = call.request.args, call.request.args.get("after", "0")
+    if not re.fullmatch(r"\d{1,15}", after, re.A):  # the id of a call; of one that isn't kept any more all that are kept follow
+        after = dict(app.store.read("SELECT id, number FROM fn_calls WHERE id = ?", after)).get(after, 0)
     rows = read_calls(app, args.get("function", ""), args.get("status", ""), args.get("q", ""),
-                      max(1, min(1000, args.get("limit", 100, type=int))), args.get("after", 0, type=whole(0, 1 << 53)))
+                      max(1, min(1000, args.get("limit", 100, type=int))), int(after))
     if wants_json(call):
         return as_json({"invocations": rows})
     t, columns = Texts(call), {"time": "soft time", "function": None, "request": "break", "status": None, "took": "n"}
@@ -6702,7 +6900,7 @@ def view_versions(app: Any, call: Call) -> Response:
     rows = [{"version": version, "saved_at": moment, "size": size, "current": False, "rolled_back": loaded < 0}
             for version, moment, size, loaded in app.store.read(
                 "SELECT version, saved_at, length(source), loaded FROM fn_versions WHERE func_name = ?"
-                " ORDER BY version DESC", name)]
+                " ORDER BY version DESC LIMIT ?", name, KEEP_VERSIONS)]
     for row in rows[:1]:
         row["current"] = now == read_version(app, name, row["version"])
     if wants_json(call):
@@ -6753,7 +6951,7 @@ def view_restore(app: Any, call: Call) -> Response:
     if not valid_name(name) or not re.fullmatch(r"\d{1,15}", number, re.A):
         raise HTTPException(400, "module_name and version are needed")
     source, title = read_version(app, name, int(number)), t("ask_restore", name, number)
-    if call.request.method == "GET":
+    if call.request.method in ("GET", "HEAD"):
         return ask(call, t("restore"), title, module_name=name, version=number)
     try:
         found = {**UNCHECKED, "warnings": [t("forced")]} if sent.get("force") else check_code(app, t, name, source)
@@ -6796,14 +6994,15 @@ def recent_figures(app: Any, now: float) -> dict[str, Any]:
     first, calls, errors, ends = int(now) // 60 - 59, 0, 0, {}  # type: int, int, int, dict[str, list[int]]
     recent = [0] * (len(BUCKETS) + 1)
     for minute, endpoint, count, failed, text in app.store.read(
-            "SELECT minute, endpoint, calls, errors, buckets FROM fn_minutes WHERE minute >= ?", first):
+            "SELECT minute, endpoint, calls, errors, buckets FROM fn_minutes WHERE minute >= ? AND endpoint <> ?", first,
+            "/monitoring/stream"):  # which lasts as long as somebody looks
         buckets = json.loads(text)
         ends[endpoint] = [a + b for a, b in zip(ends.get(endpoint, [0] * len(buckets)), buckets)]
         if minute >= first + 55:
             calls, errors, recent = calls + count, errors + failed, [a + b for a, b in zip(recent, buckets)]
     slow = sorted(((quantile(buckets, .95), name) for name, buckets in ends.items()), reverse=True)[:5]
     last = app.store.read("SELECT id, time, function, status, error FROM fn_calls WHERE status >= 500"
-                          " ORDER BY number DESC LIMIT 5")
+                          " AND function <> '/monitoring/stream' ORDER BY number DESC LIMIT 5")
     return {"requests_per_second": round(calls / (240 + now % 60), 2), "error_rate": round(errors / calls, 4) if calls else 0.0,
             "p50_ms": round(quantile(recent, .5) * 1000, 1), "p95_ms": round(quantile(recent, .95) * 1000, 1),
             "slowest": [{"endpoint": name, "p95_ms": round(value * 1000, 1)} for value, name in slow],
@@ -6816,8 +7015,9 @@ def dashboard(app: Any, t: Texts) -> Markup:
     recent = recent_figures(app, now)
     recent["error_rate"] = f"{recent['error_rate']:.2%}"
     units = {"cpu_percent": " %", "memory_rss_mb": " MB", "uptime_seconds": " s", "p50_ms": " ms", "p95_ms": " ms"}
-    boxes = (card(soft(t(name)), tag("b", f"{value}{units.get(name, '')}"))
-             for name, value in {**found, **recent}.items() if not isinstance(value, list))
+    wrong = ", ".join(f"{name}: {value}" for name, value in check_health(app).items() if value != "ok")
+    boxes = (card(soft(t(name)), tag("b", bad_if(wrong and name == "status", f"{value}{units.get(name, '')}")))
+             for name, value in {"status": wrong or t("fine"), **found, **recent}.items() if not isinstance(value, list))
     minute = int(now) // 60
     charts = [drawn for first, step, span in ((minute - 59, 1, "hour"), (minute - 1439, 24, "one_day"))
               for drawn in dashboard_charts(app, t, list(range(first, first + 60 * step, step)), t(span))]
@@ -6873,10 +7073,11 @@ def view_invocation(app: Any, call: Call) -> Response:
     row = app.queue.get(call.request.path.rpartition("/")[2])
     if row is None:
         raise HTTPException(404, "There is no such call; results are kept for a day")
-    failed = row["status"] is not None and row["status"] >= 500  # why is for the admin
+    failed = row["state"] == "dead" or row["status"] is not None and row["status"] >= 500  # why is for the admin
+    shown = "Function execution failed" if failed else row["error"] if row["state"] == "done" else None
     return as_json({"id": row["id"], "function": row["function"], "state": row["state"], "attempts": row["attempts"],
                     "status": row["status"], "headers": json.loads(row["headers"] or "null"),
-                    **shown_body("body", row["answer"]), "error": "Function execution failed" if failed else None})
+                    **shown_body("body", row["answer"]), "error": shown})
 
 
 def shown_body(name: str, data: Optional[bytes]) -> dict[str, Any]:
@@ -6899,6 +7100,8 @@ def view_jobs(app: Any, call: Call) -> Response:
         raise HTTPException(404, "Not found")
     if not number and method in ("PATCH", "DELETE"):
         raise HTTPException(405, headers=[("Allow", "GET, HEAD, POST")])
+    if method != "POST" and number.endswith(("/pause", "/resume", "/run")):
+        raise HTTPException(405, headers=[("Allow", "POST")])
     try:
         if not number:
             if method == "POST":
@@ -6907,7 +7110,7 @@ def view_jobs(app: Any, call: Call) -> Response:
             return as_json([schedule.show(row) for row in schedule.jobs()])
         if method in ("PATCH", "DELETE") and schedule.get(number)["source"] == "code":
             raise HTTPException(409, f"This job comes from SETTINGS in {number}.py: change it there, or pause it")
-        if method in ("PATCH", "POST") and call.request.is_json:
+        if method == "PATCH":
             check_func(app, json_fields(call).get("func"))
         if method == "DELETE":
             schedule.remove(number)
@@ -6949,14 +7152,13 @@ def view_admin_jobs(app: Any, call: Call) -> Response:
         return as_json(jobs)
     last = {row["job"]: row for row in app.store.read("SELECT job, state, status, max(created) FROM fn_queue"
                                                       " WHERE job IS NOT NULL GROUP BY job")}
-    columns = {"name": None, "schedule": "soft", "next": None, "last_run": None, "planned": "n", "late": "n", "skipped": "n",
-               "missed": "n", "": None}
+    columns = {"name": None, "schedule": "soft", "next": None, "last_run": None, **dict.fromkeys(JOB_COUNTS, "n"), "": None}
     shown = table(t, columns, "no_jobs", ((
         join(job["id"], soft(job["func"])),
         join(job["trigger"], *(tag("div", f"{name} = {job[name]}") for name in job if name in TRIGGER_FIELDS)),
         t("paused") if job["paused"] else (job["next_run_time"] or t("never")).replace("T", " ").partition(".")[0],
         link(f"{t(last[job['id']]['state'])} {last[job['id']]['status'] or ''}", "/admin/queue", job=job["id"])
-        if job["id"] in last else None, job["planned"], job["late"], job["skipped"], job["missed"],
+        if job["id"] in last else None, *(job[name] for name in JOB_COUNTS),
         tag("div", *(form(f"/scheduler/jobs/{quote(job['id'])}/{action}", tag("button", t(action), class_="plain"))
                      for action in ("resume" if job["paused"] else "pause", "run")), class_="row")
     ) for job in jobs))
@@ -7022,8 +7224,9 @@ def act_on_call(app: Any, call: Call) -> Response:
     if action not in ("retry", "replay", "discard"):
         raise HTTPException(400, "action must be retry, replay or discard")
     number = app.queue.act(number, action)
-    if number is None:
-        raise HTTPException(404, "There is no such call, or it can't be done with it now")
+    if not number:
+        raise HTTPException(404, "There is no such call") if number is None else HTTPException(
+            409, f"It can't be done with this call now; of calls that are done, no body over {KEPT_BODY} bytes is kept")
     app.runner.poke()
     return done(call, action, f"/admin/queue?state={quote(str(sent.get('state', '')))}&done=accepted", id=number)
 
@@ -7279,7 +7482,7 @@ def change_data(app: Any, call: Call) -> Response:
         if action == "create" and name:
             connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
         elif action == "drop":
-            connection.execute(f"DROP TABLE {quote_name(name)}")
+            connection.execute(f"DROP TABLE {quote_name(read_table(connection, name).name)}")
         elif action in ("insert", "update", "delete"):
             change_row(connection, read_table(connection, name), action, sent)
         else:
@@ -7338,7 +7541,7 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
             raise
         return page(call, t("data"), sql_form(t, text), note(error.description, "bad"), status=error.code)
     if wants_json(call):
-        return as_json({"columns": columns, "rows": rows} if columns else {"rowcount": changed})
+        return as_json({"columns": columns, "rows": rows} if columns else {"rowcount": max(0, changed)})
     result = table(t, dict.fromkeys(columns), "no_rows", rows, False) if columns else note(f"{t('rows')}: {changed}")
     return page(call, t("data"), sql_form(t, text), note(t("first_rows", SQL_ROWS)) if len(rows) == SQL_ROWS else None, result)
 
@@ -7372,6 +7575,7 @@ def view_backup(app: Any, call: Call) -> Response:
     """/admin/backup : POST downloads what the command `backup` writes; `secrets` puts those of the settings into it too."""
     import tempfile
     file = tempfile.TemporaryFile(dir=app.settings.directory)
+    app.folder.fold()
     write_backup(app.settings, file, bool(fields(call).get("secrets")))
     file.seek(0)
     name = strftime("fnserve-%Y%m%d-%H%M%S.zip", localtime(call.started))
@@ -7408,7 +7612,8 @@ def describe_functions(app: Any) -> list[dict[str, Any]]:
     rows = []
     for name in app.functions.names():
         said, settings = (found := app.functions.describe(name)[0]), found.settings
-        if said.serves and not said.error and settings.get("auth") != "internal" and name not in app.protected:
+        public = settings.get("auth") != "internal" and not is_protected(name, app.protected)
+        if said.serves and not said.error and public:
             text = textwrap.dedent(said.docstring.partition("\n")[2]).strip()
             parameters, given = read_parameters(text), settings.get("parameters")
             for key, item in given.items() if isinstance(given, dict) else ():
@@ -7492,7 +7697,7 @@ def view_asset(app: Any, call: Call) -> Response:
     return Response(body, 200, {**PAGE_HEADERS, "Cache-Control": "public, max-age=86400"}, kind)
 
 
-GET_POST, POST = ("GET", "POST"), ("POST",)
+GET_POST, POST = ("GET", "HEAD", "POST"), ("POST",)
 ROUTES = {
     "/": Route(view_index, False), LIST: Route(view_list), "/function/show_stats": Route(view_stats),
     "/health": Route(view_health, admin=False), "/metrics": Route(view_metrics, admin=False),
@@ -7530,7 +7735,7 @@ class App:
         self.reserved = frozenset(path[10:] for path in ROUTES if path.startswith("/function/"))
         self.protected = NAMES_OF_ADMIN_FUNCTIONS | self.reserved | set(settings.PROTECTED_FUNCTIONS)
         self.signer = Signer(settings.SECRET_KEY, settings.SECRET_TOKEN)
-        self.store = Store(settings.DB_PATH, {**TABLES, **QUEUE_TABLES, **SCHEDULE_TABLES})
+        self.store = Store(settings.DB_PATH, {**TABLES, **QUEUE_TABLES, **SCHEDULE_TABLES}, MIGRATIONS)
         self.journal = Journal(settings.JOURNAL_DIR)
         self.config = Config(settings.directory)
         casts = {**SETTINGS_CASTS, "verify": read_scheme, "schedule": self._read_schedule}
@@ -7539,7 +7744,7 @@ class App:
         self.load, self.loki, self.viewers = Load(), Loki(self), threading.Semaphore(MOST_VIEWERS)
         self.schedule = Schedule(self.store, self.queue, settings.TIMEZONE, clock)
         self.runner = Runner(self.queue, functools.partial(run_queued, self), max(1, settings.THREADS // 2))
-        self.folder = Folder(self.journal, self.store, settings, self.protected)
+        self.folder = Folder(self.journal, self.store, settings, lambda name: is_protected(name, self.protected))
         self.background, self.rates, self.watch = Background(self), Rates(), Watch(self)
         self.guard, self.trials = Guard(self), threading.Semaphore(2)
         self.queues = True  #: whether calls may be put into the queue
@@ -7561,6 +7766,8 @@ class App:
             call._session, why = None, sys.exc_info()
             body = respond(self, call, answer_failure(self, call, error), lambda *started: start_response(*started, why))
         finally:
+            if call.trigger != "cli":  # a traceback holds the function's locals and this call, until the garbage is collected
+                call.failed = None
             if body.__class__ is list or body is None:
                 call.request.close()
                 if call.holds is not None:
@@ -7581,11 +7788,6 @@ class App:
             if background:
                 self.background.start()
             self._started = os.getpid()
-
-    def is_admins(self, name: str, value: str) -> bool:
-        """Tell whether a header carries the admin's token or login, which a queued call must not keep on disk."""
-        is_token = name == "Authorization" and value.endswith(f" {self.settings.SECRET_TOKEN}")
-        return is_token or name == "Cookie" and "session=" in value
 
     def _read_schedule(self, value: Any) -> Any:
         try:
@@ -7682,7 +7884,7 @@ class Background:
     def start(self) -> None:
         """Run the loop in a thread of its own."""
         self._handle, self._stopping, self._ended = -1, threading.Event(), threading.Event()
-        for loop, ending in ((self._run, self._stopping), (self._watch, self._ended)):
+        for loop, ending in ((self._run, self._stopping), (self._watch, self._ended), (self._begin, self._ended)):
             threading.Thread(target=loop, args=(ending,), name="fnserve background", daemon=True).start()
 
     def drain(self) -> None:
@@ -7698,6 +7900,10 @@ class Background:
     def _run(self, ending: threading.Event) -> None:
         self._loop(ending, lambda: self.step(self._app.clock()), 5.0)
         self._resign()
+
+    def _begin(self, ending: threading.Event) -> None:
+        with contextlib.suppress(LoadError):  # it is in the log; hooks are loaded here for their on_start()
+            self._app.functions.hooks("")
 
     def _watch(self, ending: threading.Event) -> None:
         self._loop(ending, self._app.watch.step, WATCH_SECONDS)
@@ -7735,7 +7941,7 @@ class Background:
         self._sum_up(now)
         if not self._lead():
             return False
-        self._app.queue.reclaim()
+        self._app.queue.reclaim(self._app.functions.retries)
         for duty in (self._sync, self._fold, self._sample, self._prune):
             duty(now)
         self._app.loki.keep_up()
@@ -7773,8 +7979,8 @@ class Background:
                 handler.sum_up(now)
         lost, self._lost = self._app.journal.lost - self._lost, self._app.journal.lost
         if lost:
-            self._app.store.run("INSERT INTO fn_meta VALUES ('lost_lines', ?) ON CONFLICT (key) DO UPDATE"
-                                " SET value = value + excluded.value", lost)
+            with self._app.store.write() as connection:
+                add_up(connection, "lost_lines", lost)
 
     def _sample(self, now: float) -> None:
         """Once a minute: keep what the charts of memory and CPU show, for KEEP_DAYS."""
@@ -7879,6 +8085,10 @@ def prepare(directory: str = ".", **options: Any) -> App:
             read_zone(settings.TIMEZONE)
     except TriggerError as error:
         raise SettingError(f"TIMEZONE ({settings.sources['TIMEZONE']}): {error}") from None
+    if os.path.isdir(settings.LOG_FILE):
+        raise SettingError(f"LOG_FILE={settings.LOG_FILE!r}: it is a directory")
+    if os.path.exists(settings.JOURNAL_DIR) and not os.path.isdir(settings.JOURNAL_DIR):
+        raise SettingError(f"JOURNAL_DIR={settings.JOURNAL_DIR!r}: it is no directory")
     app = App(settings)
     app.store.check()
     if made.get("SECRET_TOKEN"):  # to a terminal only: stderr that is a file or systemd's journal is a log
@@ -7923,7 +8133,7 @@ BACKLOG, MOST_CONNECTIONS = 1024, 1000
 STALLED_SECONDS = 60.0
 SPARE_THREADS = 1 + MOST_VIEWERS  # for the platform itself, whatever functions do
 STARTED_IN = os.getcwd()  # where the command line's paths begin, for a SIGHUP
-BIRTH_SECONDS, MAX_BACKOFF, TRIAL_SECONDS, LAST_SECONDS = 1.0, 30.0, 20.0, .5
+BIRTH_SECONDS, MAX_BACKOFF, TRIAL_SECONDS, CUT_SECONDS = 1.0, 30.0, 20.0, .5
 MOST_CHUNK_CONTROL = 8192  # waitress would copy it anew with each piece that comes: 20 s of CPU for 15 MB
 QUIET_SECONDS = 1.0  # that a draining worker leaves a connection open: a proxy may be sending its next request just now
 
@@ -7941,22 +8151,24 @@ def open_socket(settings: Settings) -> Any:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(found[4])
     except OSError as error:
-        raise OSError(f"HOST={settings.HOST} PORT={settings.PORT}: can't listen there: {error.strerror}") from None
+        kind = SettingError if isinstance(error, socket.gaierror) else OSError
+        raise kind(f"HOST={settings.HOST} PORT={settings.PORT}: can't listen there: {error.strerror}") from None
     opened.listen(BACKLOG)
     return opened
 
 
-def waitress_server(app: Callable[..., Any], opened: Any, settings: Settings) -> Any:
-    """Make a waitress on an open socket."""
+def waitress_server(recorder: App, app: Callable[..., Any], opened: Any, settings: Settings) -> Any:
+    """Make a waitress on an open socket; `recorder` records what does not reach the app."""
 
     import waitress.server
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request is no use to anybody
     made = waitress.server.create_server(
         believe_proxy(app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
-        max_request_body_size=settings.MAX_BODY, expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
+        expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
+        max_request_body_size=settings.MAX_BODY + settings.MAX_BODY // 8 + CHUNK,  # it counts the framing of chunks, too
         clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=connection_limit(),
         channel_timeout=75, cleanup_interval=10, _dispatcher=Dispatcher(settings.THREADS + SPARE_THREADS))
-    made.channel_class = json_error_channel(copy.copy(made.adj))
+    made.channel_class = json_error_channel(recorder, copy.copy(made.adj))
     made.adj.send_bytes = 18_000  # by default headers and body are two packets: 6,400 requests/s instead of 9,000
     made.maintenance = functools.partial(end_stalled, made, made.maintenance)
     return made
@@ -7978,10 +8190,10 @@ def connection_limit() -> int:
     return min(MOST_CONNECTIONS, files * 3 // 4) if files > 0 else MOST_CONNECTIONS
 
 
-def json_error_channel(settings: Any) -> Any:
+def json_error_channel(app: Any, settings: Any) -> Any:
     """Make the class of waitress's connections.
 
-    What never reaches the app (malformed or too large) is answered as the app answers errors. A body in pieces is sent
+    What never reaches the app (malformed or too large) is answered and recorded as the app does it. A body in pieces is sent
     piece by piece under `settings`; any other goes out with its headers, by the thread that does the input and output.
     """
     from waitress.channel import HTTPChannel
@@ -7989,12 +8201,16 @@ def json_error_channel(settings: Any) -> Any:
 
     class JsonErrorTask(ErrorTask):
         def execute(self) -> None:
-            error, request_id = self.request.error, os.urandom(8).hex()
+            error, request_id = self.request.error, app.new_id()
             body = (dump_json({"error": REASONS.get(error.code, error.reason), "request_id": request_id},
                               sort_keys=False) + "\n").encode()
             self.status, self.content_length = f"{error.code} {error.reason}", len(body)
             self.response_headers += [("Content-Type", "application/json"), ("X-Request-Id", request_id)]
             self.set_close_on_finish()
+            method, path = (str(getattr(self.request, name, "")) for name in ("command", "path"))  # if it got so far
+            app.journal.append(json.dumps({
+                "t": app.clock(), "id": request_id, "r": "(unknown)", "m": method[:20], "p": path[:500], "s": error.code,
+                "us": 0, "n": len(body), "c": str(self.channel.addr[0])}))
             self.write(body)
 
     class Task(WSGITask):
@@ -8157,7 +8373,7 @@ class Worker:
         self._app, self._grace, self._stopping, self._stopped_by = app, app.settings.GRACE, False, 0
         pin = Pin(app, frozenset(os.sched_getaffinity(0)), core) if core is not None else None
         app.start()
-        self._server = waitress_server(pin or app, opened, app.settings)
+        self._server = waitress_server(app, pin or app, opened, app.settings)
         app.watch.resume = self._server.add_task
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=hold_signals, after_in_parent=release_signals, after_in_child=self._let_go)
@@ -8194,7 +8410,7 @@ class Worker:
         self._app.background.drain()
         if not self._finish(turn, self._grace):
             self._app.watch.cut_off()
-            self._finish(turn, LAST_SECONDS)
+            self._finish(turn, CUT_SECONDS)
             for channel in list(self._server.active_channels.values()):
                 channel.handle_close()
             sleep(.1)  # for streams to notice, so that they are recorded
@@ -8206,7 +8422,8 @@ class Worker:
             turn(timeout=.05)
         return not busy
 
-    def _retire(self, relieve: Callable[[], Any]) -> None:
+    def _retire(self, relieve: Callable[[], Any], seconds: float) -> None:
+        self._grace = max(self._grace, seconds)
         if not self._stopping:
             self.stop()
             relieve()
@@ -8335,7 +8552,9 @@ class Supervisor:
                 young = monotonic() - born < BIRTH_SECONDS
                 self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff[number] * 2)) if young else 0.0
                 self._due[number] = monotonic() + self._backoff[number]
-                log.error("worker %d (process %d) ended with status %d; it is replaced", number, pid, status)
+                code = os.waitstatus_to_exitcode(status)
+                how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+                log.error("worker %d (process %d) ended %s; it is replaced", number, pid, how)
 
     def _replace(self, now: float) -> None:
         for number in [number for number, due in self._due.items() if due <= now]:
@@ -8404,19 +8623,19 @@ def serve(app: App) -> int:
     opened, former = open_socket(app.settings), os.environ.pop("FNSERVE_FORMER", "").split()
     host, port = opened.getsockname()[:2]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    print(f"fnserve {__version__}: http://{shown}:{port}/function/hello   admin: http://{shown}:{port}/login", flush=True)
+    names = app.functions.names()
+    first = "/function/" + quote("hello" if "hello" in names else names[0]) if names else "/"
+    print(f"fnserve {__version__}: http://{shown}:{port}{first}   admin: http://{shown}:{port}/login", flush=True)
     try:
-        import waitress  # noqa: F401
+        import waitress.server  # noqa: F401  # before the fork, so that the workers share its pages
     except ImportError:
         send_signal(signal.SIGTERM, map(int, former))
         print("waitress is missing, so this is for a first look only: sudo apt-get install python3-waitress"
               "  (or: pip install waitress)", file=sys.stderr, flush=True)
         return serve_first_look(app, opened)
+    gc.collect()
+    give_back_memory()
     if app.settings.WORKERS and hasattr(os, "fork"):
-
-        import waitress.server  # noqa: F401  # before the fork, so that the workers share its pages
-        gc.collect()
-        give_back_memory()
         write_errors(app.settings)
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened, former).run()
@@ -8438,9 +8657,14 @@ def cmd_serve(arguments: Any, options: dict[str, Any]) -> int:
     app = prepare(**options)
     if first and not os.path.exists(app.settings.FUNCTIONS_DIR):
         write_new(os.path.join(app.settings.FUNCTIONS_DIR, "hello.py"), HELLO)
-    if not os.path.isdir(app.settings.FUNCTIONS_DIR):
-        raise SettingError(f"FUNCTIONS_DIR={app.settings.FUNCTIONS_DIR!r}: there is no such directory")
+    check_directory(app.settings)
     return serve(app)
+
+
+def check_directory(settings: Settings) -> None:
+    """Refuse a FUNCTIONS_DIR that isn't there."""
+    if not os.path.isdir(settings.FUNCTIONS_DIR):
+        raise SettingError(f"FUNCTIONS_DIR={settings.FUNCTIONS_DIR!r}: there is no such directory")
 
 
 def write_new(path: str, text: str) -> bool:
@@ -8481,6 +8705,7 @@ def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
 def cmd_list(arguments: Any, options: dict[str, Any]) -> int:
     """list the functions"""
     app = prepare(**options)
+    check_directory(app.settings)
     for row in (describe_row(app, row) for row in function_rows(app)):
         print_row(row, row["reason"] or row["summary"])
     return 0
@@ -8492,22 +8717,23 @@ def print_row(row: Mapping[str, Any], more: str) -> None:
 
 def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
     """call a function without a server, and print its answer"""
-    data = arguments.data
+    data, headers = arguments.data, {}  # type: Any, dict[str, str]
     if data is not None and data.startswith("@"):
-        with open(data[1:], "rb") as file:
+        with open(data[1:] if data != "@-" else 0, "rb") as file:
             data = file.read()
-    headers = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in arguments.header)}
+    for name, _, value in (line.partition(":") for line in arguments.header):
+        headers[name.strip()] = f"{headers[name.strip()]}, {value.strip()}" if name.strip() in headers else value.strip()
     if data is not None and not any(name.lower() == "content-type" for name in headers):
         headers["Content-Type"] = "application/" + ("json" if str(data).lstrip()[:1] in ("{", "[") else "x-www-form-urlencoded")
     app = prepare(**options)
     app.start()
+    out, sys.stdout = sys.stdout, sys.stderr  # what the function prints must not get into what it answers
     client = Client(lambda environ, start: app({**environ, "fnserve.run": Run("cli")}, start))
-    query = dict(pair.partition("=")[::2] for pair in arguments.query)
-    method = arguments.method or ("POST" if data else "GET")
+    query: Any = [pair.partition("=")[::2] for pair in arguments.query]
+    method = arguments.method or ("GET" if data is None else "POST")
     response = client.open("/function/" + quote(arguments.name), method, query=query, data=data, headers=headers)
     body = response.get_data()
-    sys.stdout.flush()
-    getattr(sys.stdout, "buffer").write(body if body.endswith(b"\n") else body + b"\n")
+    getattr(out, "buffer").write(body + b"\n" if out.isatty() and not body.endswith(b"\n") else body)
     if response.code >= 400:
         print(response.status, file=sys.stderr)
     return int(response.code >= 400)
@@ -8516,10 +8742,13 @@ def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
 def cmd_check(arguments: Any, options: dict[str, Any]) -> int:
     """load every function, exit 1 where one can't be"""
     app, failed = prepare(**options), 0
+    check_directory(app.settings)
     app.functions.install()
     app.config.current()
     log.handlers[:] = [logging.NullHandler()]  # the errors are printed below, a line each
-    for name in app.functions.names():
+    names = app.functions.names()
+    groups = {"", *(name[:at + 1] for name in names for at, sign in enumerate(name) if sign == "/")}
+    for name in [*names, *(group + HOOKS for group in sorted(groups) if app.functions.get(group + HOOKS))]:
         function = app.functions.get(name)
         error, code = (function.error, function.code) if function else (None, None)
         helper = isinstance(error, NoEntry) and code is not None and not code.entries
@@ -8554,10 +8783,11 @@ def cmd_stats(arguments: Any, options: dict[str, Any]) -> int:
 def cmd_jobs(arguments: Any, options: dict[str, Any]) -> int:
     """list the jobs and when they fire next"""
     app = prepare(**options)
+    app.schedule.sync(app.functions.schedules())
     for row in app.schedule.jobs():
         job = app.schedule.show(row)
         print(f"{job['id']:24} {job['func']:24} {'paused' if job['paused'] else job['next_run_time'] or 'never'}"
-              f"  planned {job['planned']} late {job['late']} skipped {job['skipped']} missed {job['missed']}")
+              + "".join(f"  {name} {job[name]}" for name in JOB_COUNTS))
     return 0
 
 
@@ -8625,10 +8855,11 @@ def send_code(url: str, token: str, name: str, source: bytes, page: str = "updat
 
 def cmd_backup(arguments: Any, options: dict[str, Any]) -> int:
     """write functions, database and settings into a zip file, while the server runs"""
-    settings = prepare(**options).settings
+    app = prepare(**options)
+    app.folder.fold()
     with os.fdopen(os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         try:
-            write_backup(settings, file, arguments.secrets)
+            write_backup(app.settings, file, arguments.secrets)
         except BaseException:
             os.unlink(arguments.file)  # half a backup is worse than none
             raise
@@ -8656,7 +8887,7 @@ def cmd_restore(arguments: Any, options: dict[str, Any]) -> int:
                 bring_back(found, fresh, settings)
         except (zipfile.BadZipFile, zlib.error, sqlite3.DatabaseError, EOFError, ValueError, RuntimeError,
                 FileExistsError) as error:
-            raise SettingError(f"{arguments.file}: {error}; nothing was changed") from None
+            raise OSError(f"{arguments.file}: {error}; nothing was changed") from None
     return 0
 
 
@@ -8695,6 +8926,7 @@ def keep_database(path: str, aside: str) -> None:
 EXPORTED = '''\
 """{name}, exported from fnserve: functions-framework --target main serves it, and so do Cloud Run functions."""
 import os
+from urllib.parse import quote
 
 os.chdir(os.path.dirname(os.path.abspath(__file__)))
 import functions_framework
@@ -8712,8 +8944,9 @@ app.queues = False  # nobody would run what is queued here
 
 @functions_framework.http
 def main(request):
-    path = "/function/{path}" + request.environ["PATH_INFO"].rstrip("/")
-    environ = {{**request.environ, "PATH_INFO": path, "HTTP_PREFER": ""}}
+    asked = request.environ["PATH_INFO"]
+    environ = {{**request.environ, "PATH_INFO": "/function/{path}" + ("" if asked == "/" else asked), "HTTP_PREFER": "",
+               "REQUEST_URI": quote(asked.encode("latin-1"))}}  # what the sender of a webhook has signed
     started = []
     body = app(environ, lambda *values: started.append(values))
     return Response(body, started[0][0], started[0][1])
@@ -8735,7 +8968,9 @@ def cmd_export(arguments: Any, options: dict[str, Any]) -> int:
         needed += [line for line in file if not line.startswith(("waitress", "functions-framework"))]
     quoted = ((name, value.replace("\\", "\\\\").replace("'", "\\'")) for name, value in config.items()
               if name not in own and value is not None)
-    shutil.copytree(app.settings.FUNCTIONS_DIR, os.path.join(target, PACKAGE), ignore=shutil.ignore_patterns("_*_", ".*"))
+    for directory, copied in ((app.settings.FUNCTIONS_DIR, PACKAGE), ("templates", "templates")):
+        if os.path.isdir(directory):
+            shutil.copytree(directory, os.path.join(target, copied), ignore=shutil.ignore_patterns("_*_", ".*"))
     shutil.copy(__file__, os.path.join(target, "fnserve.py"))
     files = {
         "main.py": EXPORTED.format(name=name, path=quote(name), settings={key: config[key] for key in sorted(shown)}),
@@ -8763,7 +8998,7 @@ WorkingDirectory={directory}
 ExecStart={python} -m fnserve
 Restart=always
 RestartSec=2
-TimeoutStopSec=40
+TimeoutStopSec={stop}
 UMask=0077
 
 # Functions are Python code of whoever holds SECRET_TOKEN. This is what they can reach: their directory, and the network.
@@ -8831,9 +9066,10 @@ RemoveIPC"""
 def cmd_service(arguments: Any, options: dict[str, Any]) -> int:
     """print a systemd unit for this directory"""
     directory = os.path.abspath(arguments.dir or ".")
-    at_home = directory.startswith(("/home/", "/root/"))
-    print(UNIT.format(user=arguments.user, directory=directory, python=arguments.python, home="tmpfs" if at_home else "yes",
-                      bind=f"BindPaths={directory}\n" if at_home else "",
+    at_home = f"{directory}/".startswith(("/home/", "/root/"))
+    stop = round(Settings(options, directory).GRACE) + 10
+    print(UNIT.format(user=arguments.user, directory=directory, python=arguments.python, stop=stop,
+                      home="tmpfs" if at_home else "yes", bind=f"BindPaths={directory}\n" if at_home else "",
                       sandbox="".join(f"{name}=yes\n" for name in SANDBOX.split())), end="")
     return 0
 
@@ -8909,6 +9145,8 @@ def keep_paths(arguments: Any) -> None:
     names = ("files",) if arguments.run is cmd_deploy else ("file", "to")
     for name, given in [(name, getattr(arguments, name)) for name in names if hasattr(arguments, name)]:
         setattr(arguments, name, list(map(os.path.abspath, given)) if name == "files" else os.path.abspath(given))
+    if (getattr(arguments, "data", None) or "").startswith("@") and arguments.data != "@-":
+        arguments.data = "@" + os.path.abspath(arguments.data[1:])
 
 
 def main(argv: Optional[list[str]] = None) -> int:
