@@ -205,11 +205,12 @@ def http_url(text: str) -> str:
 
 
 def ip_address(text: str) -> str:
-    """Cast an IP address, or nothing."""
+    """Cast an IP address, * for any, or nothing."""
     with contextlib.suppress(OSError):
-        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text or "0.0.0.0")
+        if text not in ("", "*"):
+            socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
         return text
-    raise ValueError("one IP address, such as 127.0.0.1")
+    raise ValueError("one IP address, such as 127.0.0.1, or * for any")
 
 
 def workers(text: str) -> int:
