@@ -8158,18 +8158,18 @@ def open_socket(settings: Settings) -> Any:
     return opened
 
 
-def waitress_server(recorder: App, app: Callable[..., Any], opened: Any, settings: Settings) -> Any:
-    """Make a waitress on an open socket; `recorder` records what does not reach the app."""
+def waitress_server(app: App, opened: Any, settings: Settings, pin: Optional[Callable[..., Any]] = None) -> Any:
+    """Make a waitress on an open socket; requests go through `pin` where there is one."""
 
     import waitress.server
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request is no use to anybody
     made = waitress.server.create_server(
-        believe_proxy(app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
+        believe_proxy(pin or app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
         expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
         max_request_body_size=settings.MAX_BODY + settings.MAX_BODY // 8 + CHUNK,  # it counts the framing of chunks, too
         clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=connection_limit(),
         channel_timeout=75, cleanup_interval=10, _dispatcher=Dispatcher(settings.THREADS + SPARE_THREADS))
-    made.channel_class = json_error_channel(recorder, copy.copy(made.adj))
+    made.channel_class = json_error_channel(app, copy.copy(made.adj))
     made.adj.send_bytes = 18_000  # by default headers and body are two packets: 6,400 requests/s instead of 9,000
     made.maintenance = functools.partial(end_stalled, made, made.maintenance)
     return made
@@ -8374,7 +8374,7 @@ class Worker:
         self._app, self._grace, self._stopping, self._stopped_by = app, app.settings.GRACE, False, 0
         pin = Pin(app, frozenset(os.sched_getaffinity(0)), core) if core is not None else None
         app.start()
-        self._server = waitress_server(app, pin or app, opened, app.settings)
+        self._server = waitress_server(app, opened, app.settings, pin)
         app.watch.resume = self._server.add_task
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=hold_signals, after_in_parent=release_signals, after_in_child=self._let_go)

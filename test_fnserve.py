@@ -4681,7 +4681,7 @@ scrape_configs:
             wait_until(lambda: query('sum(fnserve_requests_total{endpoint="/function/hello",status="200"})') == total, 40)
             self.assertEqual(query('seen_total{who="1"}'), total / 2)
             self.assertEqual(query('fnserve_request_latency_seconds_count{endpoint="/function/hello"}'), total)
-            self.assertEqual(query("fnserve_workers"), 3)
+            self.assertEqual(query("fnserve_workers"), 2)
             if not turn:
                 server.stop()
                 server = Server(self.dir, "--port", str(ports[0]), "--workers", "2")
