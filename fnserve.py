@@ -4857,11 +4857,14 @@ class Watch:
     def run(self, call: Call, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function's code under its call's deadline."""
         ident, call.interrupted = threading.get_ident(), 0
+        outer = self._late.get(ident)  # a handler of what comes after a function; a function that is a client of this app
         self._late[ident] = call
         try:
             return function(*args)
         finally:
             del self._late[ident]
+            if outer is not None:
+                self._late[ident] = outer
             if call.interrupted < 0:
                 end_child()
             if call.interrupted:  # what was thrown may be still on its way: let it arrive here, not in fnserve's own code

@@ -1282,6 +1282,21 @@ class HooksTest(Case):
             self.assertLess(time.monotonic() - began, 15, name)
             self.assertEqual(app.watch._late, {})
 
+    def test_a_handler_of_what_comes_after(self):
+        """And a function that calls others as a client: both run code of functions within code of functions."""
+        self.write("h/_hooks", "def after_request(request, response): 1/0\ndef errorhandler(request, error): return 'handled', 418\n")
+        self.write("h/f", "def main(request): return 'x'")
+        self.write("inner", "def main(request): return 'inner'")
+        self.write("outer", "from fnserve import Client\ndef main(request):\n    from functions import keep\n"
+                            "    return Client(keep.app).get('/function/inner').get_data(as_text=True) + ' outer'")
+        self.write("keep", "app = None")
+        app = self.make_app()
+        self.assertEqual((self.call(app, "GET", "/function/h/f").code, self.call(app, "GET", "/function/h/f").data), (418, b"handled"))
+        self.call(app, "GET", "/function/outer")
+        sys.modules["functions.keep"].app = app
+        self.assertEqual(self.call(app, "GET", "/function/outer").data, b"inner outer")
+        self.assertEqual(app.watch._late, {})
+
     def test_on_start_at_start(self):
         self.write("_hooks", "def on_start(): open('started', 'w').close()\n")
         app = self.make_app()
