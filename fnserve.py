@@ -2276,6 +2276,13 @@ class Code(NamedTuple):
     handlers: list[tuple[Any, Callable[[Any], Any]]]  #: what functions_framework.errorhandler marked: (status or class, it)
 
 
+class Share:
+    """Places that calls can hold at once: as many Nones as are free. See Watch."""
+
+    def __init__(self) -> None:
+        self.limit, self.places = 0, []  # type: int, list[None]
+
+
 class Function:
     """One function file in this process: the code that serves, and what is wrong with the newest file."""
 
@@ -2288,7 +2295,8 @@ class Function:
         self.is_hooks = name.rpartition("/")[2] == HOOKS
         self.tried = 0.0  #: monotonic time of the last attempt to load
         self.uses_helpers = False
-        self.lock, self.limit, self.places = threading.RLock(), 0, []  # type: threading.RLock, int, list[None]  # see Watch
+        self.lock = threading.RLock()
+        self.share, self.loading = Share(), Share()  #: of those that call it, and of the one that loads it
 
 
 class _HelperLoader(importlib.machinery.SourceFileLoader):
@@ -4512,11 +4520,12 @@ def not_found(name: Optional[str]) -> HTTPException:
 
 
 def load(app: Any, call: Call, function: Function) -> None:
-    """Load a file within its function's share and under a deadline: what it does when it is imported may hang too."""
+    """Load a file under a deadline, since what it does when it is imported may hang too; others wait in line meanwhile."""
     call.until = call.clock + app.settings.TIMEOUT
-    app.watch.enter(call, function, function.code.settings.concurrency if function.code is not None else 0)
+    app.watch.enter(call, function.loading, 1)
     app.watch.run(call, app.functions.refresh, function)
-    app.watch.leave(call)  # the gate takes a place again, as the new version's SETTINGS say
+    app.watch.leave(call)
+    app.watch.wake_all(function.loading)  # they find it loaded
 
 
 def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
@@ -4544,7 +4553,7 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     if "CONTENT_LENGTH" in request.environ and (request.content_length or 0) > request.max_content_length:
         raise HTTPException(413)
     if isinstance(target, Function) and not call.queued:
-        app.watch.enter(call, target, settings.concurrency)
+        app.watch.enter(call, target.share, settings.concurrency)
 
 
 def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
@@ -4565,8 +4574,9 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
         request.max_content_length = settings.max_body
     if settings.verify is not None and call.trigger == "http":
         check_signature(app, call, settings.verify)
-    if settings.rate[0] and waited_until(call) is None:  # one that comes out of the line was counted when it came
+    if settings.rate[0] and not hasattr(waiting := waiting_request(call), "rated"):  # not again out of the line
         app.rates.take(call, settings.rate)
+        waiting.rated = True
 
 
 def check_signature(app: Any, call: Call, scheme: Any) -> None:
@@ -4756,10 +4766,10 @@ class Guard:
         return True
 
 
-def waited_until(call: Call) -> Optional[float]:
-    """Return the deadline that a call had when it was parked; None where it was not."""
+def waiting_request(call: Call) -> Any:
+    """Return what keeps marks on a call while it is parked: waitress's request."""
     connection = call.request.environ.get("fnserve.connection")
-    return getattr(connection.requests[0], "waits_until", None) if connection is not None else None
+    return connection.requests[0] if connection is not None else types.SimpleNamespace()
 
 
 class Parked(BaseException):
@@ -4779,19 +4789,19 @@ class Watch:
         self._places: list[None] = [None] * app.settings.THREADS
         self._lock, self._ending = threading.Lock(), False
         self._late: dict[int, Call] = {}  #: thread -> the call whose function it runs
-        self._lines: dict[Function, list[tuple[float, Any]]] = {}  #: (until when, connection or Event) in line
+        self._lines: dict[Share, list[tuple[float, Any]]] = {}  #: (until when, connection or Event) in line
         self.resume: Callable[[Any], Any] = lambda connection: None
         in_children(self._mark_child)
         #: ends this process once it has finished what else it has, which may take so many seconds
         self.retire: Optional[Callable[[float], Any]] = None
 
-    def enter(self, call: Call, function: Function, concurrency: int) -> None:
-        """Take a place in the function's share; Parked, or 503 where the line is absurdly long or took too long."""
+    def enter(self, call: Call, share: Share, concurrency: int) -> None:
+        """Take a place in a share; Parked, or 503 where the line is absurdly long or took too long."""
         limit = concurrency if 0 < concurrency < self._most else self._most
-        if function.limit != limit:
-            function.limit, function.places = limit, [None] * limit
-        if not self._take(call, function.places):
-            self._wait(call, function)
+        if share.limit != limit:
+            share.limit, share.places = limit, [None] * limit
+        if not self._take(call, share.places):
+            self._wait(call, share)
 
     def _take(self, call: Call, places: list[None]) -> bool:
         """Take one of the function's places and one of all; they are lists of as many Nones as there are places, because
@@ -4808,21 +4818,22 @@ class Watch:
         call.holds = places
         return True
 
-    def _wait(self, call: Call, function: Function) -> None:
-        connection, waited = call.request.environ.get("fnserve.connection"), waited_until(call)  # type: Any, Optional[float]
+    def _wait(self, call: Call, share: Share) -> None:
+        connection, request = call.request.environ.get("fnserve.connection"), waiting_request(call)  # type: Any, Any
+        waited = getattr(request, "waits_until", None)
         until = waited or call.until
         place = (until, threading.Event() if connection is None else connection)
         while until > perf_counter() and not self._ending:
             with self._lock:
-                line = self._lines.setdefault(function, [])
+                line = self._lines.setdefault(share, [])
                 if len(line) >= MOST_WAITING:
                     break
                 line.insert(len(line) if waited is None else 0, place)
-                if self._take(call, function.places):  # given back just now, by somebody who did not see this line yet
+                if self._take(call, share.places):  # given back just now, by somebody who did not see this line yet
                     line.remove(place)
                     return
             if connection is not None:
-                connection.requests[0].waits_until = until
+                request.waits_until = until
                 call.request.environ["wsgi.input"].seek(0)  # its signature may have been checked; it will be again
                 raise Parked
             place[1].wait(until - perf_counter())
@@ -4838,16 +4849,22 @@ class Watch:
             if self._lines:
                 self._call_next(perf_counter())
 
+    def wake_all(self, share: Share) -> None:
+        """Wake everybody who is in line for a share."""
+        with self._lock:
+            line = self._lines.pop(share, [])
+        self._wake(place for _, place in line)
+
     def _call_next(self, now: float) -> None:
         """Wake who has waited longest of those whose function has room; who is late or has gone has no use for the place."""
         woken: list[tuple[float, Any]] = []
         with self._lock:
             while not woken or woken[-1][0] < now or not getattr(woken[-1][1], "connected", True):
-                ready = [line for function, line in self._lines.items() if line and function.places]
+                ready = [line for share, line in self._lines.items() if line and share.places]
                 if not ready:
                     break
                 woken.append(min(ready, key=lambda line: line[0][0]).pop(0))
-            self._lines = {function: line for function, line in self._lines.items() if line}
+            self._lines = {share: line for share, line in self._lines.items() if line}
         self._wake(place for _, place in woken)
 
     def _wake(self, places: Iterable[Any]) -> None:
