@@ -1493,8 +1493,15 @@ def iterate_async(values: Any) -> Iterator[Any]:
             while True:
                 yield loop.run_until_complete(values.__anext__())
     finally:
-        loop.run_until_complete(values.aclose())
-        loop.close()
+        try:
+            tasks = asyncio.all_tasks(loop)  # what a deadline has left
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(values.aclose())
+        finally:
+            loop.close()
 
 
 def _body_response(value: Any) -> Response:
@@ -1658,7 +1665,7 @@ def in_children(function: Callable[[], Any]) -> None:
 class Store:
     """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error."""
 
-    def __init__(self, path: str, tables: Mapping[str, str], migrations: Iterable[str] = ()) -> None:
+    def __init__(self, path: str, tables: Mapping[str, str], migrations: Iterable[tuple[str, str, str]] = ()) -> None:
         self.path, self._tables, self._migrations, self._lock = path, tables, migrations, threading.RLock()
         #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
         self._connection: Optional[sqlite3.Connection] = None
@@ -1725,7 +1732,8 @@ class Store:
         with contextlib.closing(sqlite3.connect(f"file:{quote(os.fsencode(self.path))}?mode=ro", uri=True)) as connection:
             connection.set_progress_handler(lambda: monotonic() > until, 10_000)
             with contextlib.suppress(sqlite3.OperationalError):  # it took too long, or is locked
-                if (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if found != "ok" and not found.startswith(("NULL value in", "CHECK constraint failed")):  # their own affair
                     raise sqlite3.DatabaseError(" ".join(found.split()))
 
     def close(self) -> None:
@@ -1752,9 +1760,9 @@ class Store:
                 for name, columns in self._tables.items() if not names.issuperset(self._tables) else ():
                     kind = "TABLE" if columns.startswith("(") else "INDEX"
                     connection.execute(f"CREATE {kind} IF NOT EXISTS {name} {columns}")
-                for statement in self._migrations:
-                    with contextlib.suppress(sqlite3.OperationalError):  # it was done before
-                        connection.execute(statement)
+                for table, column, kind in self._migrations:
+                    if column not in {row["name"] for row in connection.execute(f"PRAGMA table_info({table})")}:
+                        connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
             except BaseException:
                 connection.close()
                 raise
@@ -1871,7 +1879,7 @@ def scrub(query: str) -> str:
     cut a long query."""
     shown = []
     for pair in query[:1000].replace(";", "&").split("&"):
-        names = re.findall(r"([^=&?#/]*)=", unquote_to_bytes(pair).decode("utf-8", "replace"))
+        names = re.findall(r"(?<![^=&?#/])([^=&?#/]*)=", unquote_to_bytes(pair).decode("utf-8", "replace"))
         shown.append(pair.partition("=")[0] + "=***" if any(map(_SECRET.search, names)) else pair)
     return "&".join(shown)
 
@@ -2295,6 +2303,7 @@ class Function:
         self.is_hooks = name.rpartition("/")[2] == HOOKS
         self.tried = 0.0  #: monotonic time of the last attempt to load
         self.uses_helpers = False
+        self.stored = True  #: whether its code is among the versions
         self.lock = threading.RLock()
         self.share, self.loading = Share(), Share()  #: of those that call it, and of the one that loads it
 
@@ -2549,7 +2558,7 @@ class Functions:
             raise error
         function.code, function.error = code, error
         if error is None:  # after it serves: this waits for a database that somebody has locked
-            self.versions.remember(function.name, source, loaded=True)
+            function.stored = bool(self.versions.remember(function.name, source, loaded=True))
         if broken:
             self.versions.mark_broken(function.name, None)  # a helper module without main() is not broken either
 
@@ -2559,7 +2568,9 @@ class Functions:
             log.error("%s: %s%s", function.path, error, "\n" + error.trace if error.trace else "")
             self.versions.mark_broken(function.name, error)
         function.error = error
-        source = self.versions.last_good(function.name)
+        if function.code is not None and not function.stored:
+            function.stored = bool(self.versions.remember(function.name, function.code.source, loaded=True))
+        source = self.versions.last_good(function.name) if function.stored else None
         if source and (function.code is None or function.code.source != source):
             with contextlib.suppress(LoadError):
                 function.code = self._execute(function, source)
@@ -2597,11 +2608,10 @@ class Functions:
     def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         """Stand in for __import__ in function files: flask and such are fnserve; helpers are noted, to be watched."""
         top = name.partition(".")[0]
-        if level == 0 and fromlist and name in self._api:
-            return self._api[name]
-        if level == 0 and top in self._api:
+        more = level == 0 and fromlist and name in self._api and self._wants_more(name, fromlist, globals)
+        if level == 0 and top in self._api and not more:
             if name in self._api:
-                return self._api[top]
+                return self._api[name if fromlist else top]
             raise ImportError(f"{name} is not part of fnserve; see the README for what of it is", name=name)
         if level and globals is not None and not globals.get("__package__"):  # `import foo` made it a top-level module
             group = os.path.relpath(os.path.dirname(globals.get("__file__") or self.root), self.root).replace(os.sep, ".")
@@ -2611,6 +2621,12 @@ class Functions:
         if globals is not None:
             self._note_helpers(name, globals, fromlist or (), level)
         return module
+
+    def _wants_more(self, name: str, fromlist: Iterable[str], globals: Any) -> bool:
+        """Tell whether a module beside functions/ asks for more of a package than fnserve has, and the package is there."""
+        beside = not str((globals or {}).get("__file__")).startswith(self.root + os.sep)
+        return beside and not vars(self._api[name]).keys() >= set(fromlist) and bool(
+            importlib.machinery.PathFinder.find_spec(name.partition(".")[0]))
 
     def _note_helpers(self, name: str, globals: Mapping[str, Any], fromlist: Iterable[str], level: int) -> None:
         if level:
@@ -2702,8 +2718,10 @@ KEYWORDS = ("config", "protected", "context")
 
 def find_entries(module: types.ModuleType, name: str) -> dict[str, Entry]:
     """Find the entry points: SETTINGS["entry"], several that functions_framework marked, main, or the one marked."""
-    marked = {value.__name__: value for value in vars(module).values() if isinstance(value, types.FunctionType)
-              and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}  # main = hello is no second one
+    marked = {name: value for name, value in vars(module).items() if isinstance(value, types.FunctionType)
+              and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}
+    marked = {name: value for name, value in marked.items()
+              if name == value.__name__ or marked.get(value.__name__) is not value}  # main = hello is no second one
     if name:
         if not callable(getattr(module, name, None)):
             raise LoadError(f"SETTINGS['entry']: the file has no function {name!r}")
@@ -3665,9 +3683,8 @@ def _values(field: str, text: str) -> set[int]:
     if span != "*":
         least = _number(field, first)
         most = _number(field, last) if dash else most if slash else least
-    if least > most or int(step or 1) > most - least > 0:
-        why = "ends before it begins" if least > most else "has a step longer than its range"
-        raise TriggerError(field, f"{text!r} {why}")
+    if least > most:
+        raise TriggerError(field, f"{text!r} ends before it begins")
     return set(range(least, most + 1, int(step or 1)))
 
 
@@ -3865,10 +3882,10 @@ _ISO = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})(?:[ T](\d{1,2}):(\d{1,2})(?::(\d
 
 
 def read_iso(text: str) -> datetime.datetime:
-    """Read an ISO 8601 date and time as APScheduler does, on every Python alike; ValueError for anything else."""
+    """Read an ISO 8601 date and time as APScheduler does, and in whatever other form this Python knows; ValueError."""
     found = _ISO.fullmatch(text)
     if not found:
-        raise ValueError(text)
+        return datetime.datetime.fromisoformat(text)
     year, month, day, hour, minute, second = (int(number or 0) for number in found.groups()[:6])
     made = datetime.datetime(year, month, day, hour, minute, second, int((found[7] or "0").ljust(6, "0")))
     return made.replace(tzinfo=datetime.datetime.strptime(found[8].replace("Z", "+0000"), "%z").tzinfo) if found[8] else made
@@ -3941,6 +3958,7 @@ FREE_BYTES = 128 * 1024 * 1024  # that calls of strangers leave on the disk
 KEPT_BODY = 64 * 1024  # of a call that is done; a larger one can't be replayed
 RESULT_SECONDS = 86_400  # results and idempotency keys are kept this long, dead calls KEEP_DAYS
 ANSWER_BYTES = 1024 * 1024
+ANSWER_CUT = f"the answer is longer than {ANSWER_BYTES} bytes; the rest of it is not kept"
 MAX_BACKOFF_SECONDS = 3600.0
 YIELD_SECONDS = .003  # before a call is run, so that its sender is answered first: 1.7 commits instead of 2.9 (bench/)
 STATES = ("waiting", "running", "done", "dead")
@@ -4226,7 +4244,7 @@ SCHEDULE_TABLES = {
                " planned INTEGER NOT NULL DEFAULT 0, started INTEGER NOT NULL DEFAULT 0,"
                " late INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0,"
                " missed INTEGER NOT NULL DEFAULT 0)"}
-MIGRATIONS = ("ALTER TABLE fn_jobs ADD COLUMN started INTEGER NOT NULL DEFAULT 0",)  # of databases from before it
+MIGRATIONS = (("fn_jobs", "started", "INTEGER NOT NULL DEFAULT 0"),)  # columns that older databases lack
 MISFIRE_SECONDS = 60.0  # APScheduler's default of one second would miss what a restart of the board delays
 LATE_SECONDS = 5.0
 JOB_FIELDS = ("id", "name", "func", "args", "kwargs", "trigger", "misfire_grace_time", "max_instances", "coalesce")
@@ -4311,7 +4329,7 @@ class Schedule:
 
     def call_now(self, number: str) -> Queued:
         """Return a run of a job beside its plan, to be put into the queue."""
-        return self._call(self.get(number), self._clock())
+        return self._call(self.get(number), None)
 
     def step(self, now: float) -> Optional[float]:
         """Put what is due into the queue; return when the next job is."""
@@ -4431,7 +4449,7 @@ class Schedule:
     def _move(self, number: str, following: Optional[float]) -> None:
         self._store.run("UPDATE fn_jobs SET next = ? WHERE id = ?", following, number)
 
-    def _call(self, row: Mapping[str, Any], planned: float) -> Queued:
+    def _call(self, row: Mapping[str, Any], planned: Optional[float]) -> Queued:
         function, _, name = row["func"].partition(":")
         request: dict[str, Any] = {"method": "POST", "path": "/function/" + function, "query": "", "headers": []}
         if name:
@@ -4544,19 +4562,26 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
         limit = settings.timeout or app.settings.TIMEOUT
         call.deadline, call.until = call.started + limit, call.clock + limit
         if settings is not PLAIN or "HTTP_PREFER" in request.environ:
-            gate_function(app, call, settings)
+            gate_function(app, call, target, settings)
             call.queued = code is not None and wants_queue(call, settings)
         if is_protected(target.name, app.protected) and call.trigger not in ("async", "schedule", "cli"):
             if not app.settings.ADMIN:
                 raise not_found(call.function)
-            require_admin(app, call)
+            require_admin_of(app, call, target)
     if "CONTENT_LENGTH" in request.environ and (request.content_length or 0) > request.max_content_length:
         raise HTTPException(413)
-    if isinstance(target, Function) and not call.queued:
+    if isinstance(target, Function) and not call.queued and call.holds is None:
         app.watch.enter(call, target.share, settings.concurrency)
 
 
-def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
+def require_admin_of(app: Any, call: Call, function: Function, purpose: str = "") -> None:
+    """Let the admin pass to a function, in a place of its share where that is asked of the database, which may be slow."""
+    if "HTTP_AUTHORIZATION" in call.request.environ and call.holds is None:
+        app.watch.enter(call, function.share, function.code.settings.concurrency if function.code is not None else 0)
+    require_admin(app, call, purpose=purpose)
+
+
+def gate_function(app: Any, call: Call, function: Function, settings: CallSettings) -> None:
     """Refuse what a function's SETTINGS refuse; answer a preflight."""
     request = call.request
     if settings.auth == "internal" and call.trigger == "http":
@@ -4569,14 +4594,17 @@ def gate_function(app: Any, call: Call, settings: CallSettings) -> None:
     if allowed and request.method not in allowed:
         raise HTTPException(405, headers=[("Allow", ", ".join(dict.fromkeys(allowed)))])
     if call.trigger != "cli" and (settings.auth == "login" or settings.auth == "token" and not has_api_token(app, request)):
-        require_admin(app, call, purpose=" " + settings.auth)
+        require_admin_of(app, call, function, " " + settings.auth)
     if settings.max_body:
         request.max_content_length = settings.max_body
+    waiting = waiting_request(call)
+    if hasattr(waiting, "passed"):  # it was checked and counted before it stood in line
+        return
     if settings.verify is not None and call.trigger == "http":
         check_signature(app, call, settings.verify)
-    if settings.rate[0] and not hasattr(waiting := waiting_request(call), "rated"):  # not again out of the line
+    if settings.rate[0]:
         app.rates.take(call, settings.rate)
-        waiting.rated = True
+    waiting.passed = True
 
 
 def check_signature(app: Any, call: Call, scheme: Any) -> None:
@@ -4621,7 +4649,7 @@ def accept(app: Any, call: Call) -> Response:
 def kept_headers(app: Any, call: Call) -> list[tuple[str, str]]:
     """Return a request's headers but the admin's token and login, which a queued call must not keep on disk."""
     kept = [(name, value) for name, value in call.request.headers
-            if name != "Authorization" or not value.endswith(f" {app.settings.SECRET_TOKEN}")]
+            if name != "Authorization" or not decode_wsgi(value).endswith(f" {app.settings.SECRET_TOKEN}")]
     if "HTTP_COOKIE" in call.request.environ and "_login" in call.session:
         return [(name, re.sub(r"(?:^|;\s*)session=[^;]*", "", value) if name == "Cookie" else value) for name, value in kept]
     return kept
@@ -4630,8 +4658,9 @@ def kept_headers(app: Any, call: Call) -> list[tuple[str, str]]:
 def run_queued(app: Any, row: Any) -> None:
     """Run a call of the queue through the pipeline, and store how it ended."""
     stored, body = json.loads(row["request"]), bytes(row["body"] or b"")
-    if row["job"] and row["attempts"] == 1:
-        app.schedule.count_start(row["job"], row["started"] - row["planned"])
+    if row["planned"] is not None and row["attempts"] == 1:
+        with contextlib.suppress(sqlite3.Error):  # a locked database must not keep it from running
+            app.schedule.count_start(row["job"], row["started"] - row["planned"])
     run = Run(row["trigger"], row["attempts"], stored.get("entry", ""), stored.get("args", []), stored.get("kwargs", {}))
     host, _, port = stored.get("host", "localhost").partition(":")
     environ = {"REQUEST_METHOD": stored["method"], "SCRIPT_NAME": "", "QUERY_STRING": stored["query"], "fnserve.run": run,
@@ -4649,7 +4678,7 @@ def run_queued(app: Any, row: Any) -> None:
     settings = call.code.settings if call is not None and call.code is not None else PLAIN
     why = call.error if call and call.error else response.status if gone or response.code >= 500 else ""
     if len(response.get_data()) > ANSWER_BYTES:
-        why = why or f"the answer is longer than {ANSWER_BYTES} bytes; the rest of it is not kept"
+        why = why or ANSWER_CUT
     while True:
         try:
             return app.queue.finish(row, settings.retries, gone or response.code >= 500, response.code,
@@ -4662,7 +4691,7 @@ def run_queued(app: Any, row: Any) -> None:
 def has_api_token(app: Any, request: Request) -> bool:
     """Tell whether a request carries one of API_TOKENS; all are compared, so that time tells nothing."""
     given = request.authorization
-    token = given.token if given is not None and given.type == "bearer" else ""
+    token = decode_wsgi(given.token or "") if given is not None and given.type == "bearer" else ""
     return bool(token) and sum(same_secret(token, known) for known in app.settings.API_TOKENS) > 0
 
 
@@ -7095,7 +7124,7 @@ def view_invocation(app: Any, call: Call) -> Response:
     if row is None:
         raise HTTPException(404, "There is no such call; results are kept for a day")
     failed = row["state"] == "dead" or row["status"] is not None and row["status"] >= 500  # why is for the admin
-    shown = "Function execution failed" if failed else row["error"] if row["state"] == "done" else None
+    shown = "Function execution failed" if failed else ANSWER_CUT if row["error"] == ANSWER_CUT else None
     return as_json({"id": row["id"], "function": row["function"], "state": row["state"], "attempts": row["attempts"],
                     "status": row["status"], "headers": json.loads(row["headers"] or "null"),
                     **shown_body("body", row["answer"]), "error": shown})
@@ -8747,8 +8776,8 @@ def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
     if data is not None and not any(name.lower() == "content-type" for name in headers):
         headers["Content-Type"] = "application/" + ("json" if str(data).lstrip()[:1] in ("{", "[") else "x-www-form-urlencoded")
     app = prepare(**options)
-    app.start()
     out, sys.stdout = sys.stdout, sys.stderr  # what the function prints must not get into what it answers
+    app.start()
     client = Client(lambda environ, start: app({**environ, "fnserve.run": Run("cli")}, start))
     query: Any = [pair.partition("=")[::2] for pair in arguments.query]
     method = arguments.method or ("GET" if data is None else "POST")
@@ -8843,8 +8872,9 @@ def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
     token, failed = arguments.token or settings.SECRET_TOKEN, 0
     for path in arguments.files:
         full = os.path.abspath(path)
-        roots = [root for root in (settings.FUNCTIONS_DIR + os.sep, f"{os.sep}{PACKAGE}{os.sep}") if root in full]
-        name = (full.rpartition(roots[0])[2] if roots else os.path.basename(full)).removesuffix(".py").replace(os.sep, "/")
+        _, below, name = f"{os.sep}{path}".rpartition(f"{os.sep}{PACKAGE}{os.sep}")  # as it was typed
+        name = full[len(root):] if full.startswith(root := settings.FUNCTIONS_DIR + os.sep) else name if below else full
+        name = (os.path.basename(name) if name is full else name).removesuffix(".py").replace(os.sep, "/")
         try:
             print(f"{name}: version {send_code(arguments.to, token, name, read_source(full))}")
         except LoadError as error:
