@@ -4547,31 +4547,47 @@ def load(app: Any, call: Call, function: Function) -> None:
 
 
 def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
-    """Refuse what may not be served: method, login, origin, rate, size."""
-    request = call.request
+    """Refuse what may not be served: method, login, origin, rate, size; then take a place in the function's share."""
     if isinstance(target, Route):
-        if target.admin:
-            require_admin(app, call, target.basic)
-        else:
-            request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
-        if request.method not in target.methods:
-            raise HTTPException(405, headers=[("Allow", ", ".join(target.methods))])
-    else:
-        code = call.code = target.code
-        settings = code.settings if code is not None else PLAIN
-        limit = settings.timeout or app.settings.TIMEOUT
-        call.deadline, call.until = call.started + limit, call.clock + limit
-        if settings is not PLAIN or "HTTP_PREFER" in request.environ:
-            gate_function(app, call, target, settings)
-            call.queued = code is not None and wants_queue(call, settings)
-        if is_protected(target.name, app.protected) and call.trigger not in ("async", "schedule", "cli"):
-            if not app.settings.ADMIN:
-                raise not_found(call.function)
-            require_admin_of(app, call, target)
-    if "CONTENT_LENGTH" in request.environ and (request.content_length or 0) > request.max_content_length:
-        raise HTTPException(413)
-    if isinstance(target, Function) and not call.queued and call.holds is None:
+        return gate_route(app, call, target)
+    request, code = call.request, target.code
+    settings, call.code = code.settings if code is not None else PLAIN, code
+    limit = settings.timeout or app.settings.TIMEOUT
+    call.deadline, call.until = call.started + limit, call.clock + limit
+    if settings is not PLAIN or "HTTP_PREFER" in request.environ:
+        gate_function(app, call, target, settings)
+        call.queued = code is not None and wants_queue(call, settings)
+    if target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected):
+        gate_protected(app, call, target)
+    if "CONTENT_LENGTH" in request.environ:
+        check_size(request)
+    if not call.queued and call.holds is None:
         app.watch.enter(call, target.share, settings.concurrency)
+
+
+def gate_route(app: Any, call: Call, route: Route) -> None:
+    """Refuse what a URL of the platform's own refuses."""
+    if route.admin:
+        require_admin(app, call, route.basic)
+    else:
+        call.request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
+    if call.request.method not in route.methods:
+        raise HTTPException(405, headers=[("Allow", ", ".join(route.methods))])
+    check_size(call.request)
+
+
+def check_size(request: Request) -> None:
+    """Refuse a body that says it is too large; one that does not say so is refused while it is read."""
+    if (request.content_length or 0) > request.max_content_length:
+        raise HTTPException(413)
+
+
+def gate_protected(app: Any, call: Call, function: Function) -> None:
+    """Let only the admin call a protected function by HTTP."""
+    if call.trigger not in ("async", "schedule", "cli"):
+        if not app.settings.ADMIN:
+            raise not_found(call.function)
+        require_admin_of(app, call, function)
 
 
 def require_admin_of(app: Any, call: Call, function: Function, purpose: str = "") -> None:
@@ -7816,7 +7832,7 @@ class App:
             call._session, why = None, sys.exc_info()
             body = respond(self, call, answer_failure(self, call, error), lambda *started: start_response(*started, why))
         finally:
-            if call.trigger != "cli":  # a traceback holds the function's locals and this call, until the garbage is collected
+            if call.failed is not None and call.trigger != "cli":  # its traceback holds the function's locals, and this call
                 call.failed = None
             if body.__class__ is list or body is None:
                 call.request.close()
