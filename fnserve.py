@@ -2608,10 +2608,12 @@ class Functions:
     def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         """Stand in for __import__ in function files: flask and such are fnserve; helpers are noted, to be watched."""
         top = name.partition(".")[0]
-        more = level == 0 and fromlist and name in self._api and self._wants_more(name, fromlist, globals)
-        if level == 0 and top in self._api and not more:
+        if level == 0 and fromlist and name in self._api:
+            if not self._wants_more(name, fromlist, globals):
+                return self._api[name]
+        elif level == 0 and top in self._api:
             if name in self._api:
-                return self._api[name if fromlist else top]
+                return self._api[top]
             raise ImportError(f"{name} is not part of fnserve; see the README for what of it is", name=name)
         if level and globals is not None and not globals.get("__package__"):  # `import foo` made it a top-level module
             group = os.path.relpath(os.path.dirname(globals.get("__file__") or self.root), self.root).replace(os.sep, ".")

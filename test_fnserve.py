@@ -11,6 +11,7 @@ import functools
 import gc
 import html
 import http.client
+import importlib.util
 import io
 import json
 import logging
@@ -1675,7 +1676,12 @@ class FunctionsTest(Case):
     def test_helpers_beside_the_directory(self):
         (self.dir / "beside_it.py").write_text("from flask import jsonify, request\ndef answer(): return jsonify(a=request.args['a'])\n")
         self.write("f", "from beside_it import answer\ndef main(request): return answer()")
-        self.assertEqual(self.call(self.make_app(), "GET", "/function/f?a=1").json, {"a": "1"})
+        (self.dir / "platform_app.py").write_text("from flask import Flask, Blueprint\nfrom werkzeug.exceptions import NotFound\n")
+        self.write("g", "import platform_app\nfrom flask import Response\ndef main(request): return [platform_app.Flask.__module__, Response.__module__]")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f?a=1").json, {"a": "1"})
+        need("flask", importlib.util.find_spec("flask"))
+        self.assertEqual(self.call(app, "GET", "/function/g").json, ["flask.app", "fnserve"])  # it asks for more than fnserve has
 
     def test_async_generators(self):
         self.write("tokens", "import asyncio\nasync def main(request):\n    for part in 'abc':\n        await asyncio.sleep(0)\n        yield part")
