@@ -2046,7 +2046,8 @@ class Folder:
         for metric in tally.metrics:
             with contextlib.suppress(TypeError, ValueError, sqlite3.IntegrityError):  # a row that no call of ours wrote
                 self._add_metric(connection, *metric)
-        self._keep(connection, [call for call in tally.calls if is_worth_keeping(call)][-self._keep_calls:])
+        kept = [call for call in tally.calls if is_worth_keeping(call)] if self._keep_calls else []
+        self._keep(connection, kept[-self._keep_calls:])
 
     def _add_metric(self, connection: sqlite3.Connection, name: str, labels: str, kind: str, text: str, value: float,
                     bounds: list[float], counts: list[int]) -> None:
@@ -4236,7 +4237,7 @@ class Runner:
         return False
 
 # == 12 SCHEDULE ==========================================================
-# Jobs and when they fire. Uses 05, 10 and 11. Only the leader calls `step`: a run goes into the queue in the transaction
+# Jobs and when they fire. Uses 05, 07, 10, 11. Only the leader calls `step`: a run goes into the queue in the transaction
 # that moves next_run_time, so it is put once, whoever dies. The table fn_jobs is the state.
 
 SCHEDULE_TABLES = {
@@ -4469,8 +4470,8 @@ def iso_time(moment: Optional[float], zone: Any) -> Optional[str]:
     return None
 
 # == 13 PIPELINE ==========================================================
-# One call: resolve, gate, run, respond, record, each a plain function that is handed the app. Uses 01 to 08; owns no
-# state. `handle` never raises, so nothing a client or a function does gets past it.
+# One call: resolve, gate, run, respond, record, each a plain function that is handed the app. Uses 01 to 12; App owns
+# what is made here. `handle` never raises, so nothing a client or a function does gets past it.
 
 NAMES_OF_ADMIN_FUNCTIONS = frozenset(
     "list_functions add_function save_function edit_function update_function delete_function show_stats clear_stats"
@@ -4559,7 +4560,7 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     if settings is not PLAIN or "HTTP_PREFER" in request.environ:
         gate_function(app, call, target, settings)
         call.queued = code is not None and wants_queue(call, settings)
-    if target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected):
+    if target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected):  # most need no call
         gate_protected(app, call, target)
     if "CONTENT_LENGTH" in request.environ:
         check_size(request)
@@ -4881,7 +4882,7 @@ class Watch:
                     return
             if connection is not None:
                 request.waits_until = until
-                call.request.environ["wsgi.input"].seek(0)  # its signature may have been checked; it will be again
+                call.request.environ["wsgi.input"].seek(0)  # who has checked its signature has read it
                 raise Parked
             place[1].wait(until - perf_counter())
             place[1].clear()
@@ -5102,8 +5103,7 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
         known: Any = error
         error = HTTPException(known.code or 500, known.description, response=known.response and make_response(known.response))
     if isinstance(error, DeadlineExceeded):
-        call.error = user_traceback(error)
-        complain(call)
+        answer_deadline(call, error)
         error = HTTPException(504, "The function took too long")
     if call.function is None and isinstance(error, (sqlite3.Error, OSError)):  # a page of ours meets a locked database
         answer_failure(app, call, error)
