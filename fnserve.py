@@ -102,13 +102,11 @@ STATUS_LINES = {code: f"{code} {reason.upper()}" for code, reason in REASONS.ite
 class HTTPException(Exception):
     """What `abort()` raises: `code`, the JSON `body` sent, extra `headers`; a `response` overrides all of these."""
 
-    kinds: dict[int, Any] = {}  #: status -> the class for it, EXCEPTIONS
-
     def __init__(self, code: int, description: Any = None, headers: Iterable[tuple[str, str]] = (),
                  response: Optional[Response] = None, **fields: Any) -> None:
         super().__init__(code, description)
         if type(self) is HTTPException:  # so that `except BadRequest` catches what the platform raises, too
-            self.__class__ = self.kinds.get(code, HTTPException)
+            self.__class__ = EXCEPTIONS.get(code, HTTPException)
         self.code, self.headers, self.response = code, list(headers), response
         self.name = REASONS.get(code, "Error")
         self.description = description if description is not None else self.name
@@ -141,7 +139,7 @@ EXCEPTIONS: dict[int, Any] = {code: _named(name, code) for code, name in {
     429: "TooManyRequests", 431: "RequestHeaderFieldsTooLarge", 451: "UnavailableForLegalReasons",
     500: "InternalServerError", 501: "NotImplemented", 502: "BadGateway", 503: "ServiceUnavailable",
     504: "GatewayTimeout", 505: "HTTPVersionNotSupported"}.items()}
-HTTPException.kinds.update(EXCEPTIONS)
+
 
 class DeadlineExceeded(BaseException):
     """Raised in a function's thread once the deadline of its call has passed."""
@@ -151,57 +149,45 @@ class DeadlineExceeded(BaseException):
 # and the README's table. `Settings` is read once at start; `Config` follows .env while the server runs.
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """Make a cast for a whole number in low..high."""
-    def cast(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d{1,18}", text, re.A) or not low <= int(text) <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
-        return int(text)
+def must(test: Callable[[Any], Any], what: str, make: Optional[Callable[[Any], Any]] = None) -> Callable[[Any], Any]:
+    """Make a cast: where `test` holds a value goes on, through `make` if that is given; else ValueError says `what` it takes."""
+    def cast(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(what)
+        return make(value) if make else value
     return cast
 
 
-def seconds(text: str) -> float:
-    """Cast a positive number of seconds."""
-    if not re.fullmatch(r"\d+(\.\d+)?", text) or not 0 < float(text) <= 31_536_000:
-        raise ValueError("a number of seconds above 0")
-    return float(text)
+def whole(low: int, high: int) -> Callable[[Any], int]:
+    """Make a cast for a whole number in low..high."""
+    return must(lambda value: re.fullmatch(r"[+-]?\d{1,18}", str(value), re.A) and low <= int(value) <= high,
+                f"a whole number from {low} to {high}", int)
 
 
-def size(text: str) -> int:
+def choice(*allowed: str) -> Callable[[Any], str]:
+    """Make a cast for one of a few words, in any case."""
+    known = {word.lower(): word for word in allowed}
+    return must(lambda value: str(value).lower() in known, "one of " + ", ".join(allowed),
+                lambda value: known[str(value).lower()])
+
+
+seconds = must(lambda value: re.fullmatch(r"\d+(\.\d+)?", str(value)) and 0 < float(value) <= 31_536_000,
+               "a number of seconds above 0", float)
+_ON, _OFF = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
+switch = must(lambda text: text.lower() in _ON + _OFF, "on or off", lambda text: text.lower() in _ON)
+
+
+def size(value: Any) -> int:
     """Cast ``16MiB``, ``500kB`` or plain bytes to bytes."""
-    found = re.fullmatch(r"(\d+)\s*(?:([kKMG])(i?)B?|B)?", text, re.A)
+    found = re.fullmatch(r"(\d+)\s*(?:([kKMG])(i?)B?|B)?", str(value), re.A)
     if not found or int(found[1]) == 0:
         raise ValueError("a size such as 16MiB, 500kB or 1048576")
     return int(found[1]) * (1024 if found[3] else 1000) ** " KMG".index((found[2] or " ").upper())
 
 
-def choice(*allowed: str) -> Callable[[str], str]:
-    """Make a cast for one of a few words, in any case."""
-    def cast(text: str) -> str:
-        for word in allowed:
-            if text.lower() == word.lower():
-                return word
-        raise ValueError("one of " + ", ".join(allowed))
-    return cast
-
-
-def switch(text: str) -> bool:
-    """Cast on/off, true/false, yes/no, 1/0."""
-    if text.lower() not in ("on", "true", "yes", "1", "off", "false", "no", "0"):
-        raise ValueError("on or off")
-    return text.lower() in ("on", "true", "yes", "1")
-
-
 def words(text: str) -> tuple[str, ...]:
     """Cast a list separated by commas or spaces."""
     return tuple(text.replace(",", " ").split())
-
-
-def http_url(text: str) -> str:
-    """Cast an http or https URL, or nothing."""
-    if text and not re.fullmatch(r"https?://[^/\s]+\S*", text):
-        raise ValueError("a URL such as http://127.0.0.1:3100")
-    return text
 
 
 def ip_address(text: str) -> str:
@@ -252,7 +238,8 @@ SETTINGS_TABLE = (
     Setting("API_TOKENS", words, "", "tokens that callers of functions with auth 'token' hold, separated by commas", True),
     Setting("PROTECTED_FUNCTIONS", words, "", "further functions, or groups, that only the admin may call"),
     Setting("METRICS_TOKEN", str, "", "Bearer token that /metrics asks for; blank: everybody may read them", True),
-    Setting("LOKI_URL", http_url, "", "Loki that the journal is pushed to, such as http://127.0.0.1:3100; blank: none"),
+    Setting("LOKI_URL", must(re.compile(r"(https?://[^/\s]+\S*)?").fullmatch, "a URL such as http://127.0.0.1:3100"), "",
+            "Loki that the journal is pushed to, such as http://127.0.0.1:3100; blank: none"),
     Setting("LOKI_USER", str, "", "user of Loki"), Setting("LOKI_PASSWORD", str, "", "password of Loki", True),
     Setting("LOKI_TENANT", str, "", "tenant of Loki"),
     Setting("QUEUE_MAX", whole(1, 10**9), "100000", "calls that may wait in the queue; more get 503"),
@@ -273,16 +260,14 @@ _ENV_BINDING = re.compile(r"""\s*(?:export[^\S\r\n]+)?
     |(?![^\S\r\n]*['"])([^\r\n]*))))?)?                                                 # 6: unquoted
     (?:((?:[^\S\r\n]*\#[^\r\n]*)?[^\S\r\n]*(?:\r\n|\n|\r|\Z))|[^\r\n]*)                 # 7: its end; or no binding
     """, re.X)
-_ENV_ESCAPE = re.compile(r"\\([\\'\"abfnrtv])")
 _ENV_VARIABLE = re.compile(r"\$\{(?P<name>[^}:]*)(?::-(?P<default>[^}]*))?\}")
-_ESCAPED = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 
 
 def _env_value(found: re.Match[str]) -> Optional[str]:
     if found[4] is None and found[5] is None:
         return None if found[3] is None else re.sub(r"\s+#.*", "", found[6] or "").rstrip()
-    return re.sub(r"\\([\\'])", r"\1", found[4]) if found[5] is None else _ENV_ESCAPE.sub(
-        lambda escape: _ESCAPED.get(escape[1], escape[1]), found[5])
+    text, escapes = (found[4], r"\\[\\']") if found[5] is None else (found[5], r"\\[\\'\"abfnrtv]")
+    return re.sub(escapes, lambda escape: codecs.decode(escape[0], "unicode-escape"), text)
 
 
 def parse_env(text: str, environ: Mapping[str, str]) -> dict[str, Optional[str]]:
@@ -316,7 +301,7 @@ def read_both(paths: list[str], environ: Mapping[str, str]) -> tuple[dict[str, A
     return env, read_env(paths[1], {**environ, **{key: text or "" for key, text in env.items()}})
 
 
-class Settings:
+class Settings(types.SimpleNamespace):
     """The settings, cast: ``settings.PORT``, paths absolute; `sources` says where each came from. Raises SettingError."""
 
     def __init__(self, options: Mapping[str, Any] = types.MappingProxyType({}), directory: str = ".") -> None:
@@ -334,9 +319,6 @@ class Settings:
             setattr(self, row.name, self._value(row, layers))
         for name in ("FUNCTIONS_DIR", "DB_PATH", "LOG_FILE", "JOURNAL_DIR"):
             setattr(self, name, os.path.join(self.directory, getattr(self, name)))
-
-    def __getattr__(self, name: str) -> Any:  # for the type checker: every row is an attribute
-        raise AttributeError(name)
 
     def _value(self, row: Setting, layers: list[tuple[str, dict[str, Optional[str]]]]) -> Any:
         text, source = row.default, "default"
@@ -394,10 +376,14 @@ class Config:
         self._values, self._exported = values, exported
 
 
+def base64url(data: bytes) -> str:
+    """Encode without padding and what a URL or a cookie would escape (RFC 4648 5)."""
+    return b2a_base64(data, newline=False).decode().rstrip("=").translate({43: "-", 47: "_"})
+
+
 def make_secrets(settings: Settings) -> dict[str, str]:
     """Write a SECRET_TOKEN and SECRET_KEY that are missing into .env.local (mode 0600); return what was made."""
-    made = {name: b2a_base64(os.urandom(24), newline=False).decode().translate({43: "-", 47: "_"})
-            for name in ("SECRET_TOKEN", "SECRET_KEY") if not getattr(settings, name)}
+    made = {name: base64url(os.urandom(24)) for name in ("SECRET_TOKEN", "SECRET_KEY") if not getattr(settings, name)}
     if made:
         path = os.path.join(settings.directory, ".env.local")
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -1543,11 +1529,11 @@ class Signer:
         """Return the signature of `payload` for one purpose, base64url without padding."""
         import hmac
         text = f"fnserve {purpose}\0{payload}".encode("utf-8", "surrogatepass")
-        return _base64url(hmac.new(self._key, text, "sha256").digest())
+        return base64url(hmac.new(self._key, text, "sha256").digest())
 
     def sign(self, payload: str, now: float) -> str:
         """Return ``payload.time.signature``, all of it safe in a cookie."""
-        text = f"{_base64url(payload.encode())}.{int(now)}"
+        text = f"{base64url(payload.encode())}.{int(now)}"
         return f"{text}.{self.signature('session', text)}"
 
     def unsign(self, text: str, now: float, max_age: float = SESSION_SECONDS) -> Optional[str]:
@@ -1567,10 +1553,6 @@ class Signer:
         """Tell whether `mark` is a login that has not expired, made under today's SECRET_TOKEN."""
         return (isinstance(mark, list) and len(mark) == 2 and isinstance(mark[0], int) and isinstance(mark[1], str)
                 and mark[0] > now and bool(self._token) and same_secret(mark[1], self.login_mark(mark[0])[1]))
-
-
-def _base64url(data: bytes) -> str:
-    return b2a_base64(data, newline=False).decode().rstrip("=").translate({43: "-", 47: "_"})
 
 
 class Session(dict):
@@ -2741,15 +2723,6 @@ def find_handlers(module: types.ModuleType) -> list[tuple[Any, Callable[[Any], A
             if isinstance(value, types.FunctionType) and "_fnserve_handles" in value.__dict__]
 
 
-def _must(test: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
-    """Make a cast that hands a value on as it is where `test` holds."""
-    def cast(value: Any) -> Any:
-        if not test(value):
-            raise ValueError(what)
-        return value
-    return cast
-
-
 def _list_of(check: Callable[[str], str], what: str) -> Callable[[Any], tuple[str, ...]]:
     def cast(value: Any) -> tuple[str, ...]:
         found = value.replace(",", " ").split() if isinstance(value, str) else value
@@ -2771,14 +2744,13 @@ _ORIGINS = "* or origins such as https://example.com"
 
 SETTINGS_CASTS: dict[str, Callable[[Any], Any]] = {
     "methods": _list_of(choice(*METHODS), "a list of HTTP methods"),
-    "auth": lambda value: choice("public", "login", "token", "internal")(str(value)),
-    "cors": _list_of(_must(re.compile(r"\*|[a-z][a-z0-9+.\-]*://[^/\s*]+", re.I).fullmatch, _ORIGINS), _ORIGINS), "rate": _rate,
-    "concurrency": lambda value: whole(1, 256)(str(value)), "timeout": lambda value: seconds(str(value)),
-    "max_body": lambda value: size(str(value)), "parameters": _must(lambda value: isinstance(value, dict), "a dict"),
-    "async": _must(lambda value: isinstance(value, bool), "True or False"), "retries": lambda value: whole(0, 100)(str(value)),
-    "guard": _must(lambda value: isinstance(value, bool), "True or False"),
-    "dedupe": _must(lambda value: isinstance(value, str) and _HEADER_NAME.fullmatch(value), "the name of a header"),
-    "entry": _must(lambda value: str(value).isidentifier(), "the name of a function"),
+    "auth": choice("public", "login", "token", "internal"), "rate": _rate, "concurrency": whole(1, 256), "timeout": seconds,
+    "cors": _list_of(must(re.compile(r"\*|[a-z][a-z0-9+.\-]*://[^/\s*]+", re.I).fullmatch, _ORIGINS), _ORIGINS),
+    "max_body": size, "retries": whole(0, 100), "parameters": must(lambda value: isinstance(value, dict), "a dict"),
+    "async": must(lambda value: isinstance(value, bool), "True or False"),
+    "guard": must(lambda value: isinstance(value, bool), "True or False"),
+    "dedupe": must(lambda value: isinstance(value, str) and _HEADER_NAME.fullmatch(value), "the name of a header"),
+    "entry": must(lambda value: str(value).isidentifier(), "the name of a function"),
 }
 
 
