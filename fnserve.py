@@ -150,7 +150,7 @@ class DeadlineExceeded(BaseException):
 
 
 def must(test: Callable[[Any], Any], what: str, make: Optional[Callable[[Any], Any]] = None) -> Callable[[Any], Any]:
-    """Make a cast: where `test` holds a value goes on, through `make` if that is given; else ValueError says `what` it takes."""
+    """Make a cast: what `test` takes goes on, through `make` if that is given; else ValueError says `what` it takes."""
     def cast(value: Any) -> Any:
         if not test(value):
             raise ValueError(what)
@@ -436,17 +436,22 @@ class BadRequestKeyError(EXCEPTIONS[400], KeyError):  # type: ignore[misc, valid
         super().__init__(f"Missing key: {key}"[:200])
 
 
+def each_pair(source: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the pairs of a mapping, of a MultiDict or of pairs; a list or tuple as value makes several."""
+    items = getattr(source, "lists", None) or getattr(source, "items", None)
+    for key, value in items() if items else source:
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            yield key, item
+
+
 class MultiDict(dict):  # a dict of lists inside, of first values outside
     """Several values per key; the plain dict ways see the first. A KeyError of ``[]`` is a 400 to the client."""
 
-    def __init__(self, pairs: Union[Mapping[str, Any], Iterable[tuple[str, Any]]] = ()) -> None:
-        super().__init__()
-        for key, value in (pairs.items() if isinstance(pairs, Mapping) else pairs):
-            for item in value if isinstance(value, list) else [value]:
-                self.add(key, item)
+    def __init__(self, pairs: Any = ()) -> None:
+        if pairs:
+            self.update(pairs)
 
     def add(self, key: str, value: Any) -> None:
-        """Add one more value to `key`."""
         super().setdefault(key, []).append(value)
 
     def __getitem__(self, key: str) -> Any:
@@ -477,7 +482,7 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
 
     def update(self, pairs: Any = ()) -> None:  # type: ignore[override]
         """Add the values of a mapping or of pairs, as Werkzeug's does."""
-        for key, value in MultiDict(pairs).items(multi=True):
+        for key, value in each_pair(pairs):
             self.add(key, value)
 
     def __ior__(self, other: Any) -> MultiDict:
@@ -492,43 +497,32 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
         return ((key, list(values)) for key, values in super().items())
 
     def listvalues(self) -> Iterator[list[Any]]:
-        """Yield all values of each key."""
         return (values for _, values in self.lists())
 
     def setlist(self, key: str, values: Iterable[Any]) -> None:
-        """Replace the values of `key`."""
         super().__setitem__(key, list(values))
 
     def poplist(self, key: str) -> list[Any]:
-        """Take `key` out and return all its values."""
         return super().pop(key, [])
 
-    def values(self) -> Any:
-        """Yield the first value of every key."""
-        return (values[0] for values in super().values())
-
-    def to_dict(self, flat: bool = True) -> dict[str, Any]:
-        """Return a plain dict of first values, or of lists with ``flat=False``."""
-        return dict(self.items()) if flat else dict(self.lists())
-
     def pop(self, key: str, default: Any = _MISSING) -> Any:
-        """Take `key` out and return its first value."""
-        if key not in self and default is _MISSING:
-            raise BadRequestKeyError(key)
-        return super().pop(key)[0] if key in self else default
+        value = self[key] if default is _MISSING else self.get(key, default)
+        self.poplist(key)
+        return value
 
     def popitem(self) -> tuple[str, Any]:
-        """Take a key out and return it with its first value."""
         key, values = super().popitem()
         return key, values[0]
 
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        """Return the first value of `key`, set to the default where it is missing."""
-        return super().setdefault(key, [default])[0]
+    setdefault: Any = MutableMapping.setdefault  # these two ask [], and so give first values
+    values: Any = MutableMapping.values
+
+    def to_dict(self, flat: bool = True) -> dict[str, Any]:
+        """Return a plain dict of first values, or of lists with ``flat=False``."""
+        return dict(self.items() if flat else self.lists())
 
     def copy(self) -> MultiDict:
-        """Return a copy with lists of its own."""
-        return MultiDict(self.to_dict(flat=False))
+        return MultiDict(self)
 
     def __repr__(self) -> str:
         return f"MultiDict({list(self.items(multi=True))!r})"
@@ -569,12 +563,10 @@ class Headers(MutableMapping[str, str]):
 
     def extend(self, pairs: Any) -> None:
         """Append the fields of a mapping or of pairs; a list as value is several fields."""
-        for name, value in (pairs.items() if hasattr(pairs, "items") else pairs):
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                self.add(name, item)
+        for name, value in each_pair(pairs):
+            self.add(name, value)
 
     def getlist(self, name: str) -> list[str]:
-        """Return every value of a field."""
         return [value for key, value in self._list if key.lower() == name.lower()]
 
     get_all = getlist
@@ -584,9 +576,8 @@ class Headers(MutableMapping[str, str]):
         return _read(self[name], type, default) if name in self else default
 
     def setlist(self, name: str, values: Iterable[Any]) -> None:
-        """Replace a field by several."""
         del self[name]
-        self.extend((name, value) for value in values)
+        self.extend({name: list(values)})
 
     def update(self, pairs: Any = (), **more: Any) -> None:  # type: ignore[override]
         """Set the fields of a mapping or of pairs."""
@@ -594,7 +585,6 @@ class Headers(MutableMapping[str, str]):
             self.setlist(name, value if isinstance(value, (list, tuple)) else [value])
 
     def clear(self) -> None:
-        """Take all fields out."""
         self._list = []
 
     def __getitem__(self, name: str) -> str:
@@ -618,10 +608,9 @@ class Headers(MutableMapping[str, str]):
         return bool(self.getlist(str(name)))
 
     def __iter__(self) -> Iterator[Any]:  # like Werkzeug's: for name, value in headers
-        return iter(list(self._list))
+        return iter(self.items())
 
     def keys(self) -> Any:
-        """Return the names in order."""
         return [key for key, _ in self._list]
 
     def items(self) -> Any:
@@ -631,7 +620,6 @@ class Headers(MutableMapping[str, str]):
     to_wsgi_list = items
 
     def values(self) -> Any:
-        """Return the values in order."""
         return [value for _, value in self._list]
 
     def __len__(self) -> int:
