@@ -493,7 +493,6 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
         return self.copy().__ior__(other)
 
     def lists(self) -> Iterator[tuple[str, list[Any]]]:
-        """Yield (key, all values)."""
         return ((key, list(values)) for key, values in super().items())
 
     def listvalues(self) -> Iterator[list[Any]]:
@@ -572,7 +571,6 @@ class Headers(MutableMapping[str, str]):
     get_all = getlist
 
     def get(self, name: str, default: Any = None, type: Optional[Callable[[str], Any]] = None) -> Any:
-        """Return the first value of a field, made by `type`."""
         return _read(self[name], type, default) if name in self else default
 
     def setlist(self, name: str, values: Iterable[Any]) -> None:
@@ -580,7 +578,6 @@ class Headers(MutableMapping[str, str]):
         self.extend({name: list(values)})
 
     def update(self, pairs: Any = (), **more: Any) -> None:  # type: ignore[override]
-        """Set the fields of a mapping or of pairs."""
         for name, value in [*(pairs.items() if hasattr(pairs, "items") else pairs), *more.items()]:
             self.setlist(name, value if isinstance(value, (list, tuple)) else [value])
 
@@ -646,9 +643,8 @@ class RequestHeaders(Headers):
 
     @property
     def _list(self) -> list[tuple[str, str]]:  # type: ignore[override]
-        named = [(key[5:] if key.startswith("HTTP_") else key, value) for key, value in self._environ.items()
-                 if key.startswith("HTTP_") or key in BARE_KEYS and value]
-        return [(key.replace("_", "-").title(), value) for key, value in named]
+        return [(key.removeprefix("HTTP_").replace("_", "-").title(), value) for key, value in self._environ.items()
+                if key.startswith("HTTP_") or key in BARE_KEYS and value]
 
     def getlist(self, name: str) -> list[str]:
         """Return the field, without making a list of them all."""
@@ -693,7 +689,6 @@ def parse_options(value: str) -> tuple[str, dict[str, str]]:
 
 
 def is_json_type(mimetype: str) -> bool:
-    """Tell whether a media type is JSON's."""
     return mimetype.startswith("application/") and mimetype.endswith(("/json", "+json"))
 
 
@@ -812,13 +807,12 @@ class FileStorage:
         self.stream, self.filename, self.name = stream, filename, name
         self.headers = headers if headers is not None else Headers()
 
-    content_type = property(lambda self: self.headers.get("Content-Type"), doc="The part's Content-Type, or None.")
-    content_length = property(lambda self: self.headers.get("Content-Length", 0, type=int), doc="As sent, or 0.")
-    mimetype = property(lambda self: parse_options(self.content_type or "")[0], doc="The type without parameters.")
-    mimetype_params = property(lambda self: parse_options(self.content_type or "")[1], doc="The parameters of the type.")
+    content_type = property(lambda self: self.headers.get("Content-Type"))
+    content_length = property(lambda self: self.headers.get("Content-Length", 0, type=int))
+    mimetype = property(lambda self: parse_options(self.content_type or "")[0])
+    mimetype_params = property(lambda self: parse_options(self.content_type or "")[1])
 
     def save(self, destination: Any, buffer_size: int = CHUNK) -> None:
-        """Write the file to a path or an open file."""
         with contextlib.ExitStack() as stack:
             out = destination if hasattr(destination, "write") else stack.enter_context(open(destination, "wb"))
             while chunk := self.stream.read(buffer_size):
@@ -923,17 +917,15 @@ class Accept(list):
         return self.quality(key) if isinstance(key, str) else super().__getitem__(key)
 
     def best_match(self, matches: Iterable[str], default: Optional[str] = None) -> Optional[str]:
-        """Return the one of `matches` that the client wants most."""
         wanted = list(matches)
         best = max(wanted, key=self.quality, default="")
         return best if wanted and self.quality(best) else default
 
-    accept_html = property(lambda self: "text/html" in self, doc="Whether text/html is accepted.")
-    accept_json = property(lambda self: "application/json" in self, doc="Whether application/json is accepted.")
-    best = property(lambda self: self[0][0] if self else None, doc="The value wanted most.")
+    accept_html = property(lambda self: "text/html" in self)
+    accept_json = property(lambda self: "application/json" in self)
+    best = property(lambda self: self[0][0] if self else None)
 
     def values(self) -> Iterator[str]:
-        """Yield the values, best first."""
         return (value for value, _ in self)
 
     def __contains__(self, value: Any) -> bool:
@@ -966,15 +958,15 @@ def parse_authorization(header: str) -> Optional[Authorization]:
 class UserAgent(str):
     """The User-Agent header; `.string` as in Flask."""
 
-    string = property(lambda self: str(self), doc="The header as it is.")
+    string = property(str)
     browser = platform = version = language = None  # nor does Flask tell any longer
 
 
 class lazy:
     """A property that is computed once and then a plain attribute."""
 
-    def __init__(self, function: Callable[[Any], Any], doc: Optional[str] = None) -> None:
-        self.function, self.__doc__ = function, doc or function.__doc__
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
 
     def __set_name__(self, owner: Any, name: str) -> None:
         self.name = name
@@ -986,9 +978,9 @@ class lazy:
         return value
 
 
-def _sent(key: str, cast: Callable[[str], Any], doc: str, always: bool = False) -> property:
+def _sent(key: str, cast: Callable[[str], Any] = str, always: bool = False) -> property:
     """Make a property of Request that reads one key of the environ; None where it is missing or blank, unless `always`."""
-    return property(lambda self: cast(self.environ.get(key, "")) if always or self.environ.get(key) else None, doc=doc)
+    return property(lambda self: cast(self.environ.get(key, "")) if always or self.environ.get(key) else None)
 
 
 class _Input(io.RawIOBase):
@@ -1025,37 +1017,28 @@ class Request:
         path: str = environ.get("PATH_INFO", "")
         self.path = "/" + (path if path.isascii() else decode_wsgi(path)).lstrip("/")
 
-    view_args = lazy(lambda self: {}, "func_name and subpath, where a function serves.")
-    headers = lazy(lambda self: RequestHeaders(self.environ), "The header fields.")
-    args = lazy(lambda self: MultiDict(parse_query(self.environ.get("QUERY_STRING", ""))), "The query's parameters.")
-    cookies = lazy(lambda self: parse_cookies(self.environ.get("HTTP_COOKIE", "")), "The cookies.")
+    view_args = lazy(lambda self: {})  #: func_name and subpath, where a function serves
+    headers = lazy(lambda self: RequestHeaders(self.environ))
+    args = lazy(lambda self: MultiDict(parse_query(self.environ.get("QUERY_STRING", ""))))
+    cookies = lazy(lambda self: parse_cookies(self.environ.get("HTTP_COOKIE", "")))
     _content = lazy(lambda self: parse_options(self.environ.get("CONTENT_TYPE") or ""))
-    mimetype = property(lambda self: self._content[0], doc="The content type in lower case, without parameters.")
-    mimetype_params = property(lambda self: self._content[1], doc="The parameters of the content type.")
-    content_type = _sent("CONTENT_TYPE", str, "The Content-Type header, or None.")
-    content_length = _sent("CONTENT_LENGTH", lambda text: int(text) if text.isascii() and text.isdigit() else None,
-                           "The Content-Length in bytes, None where there is none or it is nonsense.")
-    content_encoding = _sent("HTTP_CONTENT_ENCODING", str, "The Content-Encoding header, or None.")
-    origin = _sent("HTTP_ORIGIN", str, "The Origin header, or None.")
-    referrer = _sent("HTTP_REFERER", str, "The Referer header, or None.")
-    remote_addr = _sent("REMOTE_ADDR", str, "The client's address; the proxy's word is taken only from TRUSTED_PROXY.")
-    remote_user = _sent("REMOTE_USER", str, "Who the server in front says this is, or None.")
-    authorization = _sent("HTTP_AUTHORIZATION", parse_authorization, "The Authorization header, or None.")
-    user_agent = _sent("HTTP_USER_AGENT", UserAgent, "The User-Agent header.", True)
-    date = _sent("HTTP_DATE", parse_date, "The Date header as a datetime, or None.")
-    if_modified_since = _sent("HTTP_IF_MODIFIED_SINCE", parse_date, "That header as a datetime, or None.")
-    if_unmodified_since = _sent("HTTP_IF_UNMODIFIED_SINCE", parse_date, "That header as a datetime, or None.")
-    if_match = _sent("HTTP_IF_MATCH", ETags, "The If-Match header.", True)
-    if_none_match = _sent("HTTP_IF_NONE_MATCH", ETags, "The If-None-Match header.", True)
-    cache_control = _sent("HTTP_CACHE_CONTROL", CacheControl, "The Cache-Control header.", True)
-    accept_mimetypes = _sent("HTTP_ACCEPT", Accept, "The Accept header.", True)
-    accept_languages = _sent("HTTP_ACCEPT_LANGUAGE", Accept, "The Accept-Language header.", True)
-    accept_encodings = _sent("HTTP_ACCEPT_ENCODING", Accept, "The Accept-Encoding header.", True)
-    accept_charsets = _sent("HTTP_ACCEPT_CHARSET", Accept, "The Accept-Charset header.", True)
-    scheme = property(lambda self: self.environ.get("wsgi.url_scheme", "http"), doc="http or https.")
-    is_secure = property(lambda self: self.scheme == "https", doc="Whether the client came by https.")
+    mimetype = property(lambda self: self._content[0])
+    mimetype_params = property(lambda self: self._content[1])
+    content_type, content_encoding = _sent("CONTENT_TYPE"), _sent("HTTP_CONTENT_ENCODING")
+    content_length = _sent("CONTENT_LENGTH", lambda text: int(text) if text.isascii() and text.isdigit() else None)
+    origin, referrer = _sent("HTTP_ORIGIN"), _sent("HTTP_REFERER")
+    remote_addr, remote_user = _sent("REMOTE_ADDR"), _sent("REMOTE_USER")  # a proxy's word is taken only from TRUSTED_PROXY
+    authorization = _sent("HTTP_AUTHORIZATION", parse_authorization)
+    user_agent, cache_control = _sent("HTTP_USER_AGENT", UserAgent, True), _sent("HTTP_CACHE_CONTROL", CacheControl, True)
+    date, if_modified_since = _sent("HTTP_DATE", parse_date), _sent("HTTP_IF_MODIFIED_SINCE", parse_date)
+    if_unmodified_since = _sent("HTTP_IF_UNMODIFIED_SINCE", parse_date)
+    if_match, if_none_match = _sent("HTTP_IF_MATCH", ETags, True), _sent("HTTP_IF_NONE_MATCH", ETags, True)
+    accept_mimetypes, accept_languages = _sent("HTTP_ACCEPT", Accept, True), _sent("HTTP_ACCEPT_LANGUAGE", Accept, True)
+    accept_encodings, accept_charsets = _sent("HTTP_ACCEPT_ENCODING", Accept, True), _sent("HTTP_ACCEPT_CHARSET", Accept, True)
+    scheme = property(lambda self: self.environ.get("wsgi.url_scheme", "http"))
+    is_secure = property(lambda self: self.scheme == "https")
     _query = property(lambda self: self.environ.get("QUERY_STRING", ""))
-    query_string = property(lambda self: self._query.encode("latin-1", "replace"), doc="The raw query, as bytes.")
+    query_string = property(lambda self: self._query.encode("latin-1", "replace"))
 
     @lazy
     def stream(self) -> Any:
@@ -1078,7 +1061,7 @@ class Request:
                 self.__dict__["_data"] = data
         return decode_text(data) if as_text else data
 
-    data = property(lambda self: self.get_data(parse_form_data=True), doc="The body; empty where it is a form.")
+    data = property(lambda self: self.get_data(parse_form_data=True))  #: empty where the body is a form
 
     @lazy
     def _form_and_files(self) -> tuple[MultiDict, MultiDict]:
@@ -1096,8 +1079,8 @@ class Request:
             return parse_multipart(stream, boundary)
         return MultiDict(), MultiDict()
 
-    form = property(lambda self: self._form_and_files[0], doc="The fields of a form.")
-    files = property(lambda self: self._form_and_files[1], doc="The uploaded files of a form.")
+    form = property(lambda self: self._form_and_files[0])
+    files = property(lambda self: self._form_and_files[1])
 
     @lazy
     def values(self) -> MultiDict:
@@ -1105,22 +1088,20 @@ class Request:
         form = self.form.items(multi=True) if self.method not in ("GET", "HEAD") else ()
         return MultiDict([*self.args.items(multi=True), *form])
 
-    is_json = property(lambda self: is_json_type(self.mimetype), doc="Whether the content type is JSON's.")
-    json = property(lambda self: self.get_json(), doc="The parsed JSON body: 415 for another content type, 400 for bad JSON.")
+    is_json = property(lambda self: is_json_type(self.mimetype))
+    json = property(lambda self: self.get_json())
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
-        """Return the parsed JSON body; `silent` gives None for what would be 415 or 400."""
-        if not (force or self.is_json):
-            if silent:
-                return None
-            raise HTTPException(415, "Did not attempt to load JSON data because the request Content-Type was not "
-                                     "'application/json'.")
-        try:
-            return json.loads(self.get_data(cache=cache))
-        except (ValueError, RecursionError):
-            if silent:
-                return None
-            raise HTTPException(400, "The body is not valid JSON") from None
+        """Return the parsed JSON body: 415 for another content type, 400 for bad JSON; None for both where `silent`."""
+        code, text = 415, "Did not attempt to load JSON data because the request Content-Type was not 'application/json'."
+        if force or self.is_json:
+            try:
+                return json.loads(self.get_data(cache=cache))
+            except (ValueError, RecursionError):
+                code, text = 400, "The body is not valid JSON"
+        if silent:
+            return None
+        raise HTTPException(code, text)
 
     @lazy
     def host(self) -> str:
@@ -1131,23 +1112,19 @@ class Request:
         standard = ":443" if self.is_secure else ":80"
         return host[:-len(standard)] if host.endswith(standard) else host
 
-    script_root = root_path = property(lambda self: decode_wsgi(self.environ.get("SCRIPT_NAME", "")).rstrip("/"),
-                                       doc="Where the application is mounted, without a slash at the end.")
-    host_url = property(lambda self: f"{self.scheme}://{self.host}/", doc="``http://host/``.")
-    url_root = root_url = property(lambda self: self.host_url + _shown((self.script_root + "/").lstrip("/")),
-                                   doc="``http://host/`` and where the application is mounted.")
-    base_url = property(lambda self: self.url_root + _shown(self.path.lstrip("/")), doc="The URL without its query.")
-    full_path = property(lambda self: f"{self.path}?{decode_wsgi(self._query)}", doc="The path, a question mark and the query.")
-    url = property(lambda self: self.base_url + (self._query and "?" + uri_to_iri(self._query)), doc="The URL.")
+    script_root = root_path = property(lambda self: decode_wsgi(self.environ.get("SCRIPT_NAME", "")).rstrip("/"))
+    host_url = property(lambda self: f"{self.scheme}://{self.host}/")
+    url_root = root_url = property(lambda self: self.host_url + _shown((self.script_root + "/").lstrip("/")))
+    base_url = property(lambda self: self.url_root + _shown(self.path.lstrip("/")))
+    full_path = property(lambda self: f"{self.path}?{decode_wsgi(self._query)}")
+    url = property(lambda self: self.base_url + (self._query and "?" + uri_to_iri(self._query)))
 
     @property
     def access_route(self) -> list[str]:
-        """The client and the proxies behind it."""
         route = [part.strip() for part in self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if part.strip()]
         return route or [self.remote_addr] if self.remote_addr else route
 
     def close(self) -> None:
-        """Close the uploaded files."""
         if "_form_and_files" in self.__dict__:
             for _, upload in self.files.items(multi=True):
                 upload.close()
@@ -1223,7 +1200,7 @@ def _header(name: str, load: Callable[[str], Any] = str, dump: Callable[[Any], s
             del response.headers[name]
         else:
             response.headers[name] = dump(value)
-    return property(lambda self: load(self.headers[name]) if name in self.headers else None, write, doc=f"The {name} header.")
+    return property(lambda self: load(self.headers[name]) if name in self.headers else None, write)
 
 
 class HeaderSet(list):
@@ -1234,13 +1211,11 @@ class HeaderSet(list):
         self._changed = changed
 
     def add(self, value: str) -> None:
-        """Add a value, unless it is there in any case."""
         if value not in self:
             self.append(value)
             self._changed(str(self))
 
     def discard(self, value: str) -> None:
-        """Take a value out."""
         self[:] = [item for item in self if item.lower() != value.lower()]
         self._changed(str(self))
 
@@ -1289,7 +1264,7 @@ class Response:
             value = b"".join(item.encode() if isinstance(item, str) else item for item in value)
         self._body = value
 
-    response = property(lambda self: self._body, set_data, doc="The body: bytes, or an iterable that is sent as it is made.")
+    response = property(lambda self: self._body, set_data)
 
     def _set_status(self, value: Any) -> None:
         if value.__class__ is int and value in STATUS_LINES:
@@ -1306,11 +1281,11 @@ class Response:
         textual = value.startswith("text/") or value.endswith(("/xml", "+xml", "/javascript"))
         self.headers["Content-Type"] = value + ("; charset=utf-8" if textual and "charset" not in value else "")
 
-    status = property(lambda self: self._status, _set_status, doc='``"200 OK"``; set by a number or such a text.')
-    status_code = property(lambda self: self.code, _set_status, doc="The status as a number.")
+    status = property(lambda self: self._status, _set_status)  #: ``"200 OK"``; set by a number or such a text
+    status_code = property(lambda self: self.code, _set_status)
     _content = property(lambda self: parse_options(self.headers.get("Content-Type", "")))
-    mimetype = property(lambda self: self._content[0] or None, _set_mimetype, doc="The type alone; text is given a charset.")
-    mimetype_params = property(lambda self: self._content[1], doc="The parameters of the content type.")
+    mimetype = property(lambda self: self._content[0] or None, _set_mimetype)  #: the type alone; text is given a charset
+    mimetype_params = property(lambda self: self._content[1])
     content_type, location = _header("Content-Type"), _header("Location", dump=iri_to_uri)
     content_encoding = _header("Content-Encoding")
     content_location, accept_ranges = _header("Content-Location", dump=iri_to_uri), _header("Accept-Ranges")
@@ -1320,22 +1295,21 @@ class Response:
     date, expires = _header("Date", parse_date, http_date), _header("Expires", parse_date, http_date)
     last_modified = _header("Last-Modified", parse_date, http_date)
     cache_control = property(lambda self: CacheControl(self.headers.get("Cache-Control", ""), functools.partial(
-        self.headers.set, "Cache-Control")), doc="The Cache-Control header: ``response.cache_control.max_age = 60``.")
+        self.headers.set, "Cache-Control")))  #: ``response.cache_control.max_age = 60``
+    is_streamed = property(lambda self: not isinstance(self._body, bytes))
     content_length = property(
-        lambda self: len(self._body) if isinstance(self._body, bytes) else self.headers.get("Content-Length", type=int),
-        lambda self, value: self.headers.set("Content-Length", value), doc="The Content-Length, where it is known.")
-    is_streamed = property(lambda self: not isinstance(self._body, bytes), doc="Whether the body is made while it is sent.")
+        lambda self: self.headers.get("Content-Length", type=int) if self.is_streamed else len(self._body),
+        lambda self, value: self.headers.set("Content-Length", value))
 
     def get_data(self, as_text: bool = False) -> Any:
-        """Return the whole body; a stream is read to its end."""
         if self.is_streamed:
             self.response = list(self._body)
         return self._body.decode("utf-8", "replace") if as_text else self._body
 
     data = property(get_data, set_data)
-    json = property(lambda self: self.get_json(), doc="The body parsed as JSON, None where it isn't JSON.")
-    text = property(lambda self: self.get_data(as_text=True), doc="The body as text.")
-    is_json = property(lambda self: is_json_type(self._content[0]), doc="Whether the content type is JSON's.")
+    json = property(lambda self: self.get_json())
+    text = property(lambda self: self.get_data(as_text=True))
+    is_json = property(lambda self: is_json_type(self._content[0]))
 
     def get_json(self, force: bool = False, silent: bool = False) -> Any:
         """Return the body parsed as JSON; ValueError for bad JSON, None where `silent`."""
@@ -1348,11 +1322,9 @@ class Response:
         self.headers.add("Set-Cookie", dump_cookie(key, value, *arguments, **options))
 
     def delete_cookie(self, key: str, path: Optional[str] = "/", domain: Optional[str] = None, **options: Any) -> None:
-        """Make the browser forget a cookie."""
         self.set_cookie(key, expires=0, max_age=0, path=path, domain=domain, **options)
 
     def set_etag(self, etag: str, weak: bool = False) -> None:
-        """Set the ETag header."""
         self.headers["ETag"] = f'{"W/" if weak else ""}"{etag}"'
 
     def get_etag(self) -> tuple[Optional[str], Optional[bool]]:
@@ -1361,7 +1333,6 @@ class Response:
         return (text.removeprefix("W/").strip('"'), text.startswith("W/")) if text else (None, None)
 
     def add_etag(self, overwrite: bool = False, weak: bool = False) -> None:
-        """Set the ETag to a hash of the body."""
         import hashlib
         if overwrite or "ETag" not in self.headers:
             self.set_etag(hashlib.sha1(self.get_data()).hexdigest(), weak)
@@ -1401,12 +1372,10 @@ class Response:
         return not same
 
     def call_on_close(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Have `function` called once the answer was sent."""
         self._on_close += (function,)
         return function
 
     def close(self) -> None:
-        """Close the body, where it can be closed, and call what waits for it."""
         for function in filter(None, [getattr(self._body, "close", None), *self._on_close]):
             function()
         self._on_close = ()
@@ -1436,30 +1405,27 @@ def make_response(*values: Any) -> Response:
         return Response(value)
     if not values:
         return Response()
-    status, headers = None, None  # type: Any, Any
+    status, headers = None, ()  # type: Any, Any
     if isinstance(value, tuple):
         if len(value) == 3:
             value, status, headers = value
         elif len(value) == 2:
             value, other = value
-            status, headers = (None, other) if isinstance(other, (dict, list, tuple, Headers)) else (other, None)
+            status, headers = (None, other) if isinstance(other, (dict, list, tuple, Headers)) else (other, ())
         else:
             raise TypeError(f"a tuple of {len(value)} was returned; it must be {_TUPLE_FORMS}")
-    response = _body_response(value)
+    if isinstance(value, types.AsyncGeneratorType):
+        value = iterate_async(value)
+    if isinstance(value, (str, bytes, bytearray)) or hasattr(value, "__next__"):
+        return Response(value, status, headers)
+    response = _other_response(value)
     if status is not None:
         response.status = status
-    pairs = list(headers.items() if hasattr(headers, "items") else headers or ())
-    for name, _ in pairs if not isinstance(value, (Response, dict, list)) else ():
-        del response.headers[name]
-    if isinstance(value, (Response, dict, list)):
-        response.headers.update(pairs)  # as in Flask, where the last of a name counts here
-    else:
-        response.headers.extend(pairs)
+    response.headers.update(headers or ())  # as in Flask, where the last of a name counts here
     return response
 
 
 def iterate_async(values: Any) -> Iterator[Any]:
-    """Yield what an async generator yields, in an event loop of its own."""
     import asyncio  # only for async functions
     loop = asyncio.new_event_loop()
     try:
@@ -1478,13 +1444,9 @@ def iterate_async(values: Any) -> Iterator[Any]:
             loop.close()
 
 
-def _body_response(value: Any) -> Response:
-    if isinstance(value, types.AsyncGeneratorType):
-        return Response(iterate_async(value))
+def _other_response(value: Any) -> Response:
     if isinstance(value, Response):
         return value
-    if isinstance(value, (str, bytes, bytearray)) or hasattr(value, "__next__"):
-        return Response(value)
     if isinstance(value, (dict, list)):
         return Response(dump_json(value) + "\n", mimetype="application/json")
     if value is None:
@@ -2923,7 +2885,6 @@ class CurrentApp:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings, overlaid by .env."""
         app = serving().app
         return {**{row.name: getattr(app.settings, row.name) for row in SETTINGS_TABLE}, **app.config.current()}
 
@@ -2952,7 +2913,6 @@ def abort(code: Any, description: Any = None, response: Optional[Response] = Non
 
 
 def redirect(location: str, code: int = 302, Response: type[Response] = Response) -> Response:
-    """Return a redirect to `location`."""
     shown = escape(location)
     return Response(f"<!doctype html>\n<title>Redirecting...</title>\n<a href=\"{shown}\">{shown}</a>\n", code, {
         "Location": iri_to_uri(location)}, "text/html")
@@ -3010,7 +2970,6 @@ class Metric:
         self._name, self._help, self._kind, self._bounds, self._labels = name, str(help), kind, list(bounds), dict(labels)
 
     def labels(self, **labels: Any) -> Metric:
-        """Return the series of these labels."""
         return Metric(self._name, self._help, self._kind, self._bounds, {**self._labels, **labels})
 
     def inc(self, amount: float = 1, **labels: Any) -> None:
@@ -3066,11 +3025,9 @@ class Markup(str):
         return Markup(str.__mod__(self, self._each(values)))
 
     def format(self, *values: Any, **named: Any) -> Markup:
-        """Put values in, escaped."""
         return Markup(str.format(self, *self._each(values), **self._each(named)))
 
     def join(self, parts: Iterable[Any]) -> Markup:
-        """Put this between the parts, which are escaped."""
         return Markup(str.join(self, map(self.escape, parts)))
 
     def _each(self, value: Any) -> Any:
@@ -3085,7 +3042,6 @@ escape = Markup.escape
 
 
 def guess_type(name: str) -> str:
-    """Guess a media type by a file's name."""
     import mimetypes  # only where files are sent
     return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
@@ -3143,7 +3099,6 @@ class FileBody:
             yield chunk
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -3197,7 +3152,6 @@ def render_template(template_name_or_list: Any, **values: Any) -> str:
 
 
 def render_template_string(source: str, **values: Any) -> str:
-    """Render a template given as text with Jinja2."""
     return _jinja(serving().app).from_string(source).render(**values)
 
 
@@ -3208,17 +3162,14 @@ def copy_current_request_context(function: Callable[..., Any]) -> Callable[..., 
 
 
 def has_request_context() -> bool:
-    """Tell whether a call is being served here."""
     return current_call.get(None) is not None
 
 
 def flash(message: str, category: str = "message") -> None:
-    """Keep a message in the session for the next page."""
     session["_flashes"] = [*session.get("_flashes", []), [category, message]]
 
 
 def get_flashed_messages(with_categories: bool = False, category_filter: Iterable[str] = ()) -> list[Any]:
-    """Take the messages out of the session."""
     wanted, kept = list(category_filter), serving().g.__dict__
     if "_flashes" not in kept:  # as often as they are asked for in this call
         kept["_flashes"] = session.pop("_flashes", [])
@@ -3238,7 +3189,6 @@ class CloudEvent(dict):
     get_attributes = dict.copy
 
     def get_data(self) -> Any:
-        """Return the data."""
         return self.data
 
     def __repr__(self) -> str:
