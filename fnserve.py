@@ -693,7 +693,7 @@ def is_json_type(mimetype: str) -> bool:
 
 
 _COOKIE_QUOTED = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")
-_COOKIE_UNSAFE = re.compile(rb"[^\w!#$%&'()*+\-./:<=>?@\[\]^`{|}~]", re.ASCII)
+_COOKIE_UNSAFE = re.compile(r"[^\w!#$%&'()*+\-./:<=>?@\[\]^`{|}~]", re.ASCII)
 
 
 def parse_cookies(header: str) -> MultiDict:
@@ -714,11 +714,9 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
     """Write a Set-Cookie value; the arguments are Flask's. ValueError for a key or attribute that isn't allowed."""
     if not _HEADER_NAME.fullmatch(key):
         raise ValueError(f"cookie name {key!r} is not allowed")
-    raw = value.encode()
+    raw = value.encode().decode("latin-1")  # bytes as characters
     if _COOKIE_UNSAFE.search(raw):
-        text = "".join(f"\\{byte:03o}" if not 0x20 <= byte <= 0x7e or byte in b",;" else
-                       "\\" + chr(byte) if byte in b'"\\' else chr(byte) for byte in raw)
-        value = f'"{text}"'
+        value = re.sub("[^ -~]|[,;]", lambda found: f"\\{ord(found[0]):03o}", quote_text(raw))
     parts = [f"{key}={value}"]
     path = quote(path, safe="%!$&'()*+,/:=@") if path is not None else None
     domain = domain.lstrip(".").encode("idna").decode() if domain else None
@@ -1226,9 +1224,9 @@ class HeaderSet(list):
         return ", ".join(self)
 
 
-def _header_set(name: str) -> property:
-    """Make a property of Response that is a HeaderSet; set by text or an iterable."""
-    return property(lambda self: HeaderSet(self.headers.get(name, ""), lambda text: self.headers.set(name, text)),
+def _parsed(name: str, kind: Callable[[str, Callable[[str], Any]], Any]) -> property:
+    """Make a property of Response that is one header as a `kind`, which writes its changes back; set by text or an iterable."""
+    return property(lambda self: kind(self.headers.get(name, ""), functools.partial(self.headers.set, name)),
                     lambda self, value: self.headers.set(name, value if isinstance(value, str) else ", ".join(value)))
 
 
@@ -1290,12 +1288,11 @@ class Response:
     content_encoding = _header("Content-Encoding")
     content_location, accept_ranges = _header("Content-Location", dump=iri_to_uri), _header("Accept-Ranges")
     access_control_allow_origin = _header("Access-Control-Allow-Origin")
-    vary, allow, content_language = _header_set("Vary"), _header_set("Allow"), _header_set("Content-Language")
+    vary, allow = _parsed("Vary", HeaderSet), _parsed("Allow", HeaderSet)
+    content_language, cache_control = _parsed("Content-Language", HeaderSet), _parsed("Cache-Control", CacheControl)
     age, retry_after = _header("Age", int), _header("Retry-After")
     date, expires = _header("Date", parse_date, http_date), _header("Expires", parse_date, http_date)
     last_modified = _header("Last-Modified", parse_date, http_date)
-    cache_control = property(lambda self: CacheControl(self.headers.get("Cache-Control", ""), functools.partial(
-        self.headers.set, "Cache-Control")))  #: ``response.cache_control.max_age = 60``
     is_streamed = property(lambda self: not isinstance(self._body, bytes))
     content_length = property(
         lambda self: self.headers.get("Content-Length", type=int) if self.is_streamed else len(self._body),
@@ -1486,12 +1483,12 @@ class Signer:
         text = f"{base64url(payload.encode())}.{int(now)}"
         return f"{text}.{self.signature('session', text)}"
 
-    def unsign(self, text: str, now: float, max_age: float = SESSION_SECONDS) -> Optional[str]:
+    def unsign(self, text: str, now: float) -> Optional[str]:
         """Return the payload; None for what is forged, cut, too old or from the future."""
         signed, _, signature = text.rpartition(".")
         payload, _, moment = signed.partition(".")
         if not self._key or not signed or not same_secret(signature, self.signature("session", signed)) \
-                or not now - max_age <= int(moment) <= now + 60:  # one's own signature, so it is a number
+                or not now - SESSION_SECONDS <= int(moment) <= now + 60:  # one's own signature, so it is a number
             return None
         return a2b_base64(payload.translate({45: "+", 95: "/"}) + "==").decode()
 
@@ -1516,26 +1513,20 @@ class Session(dict):
         self._before, self._marked = dump_json(self), False
 
     modified = property(lambda self: self._marked or dump_json(self) != self._before,
-                        lambda self, value: setattr(self, "_marked", value), doc="Whether it has changed, or was said to have.")
-
-    permanent = property(lambda self: bool(self.get("_permanent")), lambda self, value: self.update(_permanent=bool(value)),
-                         doc="Whether the cookie outlives the browser.")
-
-    def changed_payload(self) -> Optional[str]:
-        """Return the JSON to store, or None where the cookie may stay as it is; `permanent` renews it every time."""
-        return dump_json(self) if self.modified or self.permanent else None
+                        lambda self, value: setattr(self, "_marked", value))
+    #: whether the cookie outlives the browser
+    permanent = property(lambda self: bool(self.get("_permanent")), lambda self, value: self.update(_permanent=bool(value)))
 
 
 def save_session(session: Session, request: Request, response: Response, signer: Signer, now: float) -> None:
-    """Set, renew or delete the cookie on a response whose call looked at the session."""
-    payload = session.changed_payload()
-    safe = {"httponly": True, "samesite": "Lax", "secure": request.is_secure}
+    """Set, delete or, where it is permanent, renew the cookie on a response whose call looked at the session."""
+    safe: dict[str, Any] = {"httponly": True, "samesite": "Lax", "secure": request.is_secure}
     response.headers.add("Vary", "Cookie")
-    if payload is not None and not session:
+    if not session and session.modified:
         response.delete_cookie("session", **safe)
-    elif payload is not None:
+    elif session.modified or session.permanent:
         until = {"max_age": SESSION_SECONDS, "expires": now + SESSION_SECONDS} if session.permanent else {}
-        response.set_cookie("session", signer.sign(payload, now), **safe, **until)
+        response.set_cookie("session", signer.sign(dump_json(session), now), **safe, **until)
 
 # == 05 STORE =============================================================
 # serverless.db: one connection per process behind a lock. Uses 01. The users' own tables live beside ours; call_stats
@@ -2776,8 +2767,6 @@ class Call:
     printed = 0  #: characters printed, those beyond OUTPUT_BYTES too
     error = ""  #: traceback, for the admin
     failed: Optional[BaseException] = None  #: what the function raised
-    _session: Optional[Session] = None
-    _g: Optional[types.SimpleNamespace] = None
 
     def __init__(self, app: Any, environ: dict[str, Any]) -> None:
         self.app, self.run = app, environ.get("fnserve.run", _HTTP)
@@ -2790,21 +2779,10 @@ class Call:
         self.output: list[str] = []
         self.metrics: dict[tuple[str, str], list[Any]] = {}  #: what it counted: (name, labels) -> rest of Tally.metrics' row
 
-    trigger = property(lambda self: self.run.trigger, doc="http, async, schedule or cli; queued: this one does not run.")
-    attempt = property(lambda self: self.run.attempt, doc="Which run of a queued call this is, from 1.")
-
-    @property
-    def session(self) -> Session:
-        """The session, read when it is first asked for."""
-        if self._session is None:  # anything wrong with the cookie is an empty session
-            self._session = Session(self.app.signer.unsign(self.request.cookies.get("session", ""), self.started))
-        return self._session
-
-    @property
-    def g(self) -> Any:
-        """A namespace that lives as long as the call."""
-        self._g = self._g or Globals()
-        return self._g
+    trigger = property(lambda self: self.run.trigger)  #: http, async, schedule or cli; queued: this one does not run
+    attempt = property(lambda self: self.run.attempt)  #: which run of a queued call this is, from 1
+    session = lazy(lambda self: Session(self.app.signer.unsign(self.request.cookies.get("session", ""), self.started)))
+    g = lazy(lambda self: Globals())
 
     def capture(self, text: str) -> None:
         """Keep what the call prints, the first OUTPUT_BYTES of it."""
@@ -3202,10 +3180,8 @@ def read_event(request: Request) -> CloudEvent:
         if not isinstance(sent, dict):
             raise HTTPException(400, "The CloudEvent is not a JSON object")
         data = sent.pop("data", None)
-        if "data_base64" in sent:
-            with contextlib.suppress(ValueError, TypeError):
-                data = a2b_base64(sent["data_base64"])
-            del sent["data_base64"]
+        with contextlib.suppress(ValueError, TypeError):
+            data = a2b_base64(sent.pop("data_base64", None))
         return CloudEvent(sent, data)
     named = {name[3:].lower(): decode_wsgi(value) for name, value in request.headers if name.startswith("Ce-")}
     if request.content_type:
@@ -3265,6 +3241,15 @@ def make_api() -> dict[str, types.ModuleType]:
     return made
 
 
+def make_environ(method: str, path: bytes, query: str, body: bytes, fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Make the environ of a request that doesn't come from a server (PEP 3333)."""
+    return {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path.decode("latin-1"), "QUERY_STRING": query,
+            "SERVER_NAME": "localhost", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "REMOTE_ADDR": "127.0.0.1",
+            "HTTP_HOST": "localhost", "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body),
+            "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr, "wsgi.multithread": True,
+            "wsgi.multiprocess": True, "wsgi.run_once": False, **{environ_key(name): value for name, value in fields}}
+
+
 class Client:
     """Calls a WSGI app without a server, keeping cookies: ``Client(app).post("/function/hello?a=b", json={})``."""
 
@@ -3276,47 +3261,34 @@ class Client:
              json: Any = None, headers: Optional[Mapping[str, str]] = None,
              query_string: Optional[Mapping[str, Any]] = None) -> Response:
         """Make one call and read its answer to the end; `query_string` is Flask's name for `query`."""
-        query = query_string if query is None else query
         fields = {**self.headers, **(headers or {})}
         if json is not None:
             data, fields = dump_json(json), {"Content-Type": "application/json", **fields}
         elif isinstance(data, dict):
             data, fields = urlencode(data), {"Content-Type": "application/x-www-form-urlencoded", **fields}
-        body = data.encode() if isinstance(data, str) else data or b""
-        return self.run(self._environ(path, method, query, body, fields))
-
-    def _environ(self, path: str, method: str, query: Optional[Mapping[str, Any]], body: bytes,
-                 fields: Mapping[str, str]) -> dict[str, Any]:
-        path, _, text = path.partition("?")
-        text = "&".join(filter(None, (text, urlencode(query or {}, doseq=True))))
-        environ: dict[str, Any] = {
-            "REQUEST_METHOD": method.upper(), "SCRIPT_NAME": "", "QUERY_STRING": text, "SERVER_NAME": "localhost",
-            "PATH_INFO": unquote_to_bytes(path).decode("latin-1"), "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1",
-            "HTTP_HOST": "localhost", "REMOTE_ADDR": self.address, "CONTENT_LENGTH": str(len(body)),
-            "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr,
-            "wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False}
         if self.cookies:
-            environ["HTTP_COOKIE"] = "; ".join(f"{key}={value}" for key, value in self.cookies.items())
-        return {**environ, **{environ_key(name): value for name, value in fields.items()}}
+            fields = {"Cookie": "; ".join(f"{key}={value}" for key, value in self.cookies.items()), **fields}
+        path, _, text = path.partition("?")
+        text = "&".join(filter(None, (text, urlencode(query or query_string or {}, doseq=True))))
+        body = data.encode() if isinstance(data, str) else data or b""
+        environ = make_environ(method.upper(), unquote_to_bytes(path), text, body, fields.items())
+        return self.run({**environ, "REMOTE_ADDR": self.address})
 
-    def run(self, environ: dict[str, Any], most: Optional[int] = None) -> Response:
+    def run(self, environ: dict[str, Any], most: float = float("inf")) -> Response:
         """Make the call that an environ describes; `most` cuts the answer off after so many bytes."""
         started: list[Any] = []
         parts = self.app(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
+        body = bytearray()
         try:
-            pieces, size = [], 0
             for part in parts:
-                pieces.append(part)
-                size += len(part)
-                if most is not None and size > most:
+                body += part
+                if len(body) > most:
                     break
-            body = b"".join(pieces)
         finally:
             if hasattr(parts, "close"):
                 parts.close()
-        status, headers = started[-1]
-        response = Response(body, status)
-        response.headers = Headers(headers)
+        response = Response(body, started[-1][0])
+        response.headers = Headers(started[-1][1])
         for cookie in response.headers.getlist("Set-Cookie"):
             key, _, value = cookie.partition(";")[0].partition("=")
             if "Max-Age=0" in cookie:
@@ -4591,13 +4563,10 @@ def run_queued(app: Any, row: Any) -> None:
         with contextlib.suppress(sqlite3.Error):  # a locked database must not keep it from running
             app.schedule.count_start(row["job"], row["started"] - row["planned"])
     run = Run(row["trigger"], row["attempts"], stored.get("entry", ""), stored.get("args", []), stored.get("kwargs", {}))
-    host, _, port = stored.get("host", "localhost").partition(":")
-    environ = {"REQUEST_METHOD": stored["method"], "SCRIPT_NAME": "", "QUERY_STRING": stored["query"], "fnserve.run": run,
-               "PATH_INFO": stored["path"].encode().decode("latin-1"), "SERVER_NAME": host, "SERVER_PORT": port or "80",
-               "SERVER_PROTOCOL": "HTTP/1.1", "wsgi.version": (1, 0), "wsgi.url_scheme": stored.get("scheme", "http"),
-               "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr, "wsgi.multithread": True,
-               "wsgi.multiprocess": True, "wsgi.run_once": False, "REMOTE_ADDR": stored.get("client") or ""}
-    environ.update({environ_key(name): value for name, value in stored["headers"]}, CONTENT_LENGTH=str(len(body)))
+    environ = make_environ(stored["method"], stored["path"].encode(), stored["query"], body, [
+        ("Host", stored.get("host", "localhost")), *stored["headers"]])
+    environ.update({"fnserve.run": run, "wsgi.url_scheme": stored.get("scheme", "http"),
+                    "REMOTE_ADDR": stored.get("client") or ""})
     try:
         response = Client(app).run(environ, ANSWER_BYTES)
     except Exception as error:  # a stream that broke
@@ -5159,8 +5128,8 @@ def answer_failure(app: Any, call: Call, error: BaseException) -> Response:
 
 def respond(app: Any, call: Call, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
     """Start the response and return its body; the record is written before the last byte is handed over."""
-    if call._session is not None:
-        save_session(call._session, call.request, response, app.signer, call.started)
+    if "session" in call.__dict__:
+        save_session(call.session, call.request, response, app.signer, call.started)
     body, headers, code = response._body, response.headers.to_wsgi_list(), response.code
     bare = code == 204 or code == 304 or code < 200
     if bare or headers != [_HTML]:
@@ -7741,7 +7710,8 @@ class App:
         except Parked:
             raise
         except BaseException as error:  # an answer that can't be sent: a session or a body that is none
-            call._session, why = None, sys.exc_info()
+            why = sys.exc_info()
+            call.__dict__.pop("session", None)
             body = respond(self, call, answer_failure(self, call, error), lambda *started: start_response(*started, why))
         finally:
             if call.failed is not None and call.trigger != "cli":  # its traceback holds the function's locals, and this call
@@ -8029,13 +7999,12 @@ def call_on_trial(app: App, name: str, code: Code, request: Mapping[str, Any]) -
     """Make the call of a trial: as the command line does, so that neither a signature nor a login is asked for."""
     run, subpath = Run("cli"), request["subpath"].lstrip("/")
     path = f"/function/{name}/{subpath}" if subpath else f"/function/{name}"
-    headers = {"Host": request["host"], **{key: str(value).encode().decode("latin-1")
-                                           for key, value in request["headers"].items()}}
-    client, began = Client(lambda environ, start: app({**environ, "fnserve.run": run}, start)), perf_counter()
-    environ = client._environ(quote(path), request["method"], None, a2b_base64(request["body"]), headers)
-    query = quote(request["query"], safe="=&%+/?:@!$'()*,;-._~")
+    headers = [(key, str(value).encode().decode("latin-1")) for key, value in request["headers"].items()]
+    query, began = quote(request["query"], safe="=&%+/?:@!$'()*,;-._~"), perf_counter()
+    environ = make_environ(request["method"].upper(), path.encode(), query, a2b_base64(request["body"]), [
+        ("Host", request["host"]), *headers])
     try:
-        response = client.run({**environ, "QUERY_STRING": query}, ANSWER_BYTES)
+        response = Client(app).run({**environ, "fnserve.run": run}, ANSWER_BYTES)
     except Exception as error:  # a stream that broke
         response = Response(f"{type(error).__name__}: {error}", 500)
     taken, failed = (perf_counter() - began) * 1e3, run.call.failed if run.call else None

@@ -3000,7 +3000,7 @@ class PipelineTest(Case):
     def test_unread_and_cut_bodies(self):
         self.write("body", "def main(request): return str(len(request.get_data()))")
         app = self.make_app()
-        environ = self.client(app)._environ("/function/body", "POST", None, b"abc", {})
+        environ = fnserve.make_environ("POST", b"/function/body", "", b"abc", [])
         environ["CONTENT_LENGTH"] = "10"
         self.assertEqual(fnserve.Client(app).run(environ).code, 400)
         environ.update(CONTENT_LENGTH="nonsense")
@@ -3300,8 +3300,7 @@ class MonitoringTest(Case):
         self.assertEqual(self.call(app, "GET", "/monitoring/stream").status_code, 401)
         bodies = []
         for _ in range(fnserve.MOST_VIEWERS + 1):
-            environ = fnserve.Client(app, headers={"Authorization": "Bearer " + TOKEN})._environ("/monitoring/stream", "GET", None, b"", {
-                "Authorization": "Bearer " + TOKEN})
+            environ = fnserve.make_environ("GET", b"/monitoring/stream", "", b"", [("Authorization", "Bearer " + TOKEN)])
             statuses = []
             bodies.append((app(environ, lambda status, headers: statuses.append(status)), statuses))
         self.assertEqual([statuses[0][:3] for _, statuses in bodies], ["200", "200", "503"])
