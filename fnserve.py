@@ -688,10 +688,7 @@ def parse_options(value: str) -> tuple[str, dict[str, str]]:
     return main.strip().lower(), options
 
 
-def is_json_type(mimetype: str) -> bool:
-    return mimetype.startswith("application/") and mimetype.endswith(("/json", "+json"))
-
-
+_JSON_TYPE = re.compile(r"application/(.*[/+])?json")
 _COOKIE_QUOTED = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")
 _COOKIE_UNSAFE = re.compile(r"[^\w!#$%&'()*+\-./:<=>?@\[\]^`{|}~]", re.ASCII)
 
@@ -982,23 +979,20 @@ def _sent(key: str, cast: Callable[[str], Any] = str, always: bool = False) -> p
 
 
 class _Input(io.RawIOBase):
-    """The body: 413 above `limit` bytes, 400 where it ends before its Content-Length."""
+    """The body: 400 where it ends before its Content-Length, 413 above `limit` bytes where it has none."""
 
     def __init__(self, stream: Any, length: Optional[int], limit: int) -> None:
-        self._stream, self._left, self._room = stream, length, limit
+        self._stream, self._counted, self._left = stream, length is not None, limit + 1 if length is None else length
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        want = len(buffer) if self._left is None else min(len(buffer), self._left)
-        data = self._stream.read(want) if want else b""
-        if self._left is not None:
-            self._left -= len(data)
-            if want and not data:
-                raise HTTPException(400, "The body ends before its Content-Length")
-        self._room -= len(data)
-        if self._room < 0:
+        data = self._stream.read(min(len(buffer), self._left)) if self._left else b""
+        if self._counted and self._left and not data:
+            raise HTTPException(400, "The body ends before its Content-Length")
+        self._left -= len(data)
+        if not self._counted and not self._left:
             raise HTTPException(413)
         buffer[:len(data)] = data
         return len(data)
@@ -1086,7 +1080,7 @@ class Request:
         form = self.form.items(multi=True) if self.method not in ("GET", "HEAD") else ()
         return MultiDict([*self.args.items(multi=True), *form])
 
-    is_json = property(lambda self: is_json_type(self.mimetype))
+    is_json = property(lambda self: bool(_JSON_TYPE.fullmatch(self.mimetype)))
     json = property(lambda self: self.get_json())
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
@@ -1186,8 +1180,6 @@ def _json_default(value: Any) -> Any:
 
 
 _ENCODER = json.JSONEncoder(default=_json_default, sort_keys=True, separators=(",", ":"))  # json.dumps makes one a time
-
-
 _HTML = ("Content-Type", "text/html; charset=utf-8")
 
 
@@ -1306,7 +1298,7 @@ class Response:
     data = property(get_data, set_data)
     json = property(lambda self: self.get_json())
     text = property(lambda self: self.get_data(as_text=True))
-    is_json = property(lambda self: is_json_type(self._content[0]))
+    is_json = property(lambda self: bool(_JSON_TYPE.fullmatch(self._content[0])))
 
     def get_json(self, force: bool = False, silent: bool = False) -> Any:
         """Return the body parsed as JSON; ValueError for bad JSON, None where `silent`."""
@@ -1404,13 +1396,11 @@ def make_response(*values: Any) -> Response:
         return Response()
     status, headers = None, ()  # type: Any, Any
     if isinstance(value, tuple):
-        if len(value) == 3:
-            value, status, headers = value
-        elif len(value) == 2:
-            value, other = value
-            status, headers = (None, other) if isinstance(other, (dict, list, tuple, Headers)) else (other, ())
-        else:
+        if len(value) not in (2, 3):
             raise TypeError(f"a tuple of {len(value)} was returned; it must be {_TUPLE_FORMS}")
+        value, status, headers = (*value, ())[:3]
+        if not headers and isinstance(status, (dict, list, tuple, Headers)):
+            status, headers = None, status
     if isinstance(value, types.AsyncGeneratorType):
         value = iterate_async(value)
     if isinstance(value, (str, bytes, bytearray)) or hasattr(value, "__next__"):
@@ -3019,38 +3009,31 @@ class Markup(str):
 escape = Markup.escape
 
 
-def guess_type(name: str) -> str:
-    import mimetypes  # only where files are sent
-    return mimetypes.guess_type(name)[0] or "application/octet-stream"
-
-
 def send_file(path_or_file: Any, mimetype: Optional[str] = None, as_attachment: bool = False,
               download_name: Optional[str] = None, conditional: bool = True, etag: Any = True,
               last_modified: Any = None, max_age: Any = None) -> Response:
     """Return a file's contents, streamed; `download_name` may be in any script (RFC 6266). Ranges are answered."""
-    tag = ""
+    import mimetypes  # only where files are sent
+    file = path_or_file
     if isinstance(path_or_file, (str, os.PathLike)):
-        path = os.fspath(path_or_file)
-        file, found = open(path, "rb"), os.stat(path)
-        download_name = download_name or os.path.basename(path)
-        length, last_modified = found.st_size, last_modified or found.st_mtime
-        tag = f"{found.st_mtime_ns:x}-{found.st_size:x}" if etag is True else ""
-    else:
-        file, start = path_or_file, path_or_file.tell()
-        length = file.seek(0, 2) - start
-        file.seek(start)
+        file = open(path_or_file, "rb")
+        found = os.fstat(file.fileno())
+        download_name, last_modified = download_name or os.path.basename(path_or_file), last_modified or found.st_mtime
+        etag = f"{found.st_mtime_ns:x}-{found.st_size:x}" if etag is True else etag
     if download_name is None and (mimetype is None or as_attachment):
         raise TypeError("send_file() needs a download_name, or a mimetype, for a file without a name")
-    response = Response(FileBody(file), mimetype=mimetype or guess_type(download_name or ""))
-    response.content_length = length
+    guessed = mimetypes.guess_type(download_name or "")[0] or "application/octet-stream"
+    response, start = Response(FileBody(file), mimetype=mimetype or guessed), file.tell()
+    response.content_length = length = file.seek(0, 2) - start
+    file.seek(start)
     if as_attachment or download_name:
         response.headers["Content-Disposition"] = content_disposition(as_attachment, download_name or "")
     if last_modified is not None:
         response.last_modified = last_modified
     age = max_age(path_or_file) if callable(max_age) else max_age
     response.headers["Cache-Control"] = ("public" if age else "no-cache") + ("" if age is None else f", max-age={int(age)}")
-    if tag or isinstance(etag, str):
-        response.set_etag(tag or etag)
+    if isinstance(etag, str):
+        response.set_etag(etag)
     if conditional and has_request_context():
         try:
             response.make_conditional(serving().request, True, length)
@@ -3223,8 +3206,7 @@ def make_api() -> dict[str, types.ModuleType]:
     public = {name: getattr(here, name) for name in PUBLIC}
     module("flask", **public, has_app_context=has_request_context, typing=module("flask.typing", ResponseReturnValue=Any),
            json=module("flask.json", **{**vars(json), "dumps": dumps, "jsonify": jsonify}))
-    made.update({"flask.globals": made["flask"], "flask.helpers": made["flask"],
-                 "flask.wrappers": made["flask"]})
+    made.update(dict.fromkeys(("flask.globals", "flask.helpers", "flask.wrappers"), made["flask"]))
     module("functions_framework", http=mark("_fnserve_entry", "http"), cloud_event=mark("_fnserve_entry", "cloud_event"),
            errorhandler=functools.partial(mark, "_fnserve_handles"))
     made["fnserve"] = here
