@@ -284,11 +284,11 @@ def parse_env(text: str, environ: Mapping[str, str]) -> dict[str, Optional[str]]
     return values
 
 
-def read_env(path: str, environ: Optional[Mapping[str, str]] = None) -> dict[str, Optional[str]]:
+def read_env(path: str, environ: Mapping[str, str] = os.environ) -> dict[str, Optional[str]]:
     """Read a .env file; a missing one is empty, one that isn't UTF-8 or can't be read is a SettingError."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # Notepad starts files with a byte order mark
-            return parse_env(file.read(), os.environ if environ is None else environ)
+            return parse_env(file.read(), environ)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -630,7 +630,6 @@ BARE_KEYS = ("CONTENT_TYPE", "CONTENT_LENGTH")  # that PEP 3333 has without HTTP
 
 
 def environ_key(name: str) -> str:
-    """Return the key that a header has in an environ."""
     key = name.upper().replace("-", "_")
     return key if key in BARE_KEYS else "HTTP_" + key
 
@@ -1022,8 +1021,8 @@ class Request:
     remote_addr, remote_user = _sent("REMOTE_ADDR"), _sent("REMOTE_USER")  # a proxy's word is taken only from TRUSTED_PROXY
     authorization = _sent("HTTP_AUTHORIZATION", parse_authorization)
     user_agent, cache_control = _sent("HTTP_USER_AGENT", UserAgent, True), _sent("HTTP_CACHE_CONTROL", CacheControl, True)
-    date, if_modified_since = _sent("HTTP_DATE", parse_date), _sent("HTTP_IF_MODIFIED_SINCE", parse_date)
-    if_unmodified_since = _sent("HTTP_IF_UNMODIFIED_SINCE", parse_date)
+    date, if_modified_since, if_unmodified_since = (
+        _sent(key, parse_date) for key in ("HTTP_DATE", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE"))
     if_match, if_none_match = _sent("HTTP_IF_MATCH", ETags, True), _sent("HTTP_IF_NONE_MATCH", ETags, True)
     accept_mimetypes, accept_languages = _sent("HTTP_ACCEPT", Accept, True), _sent("HTTP_ACCEPT_LANGUAGE", Accept, True)
     accept_encodings, accept_charsets = _sent("HTTP_ACCEPT_ENCODING", Accept, True), _sent("HTTP_ACCEPT_CHARSET", Accept, True)
@@ -1154,18 +1153,6 @@ def parse_query(text: str) -> list[tuple[str, str]]:
         raise HTTPException(413, f"More than {QUERY_FIELDS} fields") from None
 
 
-def dump_json(value: Any, **options: Any) -> str:
-    """Write JSON as Flask's jsonify does, but for the line end: sorted keys, datetimes as HTTP dates."""
-    if not options:
-        return _ENCODER.encode(value)
-    return json.dumps(value, default=_json_default, **{"sort_keys": True, "separators": (",", ":"), **options})
-
-
-def dumps(value: Any, **options: Any) -> str:
-    """Write JSON as flask.json does, with spaces."""
-    return dump_json(value, **{"separators": None, **options})
-
-
 def _json_default(value: Any) -> Any:
     if hasattr(value, "timetuple"):  # date and datetime
         return http_date(value)
@@ -1179,7 +1166,15 @@ def _json_default(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
+dumps = functools.partial(json.dumps, default=_json_default, sort_keys=True)  # as flask.json's, with spaces
 _ENCODER = json.JSONEncoder(default=_json_default, sort_keys=True, separators=(",", ":"))  # json.dumps makes one a time
+
+
+def dump_json(value: Any, **options: Any) -> str:
+    """Write JSON as Flask's jsonify does, but for the line end: sorted keys, datetimes as HTTP dates."""
+    return dumps(value, **{"separators": (",", ":"), **options}) if options else _ENCODER.encode(value)
+
+
 _HTML = ("Content-Type", "text/html; charset=utf-8")
 
 
@@ -1277,14 +1272,12 @@ class Response:
     mimetype = property(lambda self: self._content[0] or None, _set_mimetype)  #: the type alone; text is given a charset
     mimetype_params = property(lambda self: self._content[1])
     content_type, location = _header("Content-Type"), _header("Location", dump=iri_to_uri)
-    content_encoding = _header("Content-Encoding")
     content_location, accept_ranges = _header("Content-Location", dump=iri_to_uri), _header("Accept-Ranges")
-    access_control_allow_origin = _header("Access-Control-Allow-Origin")
+    content_encoding, access_control_allow_origin = _header("Content-Encoding"), _header("Access-Control-Allow-Origin")
     vary, allow = _parsed("Vary", HeaderSet), _parsed("Allow", HeaderSet)
     content_language, cache_control = _parsed("Content-Language", HeaderSet), _parsed("Cache-Control", CacheControl)
     age, retry_after = _header("Age", int), _header("Retry-After")
-    date, expires = _header("Date", parse_date, http_date), _header("Expires", parse_date, http_date)
-    last_modified = _header("Last-Modified", parse_date, http_date)
+    date, expires, last_modified = (_header(name, parse_date, http_date) for name in ("Date", "Expires", "Last-Modified"))
     is_streamed = property(lambda self: not isinstance(self._body, bytes))
     content_length = property(
         lambda self: self.headers.get("Content-Length", type=int) if self.is_streamed else len(self._body),
@@ -1353,12 +1346,11 @@ class Response:
 
     def _is_modified(self, request: Any) -> bool:
         since, etag = request.if_modified_since, self.get_etag()[0]
-        same = bool(since and self.last_modified and self.last_modified <= since)
-        if etag and request.if_none_match:
-            same = request.if_none_match.contains_weak(etag)
         if etag and request.if_match:
-            same = etag not in request.if_match
-        return not same
+            return etag in request.if_match
+        if etag and request.if_none_match:
+            return not request.if_none_match.contains_weak(etag)
+        return not (since and self.last_modified and self.last_modified <= since)
 
     def call_on_close(self, function: Callable[[], Any]) -> Callable[[], Any]:
         self._on_close += (function,)
@@ -2929,13 +2921,10 @@ class Metric:
     ``counter("logins_total", "Logins.").inc(user="tony")``, ``histogram("size_bytes", buckets=(10, 100)).observe(42)``.
     """
 
-    def __init__(self, name: str, help: str, kind: str, bounds: Iterable[float], labels: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, help: str, kind: str, bounds: list[float], labels: Mapping[str, Any]) -> None:
         if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", name) or name.startswith(("fnserve_", "process_")):
             raise ValueError(f"{name!r} is no name for a metric of a function")
-        for label in labels:
-            if not re.fullmatch(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*", label) or label == "le":
-                raise ValueError(f"{label!r} is no name for a label")
-        self._name, self._help, self._kind, self._bounds, self._labels = name, str(help), kind, list(bounds), dict(labels)
+        self._name, self._help, self._kind, self._bounds, self._labels = name, str(help), kind, bounds, labels
 
     def labels(self, **labels: Any) -> Metric:
         return Metric(self._name, self._help, self._kind, self._bounds, {**self._labels, **labels})
@@ -2947,10 +2936,12 @@ class Metric:
         self.observe(amount, **labels)
 
     def observe(self, value: float, **labels: Any) -> None:
-        """Count one value in a histogram."""
         if not abs(value) < float("inf"):
             raise ValueError(f"{value!r} can't be counted")
-        named = sorted(self.labels(**labels)._labels.items())
+        named = sorted({**self._labels, **labels}.items())
+        for label, _ in named:
+            if not re.fullmatch(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*", label) or label == "le":
+                raise ValueError(f"{label!r} is no name for a label")
         shown = json.dumps({key: sql_value(str(item)[:200]) for key, item in named}, ensure_ascii=False)
         with _COUNTING:
             row = serving().metrics.setdefault((self._name, shown), [
@@ -2959,14 +2950,14 @@ class Metric:
             row[4][bisect_left(row[3], value)] += 1
 
 
-def counter(name: str, help: str = "", **labels: Any) -> Metric:
+def counter(name: str, help: str = "") -> Metric:
     """Return a counter by its name; _total is added where it is missing."""
-    return Metric(name.removesuffix("_total"), help or name, "counter", (), labels)
+    return Metric(name.removesuffix("_total"), help or name, "counter", [], {})
 
 
-def histogram(name: str, help: str = "", buckets: Iterable[float] = BUCKETS, **labels: Any) -> Metric:
+def histogram(name: str, help: str = "", buckets: Iterable[float] = BUCKETS) -> Metric:
     """Return a histogram by its name; `buckets` are the upper bounds, prometheus_client's default ones for seconds."""
-    return Metric(name, help or name, "histogram", sorted(map(float, buckets)), labels)
+    return Metric(name, help or name, "histogram", sorted(map(float, buckets)), {})
 
 
 class Markup(str):
@@ -3151,9 +3142,6 @@ class CloudEvent(dict):
 
     def get_data(self) -> Any:
         return self.data
-
-    def __repr__(self) -> str:
-        return f"CloudEvent({super().__repr__()})"
 
 
 def read_event(request: Request) -> CloudEvent:
