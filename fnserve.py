@@ -847,7 +847,6 @@ class _Parts:
         return file
 
     def at_end(self) -> bool:
-        """Tell whether the last mark was the closing one."""
         while len(self._buffer) < 2 and (chunk := self._stream.read(CHUNK)):
             self._buffer += chunk
         return self._buffer[:2] == b"--"
@@ -1452,7 +1451,7 @@ class Signer:
     """Signs with HMAC-SHA256 under SECRET_KEY: session cookies, and logins that SECRET_TOKEN is mixed into."""
 
     def __init__(self, secret_key: str, secret_token: str) -> None:
-        self._key, self._token = secret_key.encode(), secret_token.encode()
+        self._key, self._token = secret_key.encode(), secret_token
 
     def signature(self, purpose: str, payload: str) -> str:
         """Return the signature of `payload` for one purpose, base64url without padding."""
@@ -1476,7 +1475,7 @@ class Signer:
 
     def login_mark(self, expires: int) -> list[Any]:
         """Return what a session holds while its owner is logged in; a function can't make it up."""
-        return [expires, self.signature("login", f"{expires} {self._token.decode()}")]
+        return [expires, self.signature("login", f"{expires} {self._token}")]
 
     def is_login(self, mark: Any, now: float) -> bool:
         """Tell whether `mark` is a login that has not expired, made under today's SECRET_TOKEN."""
@@ -2771,15 +2770,6 @@ class Call:
         if self.printed < OUTPUT_BYTES:
             self.output.append(text[:OUTPUT_BYTES - self.printed])
         self.printed += len(text)
-
-
-class Context(NamedTuple):
-    """What `main(request, context=...)` gets: deadline is in Unix seconds."""
-    request_id: str
-    function: str
-    trigger: str
-    attempt: int
-    deadline: float
 
 
 class Globals(types.SimpleNamespace):
@@ -7756,7 +7746,8 @@ class App:
     def keyword(self, word: str, call: Call) -> Any:
         """Return what an entry point gets for one of KEYWORDS."""
         if word == "context":
-            return Context(call.id, call.function or "", call.trigger, call.attempt, call.deadline)
+            return types.SimpleNamespace(request_id=call.id, function=call.function or "", trigger=call.trigger,
+                                         attempt=call.attempt, deadline=call.deadline)
         return dict(self.config.current()) if word == "config" else sorted(self.protected)
 
 
