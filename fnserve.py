@@ -97,6 +97,7 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 REASONS.update({413: "Request Entity Too Large", 414: "Request URI Too Long", 416: "Requested Range Not Satisfiable",
                 418: "I'm a teapot", 422: "Unprocessable Entity"})  # Werkzeug's; Python has changed its own
 STATUS_LINES = {code: f"{code} {reason.upper()}" for code, reason in REASONS.items()}  # as Flask has them
+EXCEPTIONS: dict[int, Any] = {}  #: status -> the class that Werkzeug has for it
 
 
 class HTTPException(Exception):
@@ -130,7 +131,7 @@ def _named(name: str, code: int) -> type[HTTPException]:
     return type(name, (HTTPException,), {"__init__": __init__, "code": code})
 
 
-EXCEPTIONS: dict[int, Any] = {code: _named(name, code) for code, name in {
+EXCEPTIONS.update({code: _named(name, code) for code, name in {
     400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed",
     406: "NotAcceptable", 408: "RequestTimeout", 409: "Conflict", 410: "Gone", 411: "LengthRequired",
     412: "PreconditionFailed", 413: "RequestEntityTooLarge", 414: "RequestURITooLarge", 415: "UnsupportedMediaType",
@@ -138,7 +139,7 @@ EXCEPTIONS: dict[int, Any] = {code: _named(name, code) for code, name in {
     422: "UnprocessableEntity", 423: "Locked", 424: "FailedDependency", 428: "PreconditionRequired",
     429: "TooManyRequests", 431: "RequestHeaderFieldsTooLarge", 451: "UnavailableForLegalReasons",
     500: "InternalServerError", 501: "NotImplemented", 502: "BadGateway", 503: "ServiceUnavailable",
-    504: "GatewayTimeout", 505: "HTTPVersionNotSupported"}.items()}
+    504: "GatewayTimeout", 505: "HTTPVersionNotSupported"}.items()})
 
 
 class DeadlineExceeded(BaseException):
@@ -2870,10 +2871,8 @@ def redirect(location: str, code: int = 302, Response: type[Response] = Response
 
 def url_for(endpoint: str, *, _external: bool = False, _anchor: Optional[str] = None, _scheme: Optional[str] = None,
             _method: Any = None, func_name: str = "", subpath: str = "", **values: Any) -> str:
-    """Return the URL of a function; `subpath` follows its name, other values become the query.
-
-    `func_name` is the name whatever the endpoint is: ``url_for(request.endpoint, **request.view_args)`` is this page.
-    """
+    """Return the URL of a function; `subpath` follows its name, other values become the query. `func_name` is the name
+    whatever the endpoint is: ``url_for(request.endpoint, **request.view_args)`` is this page."""
     name, safe = func_name or endpoint, "!$'()*,/:;?@"
     path = "/function/" + quote(name) + ("/" + quote(subpath.lstrip("/"), safe="!$&'()*+,/:;=@") if subpath else "")
     query = urlencode({key: value for key, value in values.items() if value is not None}, doseq=True, safe=safe)
@@ -2906,10 +2905,7 @@ _COUNTING = threading.Lock()  # a call's own threads may count together
 
 
 class Metric:
-    """A counter or histogram of a function's own, shown at /metrics: counted with its call's record, so exact over workers.
-
-    ``counter("logins_total", "Logins.").inc(user="tony")``, ``histogram("size_bytes", buckets=(10, 100)).observe(42)``.
-    """
+    """A counter or histogram of a function's own, shown at /metrics: counted with its call's record, so exact over workers."""
 
     def __init__(self, name: str, help: str, kind: str, bounds: list[float], labels: Mapping[str, Any]) -> None:
         if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", name) or name.startswith(("fnserve_", "process_")):
