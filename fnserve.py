@@ -530,6 +530,7 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_JSON_TYPE = re.compile(r"application/(.*[/+])?json")
 
 
 def header_value(name: str, value: Any) -> str:
@@ -670,14 +671,11 @@ def decode_wsgi(text: str) -> str:
     return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
-_OPTION = re.compile(r";\s*([^\s=;]+)\s*=\s*(\"(?:[^\"\\]|\\.)*\"|[^;]*)")
-
-
 def parse_options(value: str) -> tuple[str, dict[str, str]]:
     """Split ``form-data; name="a"`` into its value and parameters (RFC 9110 5.6.6; RFC 8187's ``name*=``)."""
     main, rest = value.partition(";")[::2]
     options = {}
-    for key, text in _OPTION.findall(";" + rest):
+    for key, text in re.findall(r";\s*([^\s=;]+)\s*=\s*(\"(?:[^\"\\]|\\.)*\"|[^;]*)", ";" + rest):
         if text.startswith('"'):
             text = re.sub(r"\\(.)", r"\1", text[1:-1]) if re.search(r'\\["\\]', text) else text[1:-1]
         key = key.lower()
@@ -688,18 +686,13 @@ def parse_options(value: str) -> tuple[str, dict[str, str]]:
     return main.strip().lower(), options
 
 
-_JSON_TYPE = re.compile(r"application/(.*[/+])?json")
-_COOKIE_QUOTED = re.compile(r"\\(?:([0-3][0-7]{2})|(.))")
-_COOKIE_UNSAFE = re.compile(r"[^\w!#$%&'()*+\-./:<=>?@\[\]^`{|}~]", re.ASCII)
-
-
 def parse_cookies(header: str) -> MultiDict:
     """Read a Cookie header (RFC 6265 4.2.1), with the octal escapes that http.cookies and Werkzeug write."""
     cookies = MultiDict()
     for part in header.split(";"):
         key, value = (text.strip() for text in part.partition("=")[::2])
         if len(value) > 1 and value[0] == value[-1] == '"':
-            value = _COOKIE_QUOTED.sub(lambda m: chr(int(m[1], 8)) if m[1] else m[2], value[1:-1])
+            value = re.sub(r"\\(?:([0-3][0-7]{2})|(.))", lambda m: chr(int(m[1], 8)) if m[1] else m[2], value[1:-1])
         if key:
             cookies.add(key, decode_wsgi(value))
     return cookies
@@ -712,7 +705,7 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
     if not _HEADER_NAME.fullmatch(key):
         raise ValueError(f"cookie name {key!r} is not allowed")
     raw = value.encode().decode("latin-1")  # bytes as characters
-    if _COOKIE_UNSAFE.search(raw):
+    if re.search(r"[^\w!#$%&'()*+\-./:<=>?@\[\]^`{|}~]", raw, re.A):
         value = re.sub("[^ -~]|[,;]", lambda found: f"\\{ord(found[0]):03o}", quote_text(raw))
     parts = [f"{key}={value}"]
     path = quote(path, safe="%!$&'()*+,/:=@") if path is not None else None
