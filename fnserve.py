@@ -387,12 +387,9 @@ def make_secrets(settings: Settings) -> dict[str, str]:
     made = {name: base64url(os.urandom(24)) for name in ("SECRET_TOKEN", "SECRET_KEY") if not getattr(settings, name)}
     if made:
         path = os.path.join(settings.directory, ".env.local")
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        with open(handle, "r+", encoding="utf-8") as file:
-            text = file.read()
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
             os.chmod(path, 0o600)
-            file.write("\n" if text and not text.endswith("\n") else "")
-            file.write("".join(f"{name}={value}\n" for name, value in made.items()))
+            file.write("".join(f"\n{name}={value}" for name, value in made.items()) + "\n")  # the last line may lack its end
         for name, value in made.items():
             setattr(settings, name, value)
             settings.sources[name], settings.texts[name] = ".env.local", value
