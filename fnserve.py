@@ -2995,8 +2995,7 @@ def send_file(path_or_file: Any, mimetype: Optional[str] = None, as_attachment: 
     file.seek(start)
     if as_attachment or download_name:
         response.headers["Content-Disposition"] = content_disposition(as_attachment, download_name or "")
-    if last_modified is not None:
-        response.last_modified = last_modified
+    response.last_modified = last_modified
     age = max_age(path_or_file) if callable(max_age) else max_age
     response.headers["Cache-Control"] = ("public" if age else "no-cache") + ("" if age is None else f", max-age={int(age)}")
     if isinstance(etag, str):
