@@ -450,6 +450,7 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
             self.update(pairs)
 
     def add(self, key: str, value: Any) -> None:
+        """Add one more value to `key`."""
         super().setdefault(key, []).append(value)
 
     def __getitem__(self, key: str) -> Any:
@@ -491,23 +492,29 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
         return self.copy().__ior__(other)
 
     def lists(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield (key, all values)."""
         return ((key, list(values)) for key, values in super().items())
 
     def listvalues(self) -> Iterator[list[Any]]:
+        """Yield all values of each key."""
         return (values for _, values in self.lists())
 
     def setlist(self, key: str, values: Iterable[Any]) -> None:
+        """Replace the values of `key`."""
         super().__setitem__(key, list(values))
 
     def poplist(self, key: str) -> list[Any]:
+        """Take `key` out and return all its values."""
         return super().pop(key, [])
 
     def pop(self, key: str, default: Any = _MISSING) -> Any:
+        """Take `key` out and return its first value."""
         value = self[key] if default is _MISSING else self.get(key, default)
         self.poplist(key)
         return value
 
     def popitem(self) -> tuple[str, Any]:
+        """Take a key out and return it with its first value."""
         key, values = super().popitem()
         return key, values[0]
 
@@ -519,6 +526,7 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
         return dict(self.items() if flat else self.lists())
 
     def copy(self) -> MultiDict:
+        """Return a copy with lists of its own."""
         return MultiDict(self)
 
     def __repr__(self) -> str:
@@ -565,22 +573,27 @@ class Headers(MutableMapping[str, str]):
             self.add(name, value)
 
     def getlist(self, name: str) -> list[str]:
+        """Return every value of a field."""
         return [value for key, value in self._list if key.lower() == name.lower()]
 
     get_all = getlist
 
     def get(self, name: str, default: Any = None, type: Optional[Callable[[str], Any]] = None) -> Any:
+        """Return the first value of a field, made by `type`."""
         return _read(self[name], type, default) if name in self else default
 
     def setlist(self, name: str, values: Iterable[Any]) -> None:
+        """Replace a field by several."""
         del self[name]
         self.extend({name: list(values)})
 
     def update(self, pairs: Any = (), **more: Any) -> None:  # type: ignore[override]
+        """Set the fields of a mapping or of pairs."""
         for name, value in [*(pairs.items() if hasattr(pairs, "items") else pairs), *more.items()]:
             self.setlist(name, value if isinstance(value, (list, tuple)) else [value])
 
     def clear(self) -> None:
+        """Take all fields out."""
         self._list = []
 
     def __getitem__(self, name: str) -> str:
@@ -607,6 +620,7 @@ class Headers(MutableMapping[str, str]):
         return iter(self.items())
 
     def keys(self) -> Any:
+        """Return the names in order."""
         return [key for key, _ in self._list]
 
     def items(self) -> Any:
@@ -616,6 +630,7 @@ class Headers(MutableMapping[str, str]):
     to_wsgi_list = items
 
     def values(self) -> Any:
+        """Return the values in order."""
         return [value for _, value in self._list]
 
     def __len__(self) -> int:
@@ -629,6 +644,7 @@ BARE_KEYS = ("CONTENT_TYPE", "CONTENT_LENGTH")  # that PEP 3333 has without HTTP
 
 
 def environ_key(name: str) -> str:
+    """Return the key that a header has in an environ."""
     key = name.upper().replace("-", "_")
     return key if key in BARE_KEYS else "HTTP_" + key
 
@@ -798,6 +814,7 @@ class FileStorage:
     mimetype_params = property(lambda self: parse_options(self.content_type or "")[1])
 
     def save(self, destination: Any, buffer_size: int = CHUNK) -> None:
+        """Write the file to a path or an open file."""
         with contextlib.ExitStack() as stack:
             out = destination if hasattr(destination, "write") else stack.enter_context(open(destination, "wb"))
             while chunk := self.stream.read(buffer_size):
@@ -838,6 +855,7 @@ class _Parts:
         return file
 
     def at_end(self) -> bool:
+        """Tell whether the last mark was the closing one."""
         while len(self._buffer) < 2 and (chunk := self._stream.read(CHUNK)):
             self._buffer += chunk
         return self._buffer[:2] == b"--"
@@ -901,6 +919,7 @@ class Accept(list):
         return self.quality(key) if isinstance(key, str) else super().__getitem__(key)
 
     def best_match(self, matches: Iterable[str], default: Optional[str] = None) -> Optional[str]:
+        """Return the one of `matches` that the client wants most."""
         wanted = list(matches)
         best = max(wanted, key=self.quality, default="")
         return best if wanted and self.quality(best) else default
@@ -910,6 +929,7 @@ class Accept(list):
     best = property(lambda self: self[0][0] if self else None)
 
     def values(self) -> Iterator[str]:
+        """Yield the values, best first."""
         return (value for value, _ in self)
 
     def __contains__(self, value: Any) -> bool:
@@ -1102,10 +1122,12 @@ class Request:
 
     @property
     def access_route(self) -> list[str]:
+        """The client and the proxies behind it."""
         route = [part.strip() for part in self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if part.strip()]
         return route or [self.remote_addr] if self.remote_addr else route
 
     def close(self) -> None:
+        """Close the uploaded files."""
         if "_form_and_files" in self.__dict__:
             for _, upload in self.files.items(multi=True):
                 upload.close()
@@ -1186,11 +1208,13 @@ class HeaderSet(list):
         self._changed = changed
 
     def add(self, value: str) -> None:
+        """Add a value, unless it is there in any case."""
         if value not in self:
             self.append(value)
             self._changed(str(self))
 
     def discard(self, value: str) -> None:
+        """Take a value out."""
         self[:] = [item for item in self if item.lower() != value.lower()]
         self._changed(str(self))
 
@@ -1274,6 +1298,7 @@ class Response:
         lambda self, value: self.headers.set("Content-Length", value))
 
     def get_data(self, as_text: bool = False) -> Any:
+        """Return the whole body; a stream is read to its end."""
         if self.is_streamed:
             self.response = list(self._body)
         return self._body.decode("utf-8", "replace") if as_text else self._body
@@ -1294,9 +1319,11 @@ class Response:
         self.headers.add("Set-Cookie", dump_cookie(key, value, *arguments, **options))
 
     def delete_cookie(self, key: str, path: Optional[str] = "/", domain: Optional[str] = None, **options: Any) -> None:
+        """Make the browser forget a cookie."""
         self.set_cookie(key, expires=0, max_age=0, path=path, domain=domain, **options)
 
     def set_etag(self, etag: str, weak: bool = False) -> None:
+        """Set the ETag header."""
         self.headers["ETag"] = f'{"W/" if weak else ""}"{etag}"'
 
     def get_etag(self) -> tuple[Optional[str], Optional[bool]]:
@@ -1305,6 +1332,7 @@ class Response:
         return (text.removeprefix("W/").strip('"'), text.startswith("W/")) if text else (None, None)
 
     def add_etag(self, overwrite: bool = False, weak: bool = False) -> None:
+        """Set the ETag to a hash of the body."""
         import hashlib
         if overwrite or "ETag" not in self.headers:
             self.set_etag(hashlib.sha1(self.get_data()).hexdigest(), weak)
@@ -1343,10 +1371,12 @@ class Response:
         return not (since and self.last_modified and self.last_modified <= since)
 
     def call_on_close(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Have `function` called once the answer was sent."""
         self._on_close += (function,)
         return function
 
     def close(self) -> None:
+        """Close the body, where it can be closed, and call what waits for it."""
         for function in filter(None, [getattr(self._body, "close", None), *self._on_close]):
             function()
         self._on_close = ()
@@ -1395,6 +1425,7 @@ def make_response(*values: Any) -> Response:
 
 
 def iterate_async(values: Any) -> Iterator[Any]:
+    """Yield what an async generator yields, in an event loop of its own."""
     import asyncio  # only for async functions
     loop = asyncio.new_event_loop()
     try:
@@ -2826,6 +2857,7 @@ class CurrentApp:
 
     @property
     def config(self) -> dict[str, Any]:
+        """The settings, overlaid by .env."""
         app = serving().app
         return {**{row.name: getattr(app.settings, row.name) for row in SETTINGS_TABLE}, **app.config.current()}
 
@@ -2854,6 +2886,7 @@ def abort(code: Any, description: Any = None, response: Optional[Response] = Non
 
 
 def redirect(location: str, code: int = 302, Response: type[Response] = Response) -> Response:
+    """Return a redirect to `location`."""
     shown = escape(location)
     return Response(f"<!doctype html>\n<title>Redirecting...</title>\n<a href=\"{shown}\">{shown}</a>\n", code, {
         "Location": iri_to_uri(location)}, "text/html")
@@ -2903,6 +2936,7 @@ class Metric:
         self._name, self._help, self._kind, self._bounds, self._labels = name, str(help), kind, bounds, labels
 
     def labels(self, **labels: Any) -> Metric:
+        """Return the series of these labels."""
         return Metric(self._name, self._help, self._kind, self._bounds, {**self._labels, **labels})
 
     def inc(self, amount: float = 1, **labels: Any) -> None:
@@ -2912,6 +2946,7 @@ class Metric:
         self.observe(amount, **labels)
 
     def observe(self, value: float, **labels: Any) -> None:
+        """Count one value in a histogram."""
         if not abs(value) < float("inf"):
             raise ValueError(f"{value!r} can't be counted")
         named = sorted({**self._labels, **labels}.items())
@@ -2960,9 +2995,11 @@ class Markup(str):
         return Markup(str.__mod__(self, self._each(values)))
 
     def format(self, *values: Any, **named: Any) -> Markup:
+        """Put values in, escaped."""
         return Markup(str.format(self, *self._each(values), **self._each(named)))
 
     def join(self, parts: Iterable[Any]) -> Markup:
+        """Put this between the parts, which are escaped."""
         return Markup(str.join(self, map(self.escape, parts)))
 
     def _each(self, value: Any) -> Any:
@@ -3026,6 +3063,7 @@ class FileBody:
             yield chunk
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -3079,6 +3117,7 @@ def render_template(template_name_or_list: Any, **values: Any) -> str:
 
 
 def render_template_string(source: str, **values: Any) -> str:
+    """Render a template given as text with Jinja2."""
     return _jinja(serving().app).from_string(source).render(**values)
 
 
@@ -3089,14 +3128,17 @@ def copy_current_request_context(function: Callable[..., Any]) -> Callable[..., 
 
 
 def has_request_context() -> bool:
+    """Tell whether a call is being served here."""
     return current_call.get(None) is not None
 
 
 def flash(message: str, category: str = "message") -> None:
+    """Keep a message in the session for the next page."""
     session["_flashes"] = [*session.get("_flashes", []), [category, message]]
 
 
 def get_flashed_messages(with_categories: bool = False, category_filter: Iterable[str] = ()) -> list[Any]:
+    """Take the messages out of the session."""
     wanted, kept = list(category_filter), serving().g.__dict__
     if "_flashes" not in kept:  # as often as they are asked for in this call
         kept["_flashes"] = session.pop("_flashes", [])
@@ -3116,6 +3158,7 @@ class CloudEvent(dict):
     get_attributes = dict.copy
 
     def get_data(self) -> Any:
+        """Return the data."""
         return self.data
 
 
