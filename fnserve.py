@@ -42,7 +42,6 @@ import operator
 import os
 import queue
 import re
-import select
 import signal
 import socket
 import sqlite3
@@ -8289,17 +8288,27 @@ def log_stop(number: int) -> None:
     log.warning("%s: the server ends when its calls have", signal.Signals(number).name if number else "stop")
 
 
-STOPS = (1, 2, 15)  # SIGHUP, SIGINT, SIGTERM
+ENDS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = [*ENDS, *(getattr(signal, name) for name in ("SIGHUP", "SIGCHLD", "SIGRTMIN") if hasattr(signal, name))]
 
 
 def hold_signals() -> None:
-    """Hold back what would end a child before it has let go of our handlers: they would swallow it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    """Hold back signals: a supervisor waits for them; a child must let go of our handlers first, which would swallow them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def wait_for_signal(seconds: float) -> tuple[int, int]:
+    """Wait for one that is held back; return its number and which process has sent it, zeros where none came."""
+    told = signal.sigtimedwait(SIGNALS, max(0.0, seconds))
+    if told is None or told.si_signo in ENDS and signal.getsignal(told.si_signo) == signal.SIG_IGN:
+        return 0, 0  # a shell script's background job ignores SIGINT
+    return told.si_signo, told.si_pid
 
 
 def release_signals() -> None:
-    """Let through what was held back."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    """Let through what was held back, maybe by a supervisor that this process was before a SIGHUP."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class Worker:
@@ -8321,7 +8330,7 @@ class Worker:
         self._server.task_dispatcher.forked = True
         for part in list(self._server._map.values()):
             part.socket.close()
-        for number in STOPS:
+        for number in (signal.SIGHUP, *ENDS):
             signal.signal(number, signal.SIG_DFL)
         release_signals()
 
@@ -8330,11 +8339,11 @@ class Worker:
         self._stopped_by, self._stopping = number, True
         self._server.pull_trigger()
 
-    def run(self, parent: Optional[int] = None, relieve: Callable[[], Any] = lambda: None) -> None:
-        """Serve until `stop`, or until the parent process is gone, which `relieve` asks to put another in this one's place."""
+    def run(self, parent: Optional[int] = None) -> None:
+        """Serve until `stop`, or until the supervisor, the parent process, is gone."""
         from waitress import wasyncore
         if parent is not None:
-            self._app.watch.retire = functools.partial(self._retire, relieve)
+            self._app.watch.retire = functools.partial(self._retire, parent)
         turn = functools.partial(wasyncore.loop, use_poll=self._server.adj.asyncore_use_poll, map=self._server._map, count=1)
         while not self._stopping and self._server.accepting and (parent is None or os.getppid() == parent):
             if parent is None:
@@ -8358,11 +8367,11 @@ class Worker:
             turn(timeout=.05)
         return not busy
 
-    def _retire(self, relieve: Callable[[], Any], seconds: float) -> None:
+    def _retire(self, parent: int, seconds: float) -> None:
         self._grace = max(self._grace, seconds)
         if not self._stopping:
             self.stop()
-            relieve()
+            send_signal(signal.SIGRTMIN, [parent])  # it puts another in this one's place
 
     def _busy(self) -> bool:
         """Tell whether a request is being read or answered, or a queued call runs; idle connections are closed."""
@@ -8374,55 +8383,43 @@ class Worker:
 
 
 class Supervisor:
-    """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT."""
+    """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT.
+
+    It keeps its signals blocked and takes them one by one, so that they wait while it turns into a new fnserve.py.
+    """
 
     def __init__(self, app: App, opened: Any, former: list[str]) -> None:
-        self._app, self._socket, self._stops, self._stopped_by, self._again = app, opened, 0, 0, False
+        self._app, self._socket = app, opened
         #: pid -> (number, -1 for one that is relieved or of the code before a SIGHUP; monotonic time of birth)
         self._workers: dict[int, tuple[int, float]] = {int(pid): (-1, 0.0) for pid in former}
-        self._relieved = os.pipe()  #: what a worker writes its number to when it has to go
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
         self._backoff = dict.fromkeys(self._due, 0.0)  #: number -> seconds to wait, for workers that die at birth
 
     def run(self) -> int:
         """Supervise until a signal; return the exit status."""
-        reading, writing = os.pipe()
-        os.set_blocking(reading, False)
-        os.set_blocking(writing, False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) != signal.SIG_IGN:  # a shell script's background job ignores SIGINT
-                signal.signal(number, self._stop)
-        signal.signal(signal.SIGHUP, self._reload)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        hold_signals()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it can't wait for children
         former = list(self._workers)
         self._replace(monotonic())
         notify("READY=1")
         send_signal(signal.SIGTERM, former)  # others are there now
-        while not self._stops:
-            if self._again:
+        while True:
+            number, pid = wait_for_signal(min([1.0] + [due - monotonic() for due in self._due.values()]))
+            if number in ENDS:
+                return self._drain(number)
+            if number == signal.SIGHUP:
                 self._execute_again()
-            until = min([1.0] + [due - monotonic() for due in self._due.values()])
-            for ready in select.select([reading, self._relieved[0]], [], [], max(0.0, until))[0]:
-                told = os.read(ready, 4096)
-                if ready != reading:
-                    self._relieve(told)
+            elif number == signal.SIGRTMIN:
+                self._relieve(pid)
             self._reap()
             self._replace(monotonic())
             notify("WATCHDOG=1")
-        return self._drain()
 
-    def _stop(self, number: int, _: Any) -> None:
-        self._stops, self._stopped_by = self._stops + 1, number
-
-    def _relieve(self, numbers: bytes) -> None:
-        """Put others in the place of workers that take no more requests, but have some to finish."""
-        for pid, (number, born) in list(self._workers.items()):
-            if number >= 0 and number in numbers:
-                self._workers[pid], self._due[number] = (-1, born), 0.0
-
-    def _reload(self, *_: Any) -> None:
-        self._again = True
+    def _relieve(self, pid: int) -> None:
+        """Put another in the place of a worker that takes no more requests, but has some to finish."""
+        number, born = self._workers.get(pid, (-1, 0.0))
+        if number >= 0:
+            self._workers[pid], self._due[number] = (-1, born), 0.0
 
     def _execute_again(self) -> None:
         """Become the fnserve.py that lies there now, with the same socket and process id; go on where that can't start.
@@ -8430,7 +8427,6 @@ class Supervisor:
         The workers serve on until the new ones are there.
         """
         import subprocess
-        self._again = False
         command = import_command()
         try:
             subprocess.run(command, env={**os.environ, "FNSERVE_TRIAL": "1"}, cwd=STARTED_IN, capture_output=True, text=True,
@@ -8439,13 +8435,10 @@ class Supervisor:
             why = getattr(error, "stderr", None) or error
             log.error("SIGHUP: the new fnserve.py does not start, the old one goes on: %s", str(why).strip()[-2000:])
             return
-        if self._stops:  # meanwhile
-            return
         os.set_inheritable(self._socket.fileno(), True)
         os.environ.update(FNSERVE_SOCKET=str(self._socket.fileno()), FNSERVE_FORMER=" ".join(map(str, self._workers)))
         notify("RELOADING=1")
         os.chdir(STARTED_IN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a second one must not end Python while it starts
         os.execv(sys.executable, command)
 
     def _fork(self, number: int) -> None:
@@ -8465,18 +8458,14 @@ class Supervisor:
             os._exit(status)
 
     def _work(self, number: int, supervisor: int) -> None:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the supervisor passes on a stop
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for ignored in (signal.SIGHUP, signal.SIGINT):  # the terminal sends them to all; the supervisor passes on a stop
+            signal.signal(ignored, signal.SIG_IGN)
+        release_signals()
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._app.rates.share = self._app.settings.WORKERS
         worker = Worker(self._app, self._socket, cores[number % len(cores)] if cores else None)
         signal.signal(signal.SIGTERM, worker.stop)
-        if self._stops:  # the signal came between the fork and the lines above
-            worker.stop()
-        worker.run(supervisor, lambda: os.write(self._relieved[1], bytes([number])))
+        worker.run(supervisor)
 
     def _reap(self) -> None:
         while self._workers:
@@ -8484,7 +8473,7 @@ class Supervisor:
             if not pid:
                 return
             number, born = self._workers.pop(pid, (-1, 0.0))
-            if number >= 0 and not self._stops:
+            if number >= 0:
                 young = monotonic() - born < BIRTH_SECONDS
                 self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff[number] * 2)) if young else 0.0
                 self._due[number] = monotonic() + self._backoff[number]
@@ -8501,16 +8490,17 @@ class Supervisor:
                 log.error("worker %d can't be started: %s", number, error)
                 self._due[number] = now + 1
 
-    def _drain(self) -> int:
+    def _drain(self, number: int) -> int:
         """Tell the workers to finish; kill those that don't within GRACE and a little, or all at a second signal."""
         notify("STOPPING=1")
-        log_stop(self._stopped_by)
+        log_stop(number)
         self._socket.close()
         send_signal(signal.SIGTERM, self._workers)
-        until = monotonic() + self._app.settings.GRACE + 2
-        while self._workers and monotonic() < until and self._stops < 2:
+        self._workers = dict.fromkeys(self._workers, (-1, 0.0))  # nobody takes their places
+        until, number = monotonic() + self._app.settings.GRACE + 2, 0
+        while self._workers and monotonic() < until and number not in ENDS:
+            number, _ = wait_for_signal(until - monotonic())
             self._reap()
-            sleep(.02)
         send_signal(signal.SIGKILL, self._workers)
         return 0
 
@@ -8539,6 +8529,7 @@ def serve_first_look(app: App, opened: Any) -> int:
     server.socket, (server.server_name, server.server_port) = opened, opened.getsockname()[:2]
     server.setup_environ()
     server.set_app(app)
+    release_signals()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
@@ -8571,12 +8562,13 @@ def serve(app: App) -> int:
         return serve_first_look(app, opened)
     gc.collect()
     give_back_memory()
-    if app.settings.WORKERS and hasattr(os, "fork"):
+    if app.settings.WORKERS and hasattr(signal, "sigtimedwait"):
         write_errors(app.settings)
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened, former).run()
+    release_signals()
     worker = Worker(app, opened)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDS:
         signal.signal(number, worker.stop)
     notify("READY=1")
     send_signal(signal.SIGTERM, map(int, former))
