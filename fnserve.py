@@ -6994,9 +6994,9 @@ def view_stream(app: Any, call: Call) -> Response:
 
     def events() -> Iterator[str]:
         try:
-            while not app.background.stopping:
+            while not app.background.stopping.is_set():
                 yield f"data: {json.dumps({'html': dashboard(app, Texts(call))})}\n\n"
-                app.background.wait(STREAM_SECONDS)
+                app.background.stopping.wait(STREAM_SECONDS)
         finally:
             app.viewers.release()
     return Response(events(), headers={**PAGE_HEADERS, "Content-Type": "text/event-stream"})
@@ -7656,7 +7656,7 @@ ROUTES = {
 # Wires 02 to 16 and is the WSGI callable. One App owns the state of a process; its background loop keeps the journal
 # folded, in whichever process holds the lock.
 
-FOLD_SECONDS, FOLD_PENDING, PRUNE_SECONDS = 60, 8 * 1024 * 1024, 3600
+FOLD_SECONDS, FOLD_PENDING = 60, 8 * 1024 * 1024
 
 
 class App:
@@ -7802,47 +7802,31 @@ class Background:
     """The loop of a process. `step(now)` is one round of it, so that a test needs no sleep."""
 
     def __init__(self, app: App) -> None:
-        self._app, self._handle = app, -1
+        self._app, self._handle, self._sync_seconds, self._load, self._lost = app, -1, 1.0, Load(), 0
         self._done: dict[str, float] = {}  #: what is done now and then -> when it was done last
-        self._sync_seconds = 1.0
-        self._stopping, self._ended, self._load, self._lost = threading.Event(), threading.Event(), Load(), 0
+        self.stopping, self._ended = threading.Event(), threading.Event()  #: whether this process is about to end; it ends
         in_children(self._resign)
 
-    @property
-    def stopping(self) -> bool:
-        """Whether this process is about to end."""
-        return self._stopping.is_set()
-
-    def wait(self, seconds: float) -> None:
-        """Wait, but not longer than this process is meant to run."""
-        self._stopping.wait(seconds)
-
     def start(self) -> None:
-        """Run the loop in a thread of its own."""
-        self._handle, self._stopping, self._ended = -1, threading.Event(), threading.Event()
-        for loop, ending in ((self._run, self._stopping), (self._watch, self._ended), (self._begin, self._ended)):
-            threading.Thread(target=loop, args=(ending,), name="fnserve background", daemon=True).start()
+        """Run the loops in threads of their own, and the hooks' on_start()."""
+        self._handle, self.stopping, self._ended = -1, threading.Event(), threading.Event()
+        for target, *values in ((self._loop, self.stopping, lambda: self.step(self._app.clock()), 5.0), (self._load_hooks,),
+                                (self._loop, self._ended, self._app.watch.step, WATCH_SECONDS)):
+            threading.Thread(target=target, args=values, name="fnserve background", daemon=True).start()
 
     def drain(self) -> None:
         """Start nothing new: queued calls and leading are left to other processes. What runs keeps its deadlines."""
         self._app.runner.stopping = True
-        self._stopping.set()
+        self.stopping.set()
 
     def stop(self) -> None:
         """End the loops, this one after its round."""
         self.drain()
         self._ended.set()
 
-    def _run(self, ending: threading.Event) -> None:
-        self._loop(ending, lambda: self.step(self._app.clock()), 5.0)
-        self._resign()
-
-    def _begin(self, ending: threading.Event) -> None:
-        with contextlib.suppress(LoadError):  # it is in the log; hooks are loaded here for their on_start()
+    def _load_hooks(self) -> None:
+        with contextlib.suppress(LoadError):  # it is in the log
             self._app.functions.hooks("")
-
-    def _watch(self, ending: threading.Event) -> None:
-        self._loop(ending, self._app.watch.step, WATCH_SECONDS)
 
     def _loop(self, ending: threading.Event, step: Callable[[], float], retry: float) -> None:
         pause = min(1.0, retry)
@@ -7852,6 +7836,8 @@ class Background:
             except Exception as error:  # the loop must outlive a locked database or a full disk; it tries again
                 log.error("background: %s: %s", type(error).__name__, error)
                 pause = retry
+        if ending is self.stopping:
+            self._resign()
 
     def step(self, now: float) -> float:
         """Do one round; return the seconds until the next, one at most.
@@ -7874,12 +7860,14 @@ class Background:
         self._app.config.current()  # os.environ follows .env within a second; `config` does with the next call
         if self._app.journal.in_use():
             self._app.journal.refresh()
-        self._sum_up(now)
+        if self._is_due("sum up", now, 60):
+            self._sum_up(now)
         if not self._lead():
             return False
         self._app.queue.reclaim(self._app.functions.retries)
-        for duty in (self._sync, self._fold, self._sample, self._prune):
-            duty(now)
+        for duty, seconds in ((self._sync, self._sync_seconds), (self._fold, 5), (self._sample, 60), (self._prune, 3600)):
+            if self._is_due(duty.__name__, now, seconds):
+                duty(now)
         self._app.loki.keep_up()
         return True
 
@@ -7891,25 +7879,21 @@ class Background:
         return True
 
     def _sync(self, now: float) -> None:
-        if self._is_due("sync", now, self._sync_seconds):
-            began = monotonic()
-            self._app.schedule.sync(self._app.functions.schedules())
-            self._sync_seconds = 1 + 50 * (monotonic() - began)  # 10,000 functions take a while to look at
+        began = monotonic()
+        self._app.schedule.sync(self._app.functions.schedules())
+        self._sync_seconds = 1 + 50 * (monotonic() - began)  # 10,000 functions take a while to look at
 
     def _fold(self, now: float) -> None:
-        pending = self._app.folder.pending() if self._is_due("look", now, 5) else 0
+        pending = self._app.folder.pending()
         if pending > FOLD_PENDING or pending and self._is_due("fold", now, FOLD_SECONDS):
             self._app.folder.fold()
 
     def _prune(self, now: float) -> None:
-        if self._is_due("prune", now, PRUNE_SECONDS):
-            self._app.folder.prune(now, self._app.loki.position() if self._app.settings.LOKI_URL else None)
-            self._app.queue.prune(now, self._app.settings.KEEP_DAYS)
+        self._app.folder.prune(now, self._app.loki.position() if self._app.settings.LOKI_URL else None)
+        self._app.queue.prune(now, self._app.settings.KEEP_DAYS)
 
     def _sum_up(self, now: float) -> None:
-        """Once a minute: sum up floods in the error log, and add this process's lost records to those of all."""
-        if not self._is_due("sum up", now, 60):
-            return
+        """Sum up floods in the error log, and add this process's lost records to those of all."""
         for handler in log.handlers:
             if isinstance(handler, ErrorLog):
                 handler.sum_up(now)
@@ -7919,12 +7903,11 @@ class Background:
                 add_up(connection, "lost_lines", lost)
 
     def _sample(self, now: float) -> None:
-        """Once a minute: keep what the charts of memory and CPU show, for KEEP_DAYS."""
-        if self._is_due("sample", now, 60):
-            found, minute = self._load.figures(now), int(now) // 60
-            self._app.store.run("REPLACE INTO fn_samples VALUES (?, ?, ?, ?)", minute, found["cpu_percent"],
-                                found["memory_rss_mb"], found["threads"])
-            self._app.store.run("DELETE FROM fn_samples WHERE minute < ?", minute - 1440 * self._app.settings.KEEP_DAYS)
+        """Keep what the charts of memory and CPU show, for KEEP_DAYS."""
+        found, minute = self._load.figures(now), int(now) // 60
+        self._app.store.run("REPLACE INTO fn_samples VALUES (?, ?, ?, ?)", minute, found["cpu_percent"],
+                            found["memory_rss_mb"], found["threads"])
+        self._app.store.run("DELETE FROM fn_samples WHERE minute < ?", minute - 1440 * self._app.settings.KEEP_DAYS)
 
     def _resign(self) -> None:
         """Give up the leader's lock; a child that a function forks must not hold it."""
@@ -8045,8 +8028,7 @@ class LazyApp:
     """`fnserve:app` for gunicorn, uWSGI and waitress-serve: made by the first request, so importing does nothing."""
 
     def __init__(self) -> None:
-        self._app: Optional[App] = None
-        self._lock = threading.Lock()
+        self._app, self._lock = None, threading.Lock()  # type: Optional[App], threading.Lock
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Serve one request."""
