@@ -8076,14 +8076,15 @@ def open_socket(settings: Settings) -> Any:
 
 def waitress_server(app: App, opened: Any, settings: Settings, pin: Optional[Callable[..., Any]] = None) -> Any:
     """Make a waitress on an open socket; requests go through `pin` where there is one."""
-
     import waitress.server
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request is no use to anybody
+    files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # a quarter of them is for everything else
+    most = min(MOST_CONNECTIONS, files * 3 // 4) if files > 0 else MOST_CONNECTIONS
     made = waitress.server.create_server(
         believe_proxy(pin or app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
         expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
         max_request_body_size=settings.MAX_BODY + settings.MAX_BODY // 8 + CHUNK,  # it counts the framing of chunks, too
-        clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=connection_limit(),
+        clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=most,
         channel_timeout=75, cleanup_interval=10, _dispatcher=Dispatcher(settings.THREADS + SPARE_THREADS))
     made.channel_class = json_error_channel(app, copy.copy(made.adj))
     made.adj.send_bytes = 18_000  # by default headers and body are two packets: 6,400 requests/s instead of 9,000
@@ -8101,12 +8102,6 @@ def end_stalled(server: Any, maintenance: Callable[[float], Any], now: float) ->
                 channel.socket.shutdown(2)  # or the loop, which waits for room to write, would not look at it
 
 
-def connection_limit() -> int:
-    """Return how many connections a worker may hold; they leave a quarter of the file descriptors to everything else."""
-    files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-    return min(MOST_CONNECTIONS, files * 3 // 4) if files > 0 else MOST_CONNECTIONS
-
-
 def json_error_channel(app: Any, settings: Any) -> Any:
     """Make the class of waitress's connections.
 
@@ -8117,17 +8112,15 @@ def json_error_channel(app: Any, settings: Any) -> Any:
     from waitress.task import ErrorTask, WSGITask
 
     class JsonErrorTask(ErrorTask):
+        def start_response(self, status: str, headers: list[tuple[str, str]]) -> None:
+            self.status, self.response_headers = status, headers
+
         def execute(self) -> None:
-            error, request_id = self.request.error, app.new_id()
-            body = (dump_json({"error": REASONS.get(error.code, error.reason), "request_id": request_id},
-                              sort_keys=False) + "\n").encode()
-            self.status, self.content_length = f"{error.code} {error.reason}", len(body)
-            self.response_headers += [("Content-Type", "application/json"), ("X-Request-Id", request_id)]
-            self.set_close_on_finish()
             method, path = (str(getattr(self.request, name, "")) for name in ("command", "path"))  # if it got so far
-            app.journal.append(json.dumps({
-                "t": app.clock(), "id": request_id, "r": "(unknown)", "m": method[:20], "p": path[:500], "s": error.code,
-                "us": 0, "n": len(body), "c": str(self.channel.addr[0])}))
+            call = Call(app, {"REQUEST_METHOD": method, "PATH_INFO": path, "REMOTE_ADDR": str(self.channel.addr[0])})
+            response = json_error(call, HTTPException(self.request.error.code))
+            body = b"".join(respond(app, call, response, self.start_response))
+            self.set_close_on_finish()
             self.write(body)
 
     class Task(WSGITask):
@@ -8207,12 +8200,6 @@ class Dispatcher:
             if self.forked:  # this is a child's copy of the thread; the parent serves
                 os._exit(0)
 
-    def shutdown(self, cancel_pending: bool = True, timeout: float = 5) -> None:
-        """Cancel the tasks that no thread has taken; those under way end with the process."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._waiting.get_nowait().cancel()
-
 
 def believe_proxy(app: Callable[..., Any], trusted: str) -> Callable[..., Any]:
     """Wrap an app in waitress's own handling of proxy headers, which a request without any goes around."""
@@ -8237,8 +8224,8 @@ class Pin:
     EVENTS = frozenset(("subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.forkpty", "os.exec",
                         "_thread.start_new_thread", "_thread.start_joinable_thread"))
 
-    def __init__(self, app: Callable[..., Any], cores: frozenset[int], core: int) -> None:
-        self._app, self._cores, self._core = app, cores, {core}
+    def __init__(self, app: Callable[..., Any], core: int) -> None:
+        self._app, self._cores, self._core = app, os.sched_getaffinity(0), {core}
         self._free: set[int] = set()  #: threads that run anywhere until their next call
         os.sched_setaffinity(0, self._core)
 
@@ -8298,7 +8285,7 @@ class Worker:
 
     def __init__(self, app: App, opened: Any, core: Optional[int] = None) -> None:
         self._app, self._grace, self._stopping, self._stopped_by = app, app.settings.GRACE, False, 0
-        pin = Pin(app, frozenset(os.sched_getaffinity(0)), core) if core is not None else None
+        pin = Pin(app, core) if core is not None else None
         app.start()
         self._server = waitress_server(app, opened, app.settings, pin)
         app.watch.resume = self._server.add_task
@@ -8341,7 +8328,6 @@ class Worker:
             for channel in list(self._server.active_channels.values()):
                 channel.handle_close()
             sleep(.1)  # for streams to notice, so that they are recorded
-        self._server.task_dispatcher.shutdown()
 
     def _finish(self, turn: Callable[..., Any], seconds: float) -> bool:
         until = monotonic() + seconds
