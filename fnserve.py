@@ -6414,13 +6414,13 @@ def read_current(app: Any, name: str) -> tuple[bytes, int]:
     return source, app.functions.versions.remember(name, source, loaded=False)
 
 
-def python_command(call: str) -> list[str]:
+def python_command(call: str, *arguments: str) -> list[str]:
     """Return the command line that imports this file as the module fnserve, whatever it is called, and makes a call."""
     path = os.path.realpath(__file__)
     boot = (f"import sys, importlib.util as util; sys.path[0] = {os.path.dirname(path)!r};"
             f" spec = util.spec_from_file_location('fnserve', {path!r}); found = util.module_from_spec(spec);"
             f" sys.modules['fnserve'] = found; spec.loader.exec_module(found); sys.exit(found.{call})")
-    return [sys.executable, *(["-B"] if sys.dont_write_bytecode else []), "-c", boot]
+    return [sys.executable, *(["-B"] if sys.dont_write_bytecode else []), "-c", boot, *arguments]
 
 
 LOAD_SECONDS, START_SECONDS, MOST_PRINTED = 5.0, 20.0, 1024 * 1024
@@ -8395,7 +8395,7 @@ class Supervisor:
         The workers serve on until the new ones are there.
         """
         import subprocess
-        command = import_command()
+        command = python_command("main()", *sys.argv[1:])
         try:
             subprocess.run(command, env={**os.environ, "FNSERVE_TRIAL": "1"}, cwd=STARTED_IN, capture_output=True, text=True,
                            check=True, timeout=TRIAL_SECONDS)
@@ -8544,7 +8544,7 @@ def serve(app: App) -> int:
     return 0
 
 # == 19 COMMAND LINE ======================================================
-# `main` and one function per command, which returns the exit status. Uses all of the above.
+# `main` and one function per command, which returns the exit status, None for 0. Uses all of the above.
 
 
 def cmd_serve(arguments: Any, options: dict[str, Any]) -> int:
@@ -8575,7 +8575,7 @@ def write_new(path: str, text: str) -> bool:
     return True
 
 
-def cmd_init(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_init(arguments: Any, options: dict[str, Any]) -> None:
     """make functions/hello.py and the secrets in a directory"""
     os.makedirs(arguments.directory, exist_ok=True)
     settings = Settings(options, arguments.directory)
@@ -8583,7 +8583,6 @@ def cmd_init(arguments: Any, options: dict[str, Any]) -> int:
     where = os.path.join(settings.directory, ".env.local")
     for name, value in make_secrets(settings).items():
         print(f"{name}={value}  (in {where})" if name == "SECRET_TOKEN" else f"made {name}")
-    return 0
 
 
 def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
@@ -8598,25 +8597,29 @@ def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
     return 1
 
 
-def cmd_list(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_list(arguments: Any, options: dict[str, Any]) -> None:
     """list the functions"""
     app = prepare(**options)
     check_directory(app.settings)
     for row in (describe_row(app, row) for row in function_rows(app)):
         print_row(row, row["reason"] or row["summary"])
-    return 0
 
 
 def print_row(row: Mapping[str, Any], more: str) -> None:
     print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  {more}")
 
 
+def read_data(text: str) -> Union[str, bytes]:
+    """Return what -d says: text, or the bytes of @FILE, where - is the standard input."""
+    if not text.startswith("@"):
+        return text
+    with open(text[1:] if text != "@-" else 0, "rb") as file:
+        return file.read()
+
+
 def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
     """call a function without a server, and print its answer"""
     data, headers = arguments.data, {}  # type: Any, dict[str, str]
-    if data is not None and data.startswith("@"):
-        with open(data[1:] if data != "@-" else 0, "rb") as file:
-            data = file.read()
     for name, _, value in (line.partition(":") for line in arguments.header):
         headers[name.strip()] = f"{headers[name.strip()]}, {value.strip()}" if name.strip() in headers else value.strip()
     if data is not None and not any(name.lower() == "content-type" for name in headers):
@@ -8653,7 +8656,7 @@ def cmd_check(arguments: Any, options: dict[str, Any]) -> int:
     return int(failed > 0)
 
 
-def cmd_logs(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_logs(arguments: Any, options: dict[str, Any]) -> None:
     """print the last calls"""
     app, after = prepare(**options), 0
     while True:
@@ -8664,19 +8667,18 @@ def cmd_logs(arguments: Any, options: dict[str, Any]) -> int:
                 print("    " + text.rstrip().replace("\n", "\n    "))
         after = max([after] + [row["number"] for row in rows])
         if not arguments.follow:
-            return 0
+            return
         sys.stdout.flush()
         sleep(1)
 
 
-def cmd_stats(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_stats(arguments: Any, options: dict[str, Any]) -> None:
     """print how often each function was called"""
     for row in stats_rows(prepare(**options), time()):
         print_row(row, f"p50 {milliseconds(row['p50'])}  p95 {milliseconds(row['p95'])}")
-    return 0
 
 
-def cmd_jobs(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_jobs(arguments: Any, options: dict[str, Any]) -> None:
     """list the jobs and when they fire next"""
     app = prepare(**options)
     app.schedule.sync(app.functions.schedules())
@@ -8684,17 +8686,15 @@ def cmd_jobs(arguments: Any, options: dict[str, Any]) -> int:
         job = app.schedule.show(row)
         print(f"{job['id']:24} {job['func']:24} {'paused' if job['paused'] else job['next_run_time'] or 'never'}"
               + "".join(f"  {name} {job[name]}" for name in JOB_COUNTS))
-    return 0
 
 
-def cmd_queue(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_queue(arguments: Any, options: dict[str, Any]) -> None:
     """list queued calls, the newest last"""
     for row in reversed(prepare(**options).store.read("SELECT * FROM fn_queue ORDER BY created DESC LIMIT ?", arguments.n)):
         print(f"{row['id']} {row['state']:8} {row['function']:24} runs {row['attempts']}  {row['status'] or ''}")
-    return 0
 
 
-def cmd_next(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_next(arguments: Any, options: dict[str, Any]) -> None:
     """say when a schedule fires: EXPRESSION as in SETTINGS, or a JSON dict of trigger fields"""
     zone = Settings(options).TIMEZONE
     try:
@@ -8709,18 +8709,17 @@ def cmd_next(arguments: Any, options: dict[str, Any]) -> int:
         if moment is None:
             break
         now = moment
-    return 0
 
 
 def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
     """send function files to a running fnserve"""
-    settings = Settings(options)
-    token, failed = arguments.token or settings.SECRET_TOKEN, 0
+    settings = Settings(options, arguments.dir)
+    token, failed, root = arguments.token or settings.SECRET_TOKEN, 0, settings.FUNCTIONS_DIR + os.sep
     for path in arguments.files:
         full = os.path.abspath(path)
         _, below, name = f"{os.sep}{path}".rpartition(f"{os.sep}{PACKAGE}{os.sep}")  # as it was typed
-        name = full[len(root):] if full.startswith(root := settings.FUNCTIONS_DIR + os.sep) else name if below else full
-        name = (os.path.basename(name) if name is full else name).removesuffix(".py").replace(os.sep, "/")
+        name = full[len(root):] if full.startswith(root) else name if below else os.path.basename(full)
+        name = name.removesuffix(".py").replace(os.sep, "/")
         try:
             print(f"{name}: version {send_code(arguments.to, token, name, read_source(full))}")
         except LoadError as error:
@@ -8750,7 +8749,7 @@ def send_code(url: str, token: str, name: str, source: bytes, page: str = "updat
         raise SettingError(f"--to {url}: there is no fnserve ({error})") from None
 
 
-def cmd_backup(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_backup(arguments: Any, options: dict[str, Any]) -> None:
     """write functions, database and settings into a zip file, while the server runs"""
     app = prepare(**options)
     app.folder.fold()
@@ -8761,14 +8760,12 @@ def cmd_backup(arguments: Any, options: dict[str, Any]) -> int:
             os.unlink(arguments.file)  # half a backup is worse than none
             raise
     print(f"made {arguments.file}")
-    return 0
 
 
-def cmd_restore(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_restore(arguments: Any, options: dict[str, Any]) -> None:
     """bring back functions and database from a backup; what was there is kept beside it. Settings stay as they are"""
     import tempfile
     import zipfile
-    import zlib
     settings = Settings(options)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(settings.FUNCTIONS_DIR)) as scratch:  # where a rename reaches
         fresh = os.path.join(scratch, PACKAGE)
@@ -8782,30 +8779,24 @@ def cmd_restore(arguments: Any, options: dict[str, Any]) -> int:
                 if found.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
                     raise zipfile.BadZipFile("its database is damaged")
                 bring_back(found, fresh, settings)
-        except (zipfile.BadZipFile, zlib.error, sqlite3.DatabaseError, EOFError, ValueError, RuntimeError,
-                FileExistsError) as error:
+        except Exception as error:  # there is hardly one that damaged archives don't make zipfile raise
             raise OSError(f"{arguments.file}: {error}; nothing was changed") from None
-    return 0
 
 
 def bring_back(found: sqlite3.Connection, fresh: str, settings: Settings) -> None:
     """Put the functions and the database of a backup in place: both or, where the database can't be written, neither."""
     suffix = strftime(".%Y%m%d-%H%M%S")
-    aside = settings.FUNCTIONS_DIR + suffix
     if os.path.exists(settings.DB_PATH):
         keep_database(settings.DB_PATH, settings.DB_PATH + suffix)
     make_private(settings.DB_PATH)
-    if os.path.isdir(settings.FUNCTIONS_DIR):
-        os.rename(settings.FUNCTIONS_DIR, aside)
-    os.rename(fresh, settings.FUNCTIONS_DIR)
-    try:
+    with contextlib.ExitStack() as undo:
+        if os.path.isdir(settings.FUNCTIONS_DIR):
+            os.rename(settings.FUNCTIONS_DIR, settings.FUNCTIONS_DIR + suffix)
+            undo.callback(os.rename, settings.FUNCTIONS_DIR + suffix, settings.FUNCTIONS_DIR)
         with contextlib.closing(sqlite3.connect(settings.DB_PATH, timeout=30)) as database:
             found.backup(database)
-    except BaseException:
-        os.rename(settings.FUNCTIONS_DIR, fresh)
-        if os.path.isdir(aside):
-            os.rename(aside, settings.FUNCTIONS_DIR)
-        raise
+        undo.pop_all()
+    os.rename(fresh, settings.FUNCTIONS_DIR)
 
 
 def keep_database(path: str, aside: str) -> None:
@@ -8850,9 +8841,9 @@ def main(request):
 '''
 
 
-def cmd_export(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_export(arguments: Any, options: dict[str, Any]) -> None:
     """write a directory that Google's functions-framework serves"""
-    app, name, target = App(Settings(options)), arguments.name, os.path.abspath(arguments.to)
+    app, name, target = App(Settings(options)), arguments.name, arguments.to
     if not app.functions.exists(name):
         raise SettingError(f"there is no function {name!r}")
     if os.path.isdir(target) and os.listdir(target):
@@ -8878,7 +8869,6 @@ def cmd_export(arguments: Any, options: dict[str, Any]) -> int:
         with open(os.path.join(target, file_name), "w", encoding="utf-8") as file:
             file.write(text)
         print(f"made {os.path.join(target, file_name)}")
-    return 0
 
 
 UNIT = """\
@@ -8960,42 +8950,42 @@ LockPersonality ProtectClock ProtectControlGroups ProtectHostname ProtectKernelL
 RemoveIPC"""
 
 
-def cmd_service(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_service(arguments: Any, options: dict[str, Any]) -> None:
     """print a systemd unit for this directory"""
-    directory = os.path.abspath(arguments.dir or ".")
+    directory = os.path.abspath(arguments.dir)
     at_home = f"{directory}/".startswith(("/home/", "/root/"))
     stop = round(Settings(options, directory).GRACE) + 10
     print(UNIT.format(user=arguments.user, directory=directory, python=arguments.python, stop=stop,
                       home="tmpfs" if at_home else "yes", bind=f"BindPaths={directory}\n" if at_home else "",
                       sandbox="".join(f"{name}=yes\n" for name in SANDBOX.split())), end="")
-    return 0
 
 
-def cmd_nginx(arguments: Any, options: dict[str, Any]) -> int:
+def cmd_nginx(arguments: Any, options: dict[str, Any]) -> None:
     """print an nginx site for this directory"""
     if not re.fullmatch(r"[\w.\-*]+", arguments.server_name):
         raise SettingError(f"--server-name {arguments.server_name!r} is no host name")
-    settings = Settings(options, arguments.dir or ".")
+    settings = Settings(options, arguments.dir)
     host = f"[{settings.HOST}]" if ":" in settings.HOST else settings.HOST
     print(SITE.format(name=arguments.server_name, address=f"{host}:{settings.PORT}", timeout=round(settings.TIMEOUT) + 5,
                       megabytes=-(-settings.MAX_BODY // 1024 ** 2)), end="")
-    return 0
 
 
-COMMANDS: dict[Callable[..., int], dict[str, dict[str, Any]]] = {  # each with what argparse is told of its arguments
+COMMANDS: dict[Callable[..., Optional[int]], dict[str, dict[str, Any]]] = {  # each with what argparse is told of its arguments;
+    # paths begin where they are typed, not in --dir
     cmd_serve: {}, cmd_init: {"directory": {"nargs": "?", "default": "."}}, cmd_new: {"name": {}}, cmd_list: {},
     cmd_call: {"name": {"help": "name of the function, a subpath may follow: hello/Tony"},
                "-X": {"dest": "method", "metavar": "METHOD"},
                "-q": {"dest": "query", "action": "append", "default": [], "metavar": "KEY=VALUE"},
                "-H": {"dest": "header", "action": "append", "default": [], "metavar": "'NAME: VALUE'"},
-               "-d": {"dest": "data", "metavar": "DATA|@FILE"}},
-    cmd_check: {}, cmd_stats: {}, cmd_export: {"name": {}, "--to": {"required": True, "metavar": "DIR"}},
+               "-d": {"dest": "data", "type": read_data, "metavar": "DATA|@FILE"}},
+    cmd_check: {}, cmd_stats: {}, cmd_jobs: {},
+    cmd_export: {"name": {}, "--to": {"required": True, "type": os.path.abspath, "metavar": "DIR"}},
     cmd_logs: {"name": {"nargs": "?"}, "-n": {"type": int, "default": 20, "metavar": "N"},
                "-f": {"dest": "follow", "action": "store_true"}},
     cmd_deploy: {"files": {"nargs": "+", "metavar": "FILE"}, "--to": {"required": True, "metavar": "URL"}, "--token": {}},
-    cmd_backup: {"file": {"metavar": "FILE"}, "--secrets": {"action": "store_true"}},
-    cmd_restore: {"file": {"metavar": "FILE"}},
-    cmd_jobs: {}, cmd_queue: {"-n": {"type": int, "default": 50, "metavar": "N"}},
+    cmd_backup: {"file": {"type": os.path.abspath, "metavar": "FILE"}, "--secrets": {"action": "store_true"}},
+    cmd_restore: {"file": {"type": os.path.abspath, "metavar": "FILE"}},
+    cmd_queue: {"-n": {"type": int, "default": 50, "metavar": "N"}},
     cmd_next: {"expression": {"metavar": "EXPRESSION"}, "-n": {"type": int, "default": 5, "metavar": "N"},
                "--from": {"dest": "start", "metavar": "ISO-TIME"}},
     cmd_service: {"--user": {"default": "fnserve"}, "--python": {"default": "/usr/bin/python3"}},
@@ -9026,24 +9016,11 @@ def make_parser() -> Any:
 
 
 def serve_from_module() -> None:
-    """Start anew as an imported module: a script's syntax tree stays in memory while it runs, 18 MB in each process."""
+    """Start anew as an imported module, whose compiled form Python keeps in __pycache__: a script's syntax tree stays in memory
+    while it runs, 18 MB in each process."""
     is_script = __name__ == "__main__" and __spec__ is None and os.path.realpath(__file__).endswith(".py")
     if is_script and os.name == "posix" and sys.executable:
-        os.execv(sys.executable, import_command())
-
-
-def import_command() -> list[str]:
-    """Return the command line that serves from the imported module, whose compiled form Python keeps in __pycache__."""
-    return [*python_command("main()"), *sys.argv[1:]]
-
-
-def keep_paths(arguments: Any) -> None:
-    """Make the paths of the command line absolute: they begin where it was typed, not in --dir."""
-    names = ("files",) if arguments.run is cmd_deploy else ("file", "to")
-    for name, given in [(name, getattr(arguments, name)) for name in names if hasattr(arguments, name)]:
-        setattr(arguments, name, list(map(os.path.abspath, given)) if name == "files" else os.path.abspath(given))
-    if (getattr(arguments, "data", None) or "").startswith("@") and arguments.data != "@-":
-        arguments.data = "@" + os.path.abspath(arguments.data[1:])
+        os.execv(sys.executable, python_command("main()", *sys.argv[1:]))
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -9056,14 +9033,13 @@ def main(argv: Optional[list[str]] = None) -> int:
             serve_from_module()
             return cmd_serve(None, {})
         arguments = make_parser().parse_args(argv)
-        arguments.dir = getattr(arguments, "dir", None)
+        arguments.dir = getattr(arguments, "dir", ".")
         if arguments.run is cmd_serve:
             serve_from_module()
         options = {row.name: getattr(arguments, row.name) for row in SETTINGS_TABLE if hasattr(arguments, row.name)}
-        if arguments.dir and arguments.run not in (cmd_service, cmd_nginx):
-            keep_paths(arguments)
+        if arguments.run not in (cmd_service, cmd_nginx, cmd_deploy):
             os.chdir(arguments.dir)
-        return arguments.run(arguments, options)
+        return arguments.run(arguments, options) or 0
     except (SettingError, StoreError, LoadError, OSError, sqlite3.Error) as error:
         print(f"fnserve: {error}", file=sys.stderr)
         return 2 if isinstance(error, (SettingError, StoreError)) else 1
