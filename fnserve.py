@@ -8183,7 +8183,7 @@ class Dispatcher:
     """Hands waitress's tasks to threads; its own does the same with a Condition, at half the requests/s (bench/)."""
 
     def __init__(self, threads: int) -> None:
-        self._waiting, self.forked = queue.SimpleQueue(), False  # type: Any, bool
+        self._waiting: Any = queue.SimpleQueue()
         for number in range(threads):
             threading.Thread(target=self._serve, name=f"fnserve {number}", daemon=True).start()
         self.add_task = self._waiting.put
@@ -8197,8 +8197,6 @@ class Dispatcher:
                 pass
             except BaseException as error:  # a thread must outlive whatever a connection does
                 log.error("connection: %s", user_traceback(error))
-            if self.forked:  # this is a child's copy of the thread; the parent serves
-                os._exit(0)
 
 
 def believe_proxy(app: Callable[..., Any], trusted: str) -> Callable[..., Any]:
@@ -8296,7 +8294,6 @@ class Worker:
 
     def _let_go(self) -> None:
         """Let a child that a function forks keep neither the port nor anybody's connection open, nor our signal handlers."""
-        self._server.task_dispatcher.forked = True
         for part in list(self._server._map.values()):
             part.socket.close()
         for number in (signal.SIGHUP, *ENDS):
