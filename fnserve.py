@@ -7789,11 +7789,6 @@ def capture_output(settings: Settings) -> None:
         root.addHandler(shown)
         root.setLevel(min(root.level or logging.INFO, logging.INFO))
     log.propagate = False  # what fnserve itself has to say is not the call's output
-    write_errors(settings)
-
-
-def write_errors(settings: Settings) -> None:
-    """Let this process's log go to the error log."""
     log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, ErrorLog)]
     log.addHandler(ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS))
 
@@ -7958,7 +7953,7 @@ def try_in_child() -> None:
                  "settings": dict(getattr(code.module, "SETTINGS", {})), "ms": (perf_counter() - began) * 1e3}
         if job["request"]:
             faulthandler.dump_traceback_later(min(job["seconds"], code.settings.timeout or job["seconds"]), exit=True)
-            found = call_on_trial(app, job["name"], code, job["request"])
+            found = call_on_trial(app, job["name"], job["request"])
     except LoadError as error:
         found = {"status": 500, "error": error.trace or error.message if job["request"] else error.message, "line": error.line}
     sys.stdout.flush()
@@ -7966,7 +7961,7 @@ def try_in_child() -> None:
     os._exit(0)  # threads that the code has started end here
 
 
-def call_on_trial(app: App, name: str, code: Code, request: Mapping[str, Any]) -> dict[str, Any]:
+def call_on_trial(app: App, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     """Make the call of a trial: as the command line does, so that neither a signature nor a login is asked for."""
     run, subpath = Run("cli"), request["subpath"].lstrip("/")
     path = f"/function/{name}/{subpath}" if subpath else f"/function/{name}"
@@ -8528,7 +8523,7 @@ def serve(app: App) -> int:
     gc.collect()
     give_back_memory()
     if app.settings.WORKERS and hasattr(signal, "sigtimedwait"):
-        write_errors(app.settings)
+        capture_output(app.settings)
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened, former).run()
     release_signals()
@@ -8808,33 +8803,32 @@ def keep_database(path: str, aside: str) -> None:
                 os.replace(path + end, aside + end)
 
 
+def serve_exported(name: str, settings: dict[str, Any]) -> Callable[..., Any]:
+    """Make what functions-framework serves of an export: the function `name`, for requests of the real Flask."""
+    import flask
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    state = os.environ.get("FNSERVE_STATE", "/tmp/fnserve")  # the only directory that it writes to
+    os.makedirs(state, exist_ok=True)
+    app = App(Settings({"ADMIN": "off", "SCHEDULER_ALLOWED_HOSTS": "-", "JOURNAL_DIR": f"{state}/journal", "KEEP_DAYS": 0,
+                        "DB_PATH": f"{state}/serverless.db", "LOG_FILE": f"{state}/error.log", **settings}))
+    app.queues, path = False, f"/function/{name}".encode().decode("latin-1")  # nobody would run what is queued here
+
+    def main(request: Any) -> Any:
+        asked, started = request.environ["PATH_INFO"], []  # type: str, list[Any]
+        environ = {**request.environ, "PATH_INFO": path + ("" if asked == "/" else asked), "HTTP_PREFER": "",
+                   "REQUEST_URI": quote(asked.encode("latin-1"))}  # what the sender of a webhook has signed
+        body = app(environ, lambda *values: started.append(values))
+        return flask.Response(body, *started[0])
+    return main
+
+
 EXPORTED = '''\
 """{name}, exported from fnserve: functions-framework --target main serves it, and so do Cloud Run functions."""
-import os
-from urllib.parse import quote
-
-os.chdir(os.path.dirname(os.path.abspath(__file__)))
 import functions_framework
-from flask import Response
 
 import fnserve
 
-state = os.environ.get("FNSERVE_STATE", "/tmp/fnserve")  # the only directory that it writes to
-os.makedirs(state, exist_ok=True)
-app = fnserve.App(fnserve.Settings({{
-    "ADMIN": "off", "SCHEDULER_ALLOWED_HOSTS": "-", "JOURNAL_DIR": state + "/journal", "DB_PATH": state + "/serverless.db",
-    "LOG_FILE": state + "/error.log", "KEEP_DAYS": 0, **{settings!r}}}))
-app.queues = False  # nobody would run what is queued here
-
-
-@functions_framework.http
-def main(request):
-    asked = request.environ["PATH_INFO"]
-    environ = {{**request.environ, "PATH_INFO": "/function/{path}" + ("" if asked == "/" else asked), "HTTP_PREFER": "",
-               "REQUEST_URI": quote(asked.encode("latin-1"))}}  # what the sender of a webhook has signed
-    started = []
-    body = app(environ, lambda *values: started.append(values))
-    return Response(body, started[0][0], started[0][1])
+main = functions_framework.http(fnserve.serve_exported({name!r}, {settings!r}))
 '''
 
 
@@ -8858,7 +8852,7 @@ def cmd_export(arguments: Any, options: dict[str, Any]) -> None:
             shutil.copytree(directory, os.path.join(target, copied), ignore=shutil.ignore_patterns("_*_", ".*"))
     shutil.copy(__file__, os.path.join(target, "fnserve.py"))
     files = {
-        "main.py": EXPORTED.format(name=name, path=quote(name), settings={key: config[key] for key in sorted(shown)}),
+        "main.py": EXPORTED.format(name=name, settings={key: config[key] for key in sorted(shown)}),
         "requirements.txt": "".join(needed), "Procfile": "web: functions-framework --target main --port $PORT\n",
         ".env": "".join(f"{key}='{value}'\n" for key, value in quoted)}
     os.close(os.open(os.path.join(target, ".env"), os.O_CREAT | os.O_WRONLY, 0o600))
