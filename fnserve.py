@@ -7835,11 +7835,7 @@ class Background:
             self._resign()
 
     def step(self, now: float) -> float:
-        """Do one round; return the seconds until the next, one at most.
-
-        Every process moves on to a new segment and runs what is due; the leader fires the schedule, gives back the calls of
-        processes that died, folds and prunes.
-        """
+        """Do one round; return the seconds until the next, one at most. The leader also does what is done once for all."""
         leads, following = self._keep_up(now), None
         if leads and self._app.runs_schedule:
             following = self._app.schedule.step(now)
@@ -8019,20 +8015,14 @@ def create_app(directory: str = ".", **options: Any) -> App:
     return made
 
 
-class LazyApp:
+FIRST_APP, _MAKING = functools.lru_cache(maxsize=None)(create_app), threading.Lock()
+
+
+def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """`fnserve:app` for gunicorn, uWSGI and waitress-serve: made by the first request, so importing does nothing."""
-
-    def __init__(self) -> None:
-        self._app, self._lock = None, threading.Lock()  # type: Optional[App], threading.Lock
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Serve one request."""
-        with self._lock:
-            self._app = self._app or create_app()
-        return self._app(environ, start_response)
-
-
-app = LazyApp()
+    with _MAKING:
+        made = FIRST_APP()
+    return made(environ, start_response)
 
 # == 18 SERVER ============================================================
 # From a socket to the app: one worker is a waitress on the shared socket, the supervisor forks and replaces them. Uses
@@ -8069,18 +8059,45 @@ def open_socket(settings: Settings) -> Any:
     return opened
 
 
-def waitress_server(app: App, opened: Any, settings: Settings, pin: Optional[Callable[..., Any]] = None) -> Any:
-    """Make a waitress on an open socket; requests go through `pin` where there is one."""
+class Pin:
+    """Keeps a worker's threads on one core, but not the programs and threads that functions start: those inherit the core of
+    the thread that starts them, so an audit hook (PEP 578) frees it just before, until its next call."""
+
+    EVENTS = frozenset(("subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.forkpty", "os.exec",
+                        "_thread.start_new_thread", "_thread.start_joinable_thread"))
+
+    def __init__(self, core: int) -> None:
+        self._cores, self._core, self.freed = os.sched_getaffinity(0), {core}, set()  # type: set[int], set[int], set[int]
+        os.sched_setaffinity(0, self._core)
+
+    def hold(self) -> None:
+        """Pin this thread again where it was freed."""
+        if threading.get_ident() in self.freed:
+            self.freed.discard(threading.get_ident())
+            os.sched_setaffinity(0, self._core)
+
+    def free(self, event: str, args: Any) -> None:
+        """Let this thread run anywhere before it starts a program or a thread; an audit hook."""
+        if event in self.EVENTS:
+            os.sched_setaffinity(0, self._cores)
+            self.freed.add(threading.get_ident())
+
+
+def waitress_server(app: App, opened: Any, settings: Settings, pin: Optional[Pin] = None) -> Any:
+    """Make a waitress on an open socket, its threads kept where `pin` says."""
     import waitress.server
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request is no use to anybody
+    tasks: Any = queue.SimpleQueue()
+    for number in range(settings.THREADS + SPARE_THREADS):
+        threading.Thread(target=serve_tasks, args=(tasks.get,), name=f"fnserve {number}", daemon=True).start()
     files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # a quarter of them is for everything else
     most = min(MOST_CONNECTIONS, files * 3 // 4) if files > 0 else MOST_CONNECTIONS
     made = waitress.server.create_server(
-        believe_proxy(pin or app, settings.TRUSTED_PROXY), sockets=[opened], threads=settings.THREADS, ident=None,
+        believe_proxy(app, settings.TRUSTED_PROXY, pin), sockets=[opened], threads=settings.THREADS, ident=None,
         expose_tracebacks=False, log_socket_errors=False, backlog=BACKLOG,
         max_request_body_size=settings.MAX_BODY + settings.MAX_BODY // 8 + CHUNK,  # it counts the framing of chunks, too
         clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=most,
-        channel_timeout=75, cleanup_interval=10, _dispatcher=Dispatcher(settings.THREADS + SPARE_THREADS))
+        channel_timeout=75, cleanup_interval=10, _dispatcher=types.SimpleNamespace(add_task=tasks.put))
     made.channel_class = json_error_channel(app, copy.copy(made.adj))
     made.adj.send_bytes = 18_000  # by default headers and body are two packets: 6,400 requests/s instead of 9,000
     made.maintenance = functools.partial(end_stalled, made, made.maintenance)
@@ -8174,28 +8191,20 @@ def request_parser() -> Any:
     return Parser
 
 
-class Dispatcher:
-    """Hands waitress's tasks to threads; its own does the same with a Condition, at half the requests/s (bench/)."""
-
-    def __init__(self, threads: int) -> None:
-        self._waiting: Any = queue.SimpleQueue()
-        for number in range(threads):
-            threading.Thread(target=self._serve, name=f"fnserve {number}", daemon=True).start()
-        self.add_task = self._waiting.put
-
-    def _serve(self) -> None:
-        while True:
-            task = self._waiting.get()
-            try:
-                task.service()
-            except Parked:  # it comes back through add_task
-                pass
-            except BaseException as error:  # a thread must outlive whatever a connection does
-                log.error("connection: %s", user_traceback(error))
+def serve_tasks(take: Callable[[], Any]) -> None:
+    """Serve waitress's tasks in a thread; waitress hands them over by a Condition, at half the requests/s (bench/)."""
+    while True:
+        task = take()
+        try:
+            task.service()
+        except Parked:  # it comes back through add_task
+            pass
+        except BaseException as error:  # a thread must outlive whatever a connection does
+            log.error("connection: %s", user_traceback(error))
 
 
-def believe_proxy(app: Callable[..., Any], trusted: str) -> Callable[..., Any]:
-    """Wrap an app in waitress's own handling of proxy headers, which a request without any goes around."""
+def believe_proxy(app: App, trusted: str, pin: Optional[Pin]) -> Callable[..., Any]:
+    """Wrap an app in waitress's own handling of proxy headers, which a request without any goes around, and in its pin."""
     from waitress.proxy_headers import PROXY_HEADERS, proxy_headers_middleware
     wanted = {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"} if trusted else set()
     proxied = proxy_headers_middleware(app, trusted_proxy=trusted or None, trusted_proxy_count=1,
@@ -8203,37 +8212,10 @@ def believe_proxy(app: Callable[..., Any], trusted: str) -> Callable[..., Any]:
     names = frozenset("HTTP_" + name.upper().replace("-", "_") for name in PROXY_HEADERS)
 
     def serve_request(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if pin is not None and pin.freed:
+            pin.hold()
         return (app if names.isdisjoint(environ) else proxied)(environ, start_response)
     return serve_request
-
-
-class Pin:
-    """Keeps a worker's threads on one core, but not the programs and threads that functions start.
-
-    Those inherit the core of the thread that starts them, so an audit hook (PEP 578) frees the thread just before,
-    and its next call pins it again.
-    """
-
-    EVENTS = frozenset(("subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.forkpty", "os.exec",
-                        "_thread.start_new_thread", "_thread.start_joinable_thread"))
-
-    def __init__(self, app: Callable[..., Any], core: int) -> None:
-        self._app, self._cores, self._core = app, os.sched_getaffinity(0), {core}
-        self._free: set[int] = set()  #: threads that run anywhere until their next call
-        os.sched_setaffinity(0, self._core)
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Serve one request, pinned."""
-        if self._free and threading.get_ident() in self._free:
-            self._free.discard(threading.get_ident())
-            os.sched_setaffinity(0, self._core)
-        return self._app(environ, start_response)
-
-    def free(self, event: str, args: Any) -> None:
-        """Let this thread run anywhere before it starts a program or a thread; an audit hook."""
-        if event in self.EVENTS:
-            os.sched_setaffinity(0, self._cores)
-            self._free.add(threading.get_ident())
 
 
 def notify(state: str) -> None:
@@ -8278,7 +8260,7 @@ class Worker:
 
     def __init__(self, app: App, opened: Any, core: Optional[int] = None) -> None:
         self._app, self._grace, self._stopping, self._stopped_by = app, app.settings.GRACE, False, 0
-        pin = Pin(app, core) if core is not None else None
+        pin = Pin(core) if core is not None else None
         app.start()
         self._server = waitress_server(app, opened, app.settings, pin)
         app.watch.resume = self._server.add_task
