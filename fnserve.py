@@ -8227,11 +8227,7 @@ def notify(state: str) -> None:
             out.send(state.encode())
 
 
-def log_stop(number: int) -> None:
-    """Let the log say why the server ends."""
-    log.warning("%s: the server ends when its calls have", signal.Signals(number).name if number else "stop")
-
-
+STOP_TEXT = "%s: the server ends when its calls have"
 ENDS = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = [*ENDS, *(getattr(signal, name) for name in ("SIGHUP", "SIGCHLD", "SIGRTMIN") if hasattr(signal, name))]
 
@@ -8259,7 +8255,7 @@ class Worker:
     """One waitress that serves until it is told to stop, then finishes what it has."""
 
     def __init__(self, app: App, opened: Any, core: Optional[int] = None) -> None:
-        self._app, self._grace, self._stopping, self._stopped_by = app, app.settings.GRACE, False, 0
+        self._app, self._grace, self._stopping, self._stopped_by = app, app.settings.GRACE, False, signal.SIGTERM
         pin = Pin(core) if core is not None else None
         app.start()
         self._server = waitress_server(app, opened, app.settings, pin)
@@ -8277,9 +8273,9 @@ class Worker:
             signal.signal(number, signal.SIG_DFL)
         release_signals()
 
-    def stop(self, number: int = 0, _: Any = None) -> None:
+    def stop(self, number: int = signal.SIGTERM, _: Any = None) -> None:
         """Begin to drain; a signal handler."""
-        self._stopped_by, self._stopping = number, True
+        self._stopped_by, self._stopping = signal.Signals(number), True
         self._server.pull_trigger()
 
     def run(self, parent: Optional[int] = None) -> None:
@@ -8294,7 +8290,7 @@ class Worker:
             turn(timeout=1)
         wasyncore.dispatcher.close(self._server)  # the listening socket of this process; the trigger stays
         if parent is None:
-            log_stop(self._stopped_by)
+            log.warning(STOP_TEXT, self._stopped_by.name)
         self._app.background.drain()
         if not self._finish(turn, self._grace):
             self._app.watch.cut_off()
@@ -8332,8 +8328,9 @@ class Supervisor:
 
     def __init__(self, app: App, opened: Any, former: list[str]) -> None:
         self._app, self._socket = app, opened
-        #: pid -> (number, -1 for one that is relieved or of the code before a SIGHUP; monotonic time of birth)
-        self._workers: dict[int, tuple[int, float]] = {int(pid): (-1, 0.0) for pid in former}
+        self._leaving = set(map(int, former))  #: processes that finish what they have: of the code before a SIGHUP, or relieved
+        self._workers: dict[int, int] = {}  #: pid -> number
+        self._born: dict[int, float] = {}  #: number -> monotonic time of birth
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
         self._backoff = dict.fromkeys(self._due, 0.0)  #: number -> seconds to wait, for workers that die at birth
 
@@ -8341,27 +8338,21 @@ class Supervisor:
         """Supervise until a signal; return the exit status."""
         hold_signals()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it can't wait for children
-        former = list(self._workers)
         self._replace(monotonic())
         notify("READY=1")
-        send_signal(signal.SIGTERM, former)  # others are there now
+        send_signal(signal.SIGTERM, self._leaving)  # others are there now
         while True:
             number, pid = wait_for_signal(min([1.0] + [due - monotonic() for due in self._due.values()]))
             if number in ENDS:
                 return self._drain(number)
             if number == signal.SIGHUP:
                 self._execute_again()
-            elif number == signal.SIGRTMIN:
-                self._relieve(pid)
+            elif number == signal.SIGRTMIN and pid in self._workers:
+                self._leaving.add(pid)
+                self._due[self._workers.pop(pid)] = 0.0
             self._reap()
             self._replace(monotonic())
             notify("WATCHDOG=1")
-
-    def _relieve(self, pid: int) -> None:
-        """Put another in the place of a worker that takes no more requests, but has some to finish."""
-        number, born = self._workers.get(pid, (-1, 0.0))
-        if number >= 0:
-            self._workers[pid], self._due[number] = (-1, born), 0.0
 
     def _execute_again(self) -> None:
         """Become the fnserve.py that lies there now, with the same socket and process id; go on where that can't start.
@@ -8378,7 +8369,7 @@ class Supervisor:
             log.error("SIGHUP: the new fnserve.py does not start, the old one goes on: %s", str(why).strip()[-2000:])
             return
         os.set_inheritable(self._socket.fileno(), True)
-        os.environ.update(FNSERVE_SOCKET=str(self._socket.fileno()), FNSERVE_FORMER=" ".join(map(str, self._workers)))
+        os.environ.update(FNSERVE_SOCKET=str(self._socket.fileno()), FNSERVE_FORMER=" ".join(map(str, [*self._leaving, *self._workers])))
         notify("RELOADING=1")
         os.chdir(STARTED_IN)
         os.execv(sys.executable, command)
@@ -8387,7 +8378,7 @@ class Supervisor:
         supervisor = os.getpid()
         pid, status = os.fork(), 1
         if pid:
-            self._workers[pid] = (number, monotonic())
+            self._workers[pid], self._born[number] = number, monotonic()
             return
         try:
             self._work(number, supervisor)
@@ -8410,13 +8401,14 @@ class Supervisor:
         worker.run(supervisor)
 
     def _reap(self) -> None:
-        while self._workers:
+        while self._workers or self._leaving:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
-            number, born = self._workers.pop(pid, (-1, 0.0))
-            if number >= 0:
-                young = monotonic() - born < BIRTH_SECONDS
+            self._leaving.discard(pid)
+            if pid in self._workers:
+                number = self._workers.pop(pid)
+                young = monotonic() - self._born[number] < BIRTH_SECONDS
                 self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff[number] * 2)) if young else 0.0
                 self._due[number] = monotonic() + self._backoff[number]
                 code = os.waitstatus_to_exitcode(status)
@@ -8435,15 +8427,16 @@ class Supervisor:
     def _drain(self, number: int) -> int:
         """Tell the workers to finish; kill those that don't within GRACE and a little, or all at a second signal."""
         notify("STOPPING=1")
-        log_stop(number)
+        log.warning(STOP_TEXT, signal.Signals(number).name)
         self._socket.close()
-        send_signal(signal.SIGTERM, self._workers)
-        self._workers = dict.fromkeys(self._workers, (-1, 0.0))  # nobody takes their places
+        self._leaving.update(self._workers)
+        self._workers.clear()  # nobody takes their places
+        send_signal(signal.SIGTERM, self._leaving)
         until, number = monotonic() + self._app.settings.GRACE + 2, 0
-        while self._workers and monotonic() < until and number not in ENDS:
+        while self._leaving and monotonic() < until and number not in ENDS:
             number, _ = wait_for_signal(until - monotonic())
             self._reap()
-        send_signal(signal.SIGKILL, self._workers)
+        send_signal(signal.SIGKILL, self._leaving)
         return 0
 
 
