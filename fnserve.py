@@ -8328,7 +8328,7 @@ class Supervisor:
 
     def __init__(self, app: App, opened: Any, former: list[str]) -> None:
         self._app, self._socket = app, opened
-        self._leaving = set(map(int, former))  #: processes that finish what they have: of the code before a SIGHUP, or relieved
+        self._leaving = set(map(int, former))  #: who finish what they have: relieved, or of the code before a SIGHUP
         self._workers: dict[int, int] = {}  #: pid -> number
         self._born: dict[int, float] = {}  #: number -> monotonic time of birth
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
@@ -8369,7 +8369,8 @@ class Supervisor:
             log.error("SIGHUP: the new fnserve.py does not start, the old one goes on: %s", str(why).strip()[-2000:])
             return
         os.set_inheritable(self._socket.fileno(), True)
-        os.environ.update(FNSERVE_SOCKET=str(self._socket.fileno()), FNSERVE_FORMER=" ".join(map(str, [*self._leaving, *self._workers])))
+        os.environ.update(FNSERVE_SOCKET=str(self._socket.fileno()),
+                          FNSERVE_FORMER=" ".join(map(str, [*self._leaving, *self._workers])))
         notify("RELOADING=1")
         os.chdir(STARTED_IN)
         os.execv(sys.executable, command)
@@ -8939,20 +8940,17 @@ def cmd_nginx(arguments: Any, options: dict[str, Any]) -> None:
 COMMANDS: dict[Callable[..., Optional[int]], dict[str, dict[str, Any]]] = {  # each with what argparse is told of its arguments;
     # paths begin where they are typed, not in --dir
     cmd_serve: {}, cmd_init: {"directory": {"nargs": "?", "default": "."}}, cmd_new: {"name": {}}, cmd_list: {},
-    cmd_call: {"name": {"help": "name of the function, a subpath may follow: hello/Tony"},
-               "-X": {"dest": "method", "metavar": "METHOD"},
+    cmd_call: {"name": {"help": "name of the function, a subpath may follow: hello/Tony"}, "-X": {"dest": "method"},
                "-q": {"dest": "query", "action": "append", "default": [], "metavar": "KEY=VALUE"},
                "-H": {"dest": "header", "action": "append", "default": [], "metavar": "'NAME: VALUE'"},
                "-d": {"dest": "data", "type": read_data, "metavar": "DATA|@FILE"}},
-    cmd_check: {}, cmd_stats: {}, cmd_jobs: {},
+    cmd_check: {}, cmd_stats: {}, cmd_jobs: {}, cmd_queue: {"-n": {"type": int, "default": 50}},
     cmd_export: {"name": {}, "--to": {"required": True, "type": os.path.abspath, "metavar": "DIR"}},
-    cmd_logs: {"name": {"nargs": "?"}, "-n": {"type": int, "default": 20, "metavar": "N"},
-               "-f": {"dest": "follow", "action": "store_true"}},
+    cmd_logs: {"name": {"nargs": "?"}, "-n": {"type": int, "default": 20}, "-f": {"dest": "follow", "action": "store_true"}},
     cmd_deploy: {"files": {"nargs": "+", "metavar": "FILE"}, "--to": {"required": True, "metavar": "URL"}, "--token": {}},
     cmd_backup: {"file": {"type": os.path.abspath, "metavar": "FILE"}, "--secrets": {"action": "store_true"}},
     cmd_restore: {"file": {"type": os.path.abspath, "metavar": "FILE"}},
-    cmd_queue: {"-n": {"type": int, "default": 50, "metavar": "N"}},
-    cmd_next: {"expression": {"metavar": "EXPRESSION"}, "-n": {"type": int, "default": 5, "metavar": "N"},
+    cmd_next: {"expression": {"metavar": "EXPRESSION"}, "-n": {"type": int, "default": 5},
                "--from": {"dest": "start", "metavar": "ISO-TIME"}},
     cmd_service: {"--user": {"default": "fnserve"}, "--python": {"default": "/usr/bin/python3"}},
     cmd_nginx: {"--server-name": {"required": True}}}
