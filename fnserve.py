@@ -7805,8 +7805,9 @@ class Background:
     def start(self) -> None:
         """Run the loops in threads of their own, and the hooks' on_start()."""
         self._handle, self.stopping, self._ended = -1, threading.Event(), threading.Event()
-        for target, *values in ((self._loop, self.stopping, lambda: self.step(self._app.clock()), 5.0), (self._load_hooks,),
-                                (self._loop, self._ended, self._app.watch.step, WATCH_SECONDS)):
+        for target, *values in ((self._loop, self.stopping, lambda: self.step(self._app.clock()), 5.0),
+                                (self._loop, self._ended, self._app.watch.step, WATCH_SECONDS),
+                                (self._app.functions.get, HOOKS)):
             threading.Thread(target=target, args=values, name="fnserve background", daemon=True).start()
 
     def drain(self) -> None:
@@ -7818,10 +7819,6 @@ class Background:
         """End the loops, this one after its round."""
         self.drain()
         self._ended.set()
-
-    def _load_hooks(self) -> None:
-        with contextlib.suppress(LoadError):  # it is in the log
-            self._app.functions.hooks("")
 
     def _loop(self, ending: threading.Event, step: Callable[[], float], retry: float) -> None:
         pause = min(1.0, retry)
@@ -8326,9 +8323,9 @@ class Supervisor:
     It keeps its signals blocked and takes them one by one, so that they wait while it turns into a new fnserve.py.
     """
 
-    def __init__(self, app: App, opened: Any, former: list[str]) -> None:
+    def __init__(self, app: App, opened: Any, former: Iterable[int]) -> None:
         self._app, self._socket = app, opened
-        self._leaving = set(map(int, former))  #: who finish what they have: relieved, or of the code before a SIGHUP
+        self._leaving = set(former)  #: who finish what they have: relieved, or of the code before a SIGHUP
         self._workers: dict[int, int] = {}  #: pid -> number
         self._born: dict[int, float] = {}  #: number -> monotonic time of birth
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
@@ -8448,8 +8445,10 @@ def send_signal(number: int, pids: Iterable[int]) -> None:
             os.kill(pid, number)
 
 
-def serve_first_look(app: App, opened: Any) -> int:
+def serve_first_look(app: App, opened: Any) -> None:
     """Serve with wsgiref where waitress is missing: good enough to look at, not to run."""
+    print("waitress is missing, so this is for a first look only: sudo apt-get install python3-waitress"
+          "  (or: pip install waitress)", file=sys.stderr, flush=True)
     import socketserver
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -8465,11 +8464,18 @@ def serve_first_look(app: App, opened: Any) -> int:
     server.socket, (server.server_name, server.server_port) = opened, opened.getsockname()[:2]
     server.setup_environ()
     server.set_app(app)
-    release_signals()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    return 0
+
+
+def serve_alone(app: App, opened: Any) -> None:
+    """Serve in this process, without a supervisor."""
+    worker = Worker(app, opened)
+    for number in ENDS:
+        signal.signal(number, worker.stop)
+    notify("READY=1")
+    worker.run()
 
 
 def give_back_memory() -> None:
@@ -8483,32 +8489,26 @@ def serve(app: App) -> int:
     """Serve until a signal; return the exit status."""
     if os.environ.get("FNSERVE_TRIAL"):  # a supervisor wants to know whether this file would start
         return 0
-    opened, former = open_socket(app.settings), os.environ.pop("FNSERVE_FORMER", "").split()
+    opened, former = open_socket(app.settings), [int(pid) for pid in os.environ.pop("FNSERVE_FORMER", "").split()]
     host, port = opened.getsockname()[:2]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     names = app.functions.names()
     first = "/function/" + quote("hello" if "hello" in names else names[0]) if names else "/"
     print(f"fnserve {__version__}: http://{shown}:{port}{first}   admin: http://{shown}:{port}/login", flush=True)
+    serve_here = serve_alone
     try:
         import waitress.server  # noqa: F401  # before the fork, so that the workers share its pages
     except ImportError:
-        send_signal(signal.SIGTERM, map(int, former))
-        print("waitress is missing, so this is for a first look only: sudo apt-get install python3-waitress"
-              "  (or: pip install waitress)", file=sys.stderr, flush=True)
-        return serve_first_look(app, opened)
+        serve_here = serve_first_look
     gc.collect()
     give_back_memory()
-    if app.settings.WORKERS and hasattr(signal, "sigtimedwait"):
+    if serve_here is serve_alone and app.settings.WORKERS and hasattr(signal, "sigtimedwait"):
         capture_output(app.settings)
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened, former).run()
     release_signals()
-    worker = Worker(app, opened)
-    for number in ENDS:
-        signal.signal(number, worker.stop)
-    notify("READY=1")
-    send_signal(signal.SIGTERM, map(int, former))
-    worker.run()
+    send_signal(signal.SIGTERM, former)
+    serve_here(app, opened)
     return 0
 
 # == 19 COMMAND LINE ======================================================
