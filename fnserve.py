@@ -7799,14 +7799,14 @@ class Background:
     def __init__(self, app: App) -> None:
         self._app, self._handle, self._sync_seconds, self._load, self._lost = app, -1, 1.0, Load(), 0
         self._done: dict[str, float] = {}  #: what is done now and then -> when it was done last
-        self.stopping, self._ended = threading.Event(), threading.Event()  #: whether this process is about to end; it ends
+        self.stopping = threading.Event()  #: set when this process is about to end
         in_children(self._resign)
 
     def start(self) -> None:
         """Run the loops in threads of their own, and the hooks' on_start()."""
-        self._handle, self.stopping, self._ended = -1, threading.Event(), threading.Event()
+        self._handle, self.stopping = -1, threading.Event()
         for target, *values in ((self._loop, self.stopping, lambda: self.step(self._app.clock()), 5.0),
-                                (self._loop, self._ended, self._app.watch.step, WATCH_SECONDS),
+                                (self._loop, threading.Event(), lambda: self._app.watch.step(), WATCH_SECONDS),  # to the end
                                 (self._app.functions.get, HOOKS)):
             threading.Thread(target=target, args=values, name="fnserve background", daemon=True).start()
 
@@ -7814,11 +7814,6 @@ class Background:
         """Start nothing new: queued calls and leading are left to other processes. What runs keeps its deadlines."""
         self._app.runner.stopping = True
         self.stopping.set()
-
-    def stop(self) -> None:
-        """End the loops, this one after its round."""
-        self.drain()
-        self._ended.set()
 
     def _loop(self, ending: threading.Event, step: Callable[[], float], retry: float) -> None:
         pause = min(1.0, retry)
@@ -8023,7 +8018,7 @@ def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable
 
 # == 18 SERVER ============================================================
 # From a socket to the app: one worker is a waitress on the shared socket, the supervisor forks and replaces them. Uses
-# 17. Signal handlers only set a flag.
+# 17. A worker's signal handler only sets a flag, the supervisor has none.
 #
 # Waitress has one thread for input and output and others for the calls. On several cores they pass the GIL from core to
 # core, which costs more than the work: pinned to one core it serves about twice as many requests (bench/).

@@ -99,9 +99,14 @@ class Case(unittest.TestCase):
         app.start()
         self.addCleanup(setattr, sys, "stderr", real[1])
         self.addCleanup(setattr, sys, "stdout", real[0])
-        self.addCleanup(app.background.stop)
+        self.addCleanup(self.stop, app)
         self.addCleanup(app.store.close)
         return app
+
+    def stop(self, app) -> None:
+        """End an app's threads."""
+        app.background.drain()
+        app.watch.step = sys.exit
 
     def client(self, app, **headers: str):
         """Return a client whose every call is checked by wsgiref.validate."""
@@ -2237,7 +2242,7 @@ class QueueCase(Case):
     def make_app(self, **settings: object):
         """Make an app whose queue is only run by `drain`."""
         app = super().make_app(**settings)
-        app.background.stop()
+        self.stop(app)
         app.runner.poke = lambda: None
         return app
 
@@ -2880,7 +2885,7 @@ class PipelineTest(Case):
         with unittest.mock.patch("sqlite3.connect", lambda path, **options: connect(path, **{**options, "timeout": .01})), \
                 contextlib.closing(connect(app.settings.DB_PATH, isolation_level=None)) as other:
             app.store.close()
-            app.background.stop()
+            self.stop(app)
             self.write("f", "def main(request): return 'one'")
             self.assertEqual(self.call(app, "GET", "/function/f").data, b"one")
             other.execute("BEGIN IMMEDIATE")
@@ -2896,7 +2901,7 @@ class PipelineTest(Case):
         self.write("f", "import weakref\nclass Big: pass\nseen = []\ndef main(request):\n    if request.args.get('seen'):\n"
                         "        return [ref() is None for ref in seen]\n    big = Big()\n    seen.append(weakref.ref(big))\n    1/0")
         app = self.make_app()
-        app.background.stop()
+        self.stop(app)
         gc.collect()
         gc.disable()
         self.addCleanup(gc.enable)
@@ -3251,7 +3256,7 @@ class MonitoringTest(Case):
         calls(5)
         receiver.stop()  # away for a while, and fnserve restarts meanwhile
         push()
-        app.background.stop()
+        self.stop(app)
         again = LokiReceiver()
         self.addCleanup(again.stop)
         app = self.make_app(LOKI_URL=again.url)
@@ -3342,7 +3347,7 @@ class OpenApiTest(Case):
         (self.dir / ".env").write_text("GITHUB_WEBHOOK_SECRET=s\n")
         app = self.make_app(DOCS="public", API_TOKENS="caller")
         document = self.call(app, "GET", "/openapi.json").json
-        app.background.stop()  # it reads the functions' syntax, as hypothesis does its own: too much for Python 3.11 (gh-106905)
+        self.stop(app)  # it reads the functions' syntax, as hypothesis does its own: too much for Python 3.11 (gh-106905)
         validate(document)
         self.assertEqual(len(document["paths"]), len(self.FUNCTIONS))
         seen: dict[str, set[int]] = {}
@@ -5741,7 +5746,7 @@ class DamageTest(ServerCase):
         self.write("tick", "SETTINGS = {'schedule': 'every 1m'}\ndef main(request): return 'x'")
         self.write("rated", "SETTINGS = {'rate': '2/min'}\ndef main(request): return 'x'")
         app = self.make_app()
-        app.background.stop()
+        self.stop(app)
         start, total = self.clock.now, 0
         for jump in (0, 60, 20 * 365 * 86400, 20 * 365 * 86400 - 3600, 0, -3600, -10 * 365 * 86400, 120):
             with self.subTest(jump=jump):
@@ -5784,7 +5789,7 @@ class FuzzTest(Case):
             self.write(name, code)
         (self.dir / "data.txt").write_text("0123456789" * 100)
         self.app = self.make_app(MAX_BODY=100_000)
-        self.app.background.stop()
+        self.stop(self.app)
 
     def fuzz(self, check, *strategies: object, examples: int = 120) -> None:
         """Call `check` with what the strategies make."""
@@ -6180,7 +6185,7 @@ class CommandTest(Case):
         self.write("tick", "SETTINGS = {'schedule': '@hourly'}\ndef main(request): return 'x'")
         self.assertIn("tick", self.run_command("jobs").stdout)
         app = self.make_app()
-        app.background.stop()
+        self.stop(app)
         for _ in range(3):
             self.call(app, "GET", "/function/tick")
         self.assertEqual(self.run_command("backup", "b.zip").returncode, 0)

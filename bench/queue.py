@@ -62,7 +62,7 @@ def make_accept(directory: Path) -> Callable[[], object]:
     app.runner.poke = lambda: None
     client = fnserve.Client(app)
     client.get("/health")
-    app.background.stop()
+    app.background.drain()
     return lambda: client.post("/function/hello", data="{}")
 
 
