@@ -8572,21 +8572,21 @@ def print_row(row: Mapping[str, Any], more: str) -> None:
     print(f"{row['name']:24} {row['calls']:8} calls {row['errors']:6} errors  {more}")
 
 
-def read_data(text: str) -> Union[str, bytes]:
-    """Return what -d says: text, or the bytes of @FILE, where - is the standard input."""
+def read_data(text: str) -> bytes:
+    """Return what -d says: text, or what @FILE holds, where - is the standard input."""
     if not text.startswith("@"):
-        return text
+        return os.fsencode(text)
     with open(text[1:] if text != "@-" else 0, "rb") as file:
         return file.read()
 
 
 def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
     """call a function without a server, and print its answer"""
-    data, headers = arguments.data, {}  # type: Any, dict[str, str]
+    data, headers = arguments.data, {}  # type: Optional[bytes], dict[str, str]
     for name, _, value in (line.partition(":") for line in arguments.header):
         headers[name.strip()] = f"{headers[name.strip()]}, {value.strip()}" if name.strip() in headers else value.strip()
     if data is not None and not any(name.lower() == "content-type" for name in headers):
-        headers["Content-Type"] = "application/" + ("json" if str(data).lstrip()[:1] in ("{", "[") else "x-www-form-urlencoded")
+        headers["Content-Type"] = "application/" + ("json" if data.lstrip()[:1] in (b"{", b"[") else "x-www-form-urlencoded")
     app = prepare(**options)
     out, sys.stdout = sys.stdout, sys.stderr  # what the function prints must not get into what it answers
     app.start()
