@@ -3519,7 +3519,9 @@ CRON_DEFAULTS = dict(zip(CRON_FIELDS, ("*", "1", "1", "*", "*", "0", "0", "0")))
 INTERVAL_FIELDS = {"weeks": 604_800, "days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
 COMMON_FIELDS = ("start_date", "end_date", "jitter", "timezone")
 JOB_OPTIONS = ("misfire_grace_time", "max_instances", "coalesce")  # of a job, that may stand beside the fields
-TRIGGER_FIELDS = {*CRON_FIELDS, *INTERVAL_FIELDS, *COMMON_FIELDS, "run_date"}
+TRIGGER_FIELDS = {"cron": (*CRON_FIELDS, *COMMON_FIELDS), "interval": (*INTERVAL_FIELDS, *COMMON_FIELDS),
+                  "date": ("run_date", "timezone")}
+CRONTAB_WEEKDAYS = (0, 7, "sun mon tue wed thu fri sat")
 NICKNAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
              "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
 ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "last")
@@ -3536,8 +3538,8 @@ class TriggerError(ValueError):
         self.field = field
 
 
-def _number(field: str, text: str) -> int:
-    least, most, names = CRON_FIELDS[field]
+def _number(field: str, text: str, allowed: tuple[int, int, str]) -> int:
+    least, most, names = allowed
     known = {name: number for number, name in enumerate(names.split(), least)}
     value = known.get(text, int(text) if re.fullmatch(r"\d{1,4}", text, re.A) else -1)
     if not least <= value <= most:
@@ -3545,16 +3547,16 @@ def _number(field: str, text: str) -> int:
     return value
 
 
-def _values(field: str, text: str) -> set[int]:
+def _values(field: str, text: str, allowed: tuple[int, int, str]) -> set[int]:
     """Read one field but for its commas: ``*``, ``*/a``, ``a``, ``a-b``, ``a-b/c``, ``a/c``."""
     span, slash, step = text.partition("/")
     first, dash, last = span.partition("-")
-    least, most, _ = CRON_FIELDS[field]
+    least, most, _ = allowed
     if slash and not re.fullmatch(r"(?!0+$)\d{1,4}", step, re.A):
         raise TriggerError(field, f"the step of {text!r} is no number above 0")
     if span != "*":
-        least = _number(field, first)
-        most = _number(field, last) if dash else most if slash else least
+        least = _number(field, first, allowed)
+        most = _number(field, last, allowed) if dash else most if slash else least
     if least > most:
         raise TriggerError(field, f"{text!r} ends before it begins")
     return set(range(least, most + 1, int(step or 1)))
@@ -3567,7 +3569,7 @@ def _day(text: str) -> Callable[[int, int, int], bool]:
     ordinal, _, name = text.partition(" ")
     if ordinal not in ORDINALS:
         raise TriggerError("day", f"{text!r} is no day")
-    wanted, number = _number("day_of_week", name.strip()), ORDINALS.index(ordinal)
+    wanted, number = _number("day_of_week", name.strip(), CRON_FIELDS["day_of_week"]), ORDINALS.index(ordinal)
     if ordinal == "last":
         return lambda day, weekday, length: weekday == wanted and day > length - 7
     return lambda day, weekday, length: weekday == wanted and (day - 1) // 7 == number
@@ -3579,53 +3581,42 @@ class Cron:
     def __init__(self, fields: Mapping[str, Any], either: bool = False) -> None:
         given = [name for name in CRON_FIELDS if fields.get(name) is not None]
         least = list(CRON_FIELDS).index(given[-1]) if given else len(CRON_FIELDS)  # with no field it is every second
-        self._sets: dict[str, set[int]] = {}
+        self._sets: dict[str, set[int]] = {name: set() for name in CRON_FIELDS}
         self._days: list[Callable[[int, int, int], bool]] = []
         self._either = either
         for index, name in enumerate(CRON_FIELDS):
             text = str(fields[name]) if name in given else "*" if index < least else CRON_DEFAULTS[name]
-            found: set[int] = set()
             for part in (part.strip().lower() for part in text.split(",")):
                 if name == "day" and re.match("[a-z]|[0-9](st|nd|rd|th)", part):
                     self._days.append(_day(part))
                 else:
-                    found |= _values(name, part)
-            self._sets[name] = found
-        self._times = [sorted(self._sets[name]) for name in ("hour", "minute", "second")]
+                    self._sets[name] |= _values(name, part, CRON_FIELDS[name])
+        self._years, *self._times = (sorted(self._sets[name]) for name in ("year", "hour", "minute", "second"))
 
-    def _days_of(self, year: int, month: int) -> list[int]:
-        first, length = calendar.monthrange(year, month)
-        return [day for day in range(1, length + 1) if self._is_day(year, month, day, (first + day - 1) % 7, length)]
-
-    def _is_day(self, year: int, month: int, day: int, weekday: int, length: int) -> bool:
-        by_day = day in self._sets["day"] or any(test(day, weekday, length) for test in self._days)
-        by_weekday = weekday in self._sets["day_of_week"]
-        in_week = len(self._sets["week"]) == 53 or datetime.date(year, month, day).isocalendar()[1] in self._sets["week"]
-        return in_week and (by_day or by_weekday if self._either else by_day and by_weekday)
-
-    def walls(self, start: Any) -> Iterator[Any]:
+    def walls(self, start: datetime.datetime) -> Iterator[datetime.datetime]:
         """Yield the local times (naive datetimes) that match, from `start` on."""
-        for year in sorted(year for year in self._sets["year"] if year >= start.year)[:YEARS_AHEAD]:
+        for year in self._years[bisect_left(self._years, start.year):][:YEARS_AHEAD]:
             for month in sorted(self._sets["month"]):
-                if (year, month) < (start.year, start.month):
-                    continue
-                for day in self._days_of(year, month):
-                    at = datetime.datetime(year, month, day)
-                    if at.date() >= start.date():
-                        yield from self._of_day(at, start)
+                for day in self._days_of(year, month) if (year, month) >= (start.year, start.month) else ():
+                    yield from self._times_of(datetime.datetime(year, month, day), start)
 
-    def _of_day(self, at: Any, start: Any) -> Iterator[Any]:
+    def _days_of(self, year: int, month: int) -> Iterator[int]:
+        first, length = calendar.monthrange(year, month)
+        for day in range(1, length + 1):
+            weekday = (first + day - 1) % 7
+            by_day = day in self._sets["day"] or any(test(day, weekday, length) for test in self._days)
+            by_weekday = weekday in self._sets["day_of_week"]
+            in_week = len(self._sets["week"]) == 53 or datetime.date(year, month, day).isocalendar()[1] in self._sets["week"]
+            if in_week and (by_day or by_weekday if self._either else by_day and by_weekday):
+                yield day
+
+    def _times_of(self, day: datetime.datetime, start: datetime.datetime) -> Iterator[datetime.datetime]:
         hours, minutes, seconds = self._times
-        for hour in hours:
-            if at.replace(hour=hour, minute=59, second=59) < start:
-                continue
-            for minute in minutes:
-                if at.replace(hour=hour, minute=minute, second=59) < start:
-                    continue
-                for second in seconds:
-                    found = at.replace(hour=hour, minute=minute, second=second)
-                    if found >= start:
-                        yield found
+        least = (start.hour, start.minute) if day.date() == start.date() else (0, 0)
+        for hour, minute in itertools.product(hours, minutes) if day.date() >= start.date() else ():
+            if (hour, minute) >= least:
+                times = (day.replace(hour=hour, minute=minute, second=second) for second in seconds)
+                yield from (found for found in times if found >= start)
 
 
 class Trigger:
@@ -3636,22 +3627,20 @@ class Trigger:
     """
 
     def __init__(self, kind: str, fields: Mapping[str, Any], zone: str, now: float, either: bool = False) -> None:
-        allowed = {"cron": tuple(CRON_FIELDS) + COMMON_FIELDS, "interval": tuple(INTERVAL_FIELDS) + COMMON_FIELDS,
-                   "date": ("run_date", "timezone")}
-        if kind not in allowed:
-            raise TriggerError("trigger", f"{kind!r} is not one of {', '.join(allowed)}")
+        if kind not in TRIGGER_FIELDS:
+            raise TriggerError("trigger", f"{kind!r} is not one of {', '.join(TRIGGER_FIELDS)}")
         for name in fields:
-            if name not in allowed[kind]:
-                raise TriggerError(name, f"no field of the {kind} trigger; there are {', '.join(allowed[kind])}")
+            if name not in TRIGGER_FIELDS[kind]:
+                raise TriggerError(name, f"no field of the {kind} trigger; there are {', '.join(TRIGGER_FIELDS[kind])}")
         self.kind, self.fields = kind, dict(fields)
         self.zone = read_zone(str(fields.get("timezone") or zone))
         self._start = self._moment("start_date", float("-inf"))
         self._end = self._moment("end_date", float("inf"))
-        self._jitter = self._positive("jitter", 0)
+        self._jitter = self._positive("jitter")
         if kind == "cron":
             self._cron = Cron(fields, either)
         elif kind == "interval":
-            self._every = sum(self._positive(name, 0) * unit for name, unit in INTERVAL_FIELDS.items()) or 1
+            self._every = sum(self._positive(name) * unit for name, unit in INTERVAL_FIELDS.items()) or 1
             if self._every < 1:
                 raise TriggerError("seconds", "the interval is less than a second")
         else:
@@ -3683,26 +3672,17 @@ class Trigger:
         return self._start if after < self._start else missed
 
     def _next_cron(self, after: float) -> Optional[float]:
-        local, hours = self._local(after), datetime.timedelta(hours=3)
-        for wall in self._cron.walls(local.replace(microsecond=0, tzinfo=None) + datetime.timedelta(seconds=1)):
-            moments = self._moments(wall)
-            offsets = {self._local(moment).utcoffset() for moment in (after - 10_800, after, moments[0])}
-            if len(moments) == 1 and len(offsets) == 1:
-                return moments[0]
-            break
-        else:
-            return None
-        # near a change of the clock local times are not in the order of real ones, but off by the change at most
-        change = max(offsets) - min(offsets) if len(offsets) > 1 else hours
-        best = float("inf")
-        for wall in self._cron.walls(local.replace(microsecond=0, tzinfo=None) - change):
+        """Near a change of the clock local times are not in the order of real ones, but off by the change at most."""
+        start = datetime.datetime.fromtimestamp(after, self.zone).replace(microsecond=0, tzinfo=None)
+        first = next(self._cron.walls(start + datetime.timedelta(seconds=1)), start)
+        offsets: list[Any] = [datetime.datetime.fromtimestamp(moment + hours * 3600, self.zone).utcoffset()
+                              for moment in (after, self._moments(first)[0]) for hours in (-3, 3)]
+        change, best = max(offsets) - min(offsets), float("inf")
+        for wall in self._cron.walls(start - change):
             best = min([best] + [moment for moment in self._moments(wall) if moment > after])
-            if min(self._moments(wall)) - change.total_seconds() > best:
+            if self._moments(wall)[0] - change.total_seconds() >= best:
                 break
         return best if best < float("inf") else None
-
-    def _local(self, moment: float) -> Any:
-        return datetime.datetime.fromtimestamp(moment, self.zone)
 
     def _moments(self, wall: Any) -> list[float]:
         """Return the Unix times of a local time: two where the clock is put back, the later one where it is put forward."""
@@ -3713,25 +3693,20 @@ class Trigger:
         value = self.fields.get(name)
         return default if value is None else read_moment(name, value, self.zone)
 
-    def _positive(self, name: str, default: float) -> float:
-        value = self.fields.get(name, default)
+    def _positive(self, name: str) -> float:
+        value = self.fields.get(name, 0)
         if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}(\.\d+)?", str(value)):
             raise TriggerError(name, f"{value!r} is no number of {name if name != 'jitter' else 'seconds'}")
         return float(value)
 
 
 def read_zone(name: str) -> Any:
-    """Return a time zone; TriggerError for a name that isn't one, or that this machine has no data of."""
+    """Return a time zone, "" is the machine's; TriggerError for a name that isn't one, or that it has no data of."""
     import zoneinfo
     try:
-        return zoneinfo.ZoneInfo(name or local_zone())
+        return zoneinfo.ZoneInfo(name or os.path.realpath("/etc/localtime").partition("zoneinfo/")[2] or "UTC")
     except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
         raise TriggerError("timezone", f"{name!r} is no time zone that this machine knows") from None
-
-
-def local_zone() -> str:
-    """Return the name of the machine's time zone, UTC where it can't be told."""
-    return os.path.realpath("/etc/localtime").partition("zoneinfo/")[2] or "UTC"
 
 
 def read_moment(field: str, value: Any, zone: Any) -> float:
@@ -3749,18 +3724,11 @@ def read_moment(field: str, value: Any, zone: Any) -> float:
         raise TriggerError(field, f"{value!r} is no date such as 2026-05-01 08:00:00") from None
 
 
-_ISO = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})(?:[ T](\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:\.(\d{1,6}))?)?)?"
-                  r"\s*(Z|[+-]\d\d:?\d\d)?", re.A)
-
-
 def read_iso(text: str) -> datetime.datetime:
-    """Read an ISO 8601 date and time as APScheduler does, and in whatever other form this Python knows; ValueError."""
-    found = _ISO.fullmatch(text)
-    if not found:
-        return datetime.datetime.fromisoformat(text)
-    year, month, day, hour, minute, second = (int(number or 0) for number in found.groups()[:6])
-    made = datetime.datetime(year, month, day, hour, minute, second, int((found[7] or "0").ljust(6, "0")))
-    return made.replace(tzinfo=datetime.datetime.strptime(found[8].replace("Z", "+0000"), "%z").tzinfo) if found[8] else made
+    """Read an ISO 8601 date and time as APScheduler does, with single digits too, in what every Python reads; ValueError."""
+    text = re.sub(r"(?<![\d.])\d(?!\d)", r"0\g<0>", re.sub(r"\s*Z$", "+00:00", text))
+    text = re.sub(r"\s*([+-]\d\d):?(\d\d)$", r"\1:\2", text)
+    return datetime.datetime.fromisoformat(re.sub(r"\.\d+", lambda fraction: fraction[0][:7].ljust(7, "0"), text))
 
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -3793,23 +3761,9 @@ def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
 def _crontab_weekdays(text: str) -> str:
     """Turn crontab's weekdays (0 and 7 are Sunday) into APScheduler's (0 is Monday)."""
     days: set[int] = set()
-    for part in text.split(","):
-        span, slash, step = part.partition("/")
-        first, dash, last = ("0", "-", "6") if span == "*" else span.partition("-")
-        low, high = _crontab_weekday(first), _crontab_weekday(last) if dash else 6 if slash else _crontab_weekday(first)
-        if dash and high == 0 and last in ("sun", "0"):
-            high = 7
-        if low > high or slash and not re.fullmatch(r"(?!0+$)\d{1,4}", step, re.A):
-            raise TriggerError("day_of_week", f"{part!r} is no range of weekdays")
-        days |= {(day + 6) % 7 for day in range(low, high + 1, int(step or 1))}
+    for part in re.sub(r"-(sun|0)\b", "-7", text).split(","):
+        days |= {(day + 6) % 7 for day in _values("day_of_week", part, CRONTAB_WEEKDAYS)}
     return ",".join(map(str, sorted(days)))
-
-
-def _crontab_weekday(text: str) -> int:
-    names = "0 1 2 3 4 5 6 7 sun mon tue wed thu fri sat".split()
-    if text not in names:
-        raise TriggerError("day_of_week", f"{text!r} is not from 0 to 7 or one of {' '.join(names[8:])}")
-    return names.index(text) % 8
 
 # == 11 QUEUE =============================================================
 # Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 05. The
@@ -7089,7 +7043,7 @@ def view_admin_jobs(app: Any, call: Call) -> Response:
     columns = {"name": None, "schedule": "soft", "next": None, "last_run": None, **dict.fromkeys(JOB_COUNTS, "n"), "": None}
     shown = table(t, columns, "no_jobs", ((
         join(job["id"], soft(job["func"])),
-        join(job["trigger"], *(tag("div", f"{name} = {job[name]}") for name in job if name in TRIGGER_FIELDS)),
+        join(job["trigger"], *(tag("div", f"{name} = {job[name]}") for name in job if name in TRIGGER_FIELDS[job["trigger"]])),
         t("paused") if job["paused"] else (job["next_run_time"] or t("never")).replace("T", " ").partition(".")[0],
         link(f"{t(last[job['id']]['state'])} {last[job['id']]['status'] or ''}", "/admin/queue", job=job["id"])
         if job["id"] in last else None, *(job[name] for name in JOB_COUNTS),
