@@ -1719,6 +1719,18 @@ except ImportError:  # Windows: one process, so nobody to lock out
         """Do nothing."""
 
 
+def lock_file(path: str) -> int:
+    """Open a file and take its lock, which the kernel drops with the process; -1 where somebody else has it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        flock(handle, LOCK_EX | LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return -1
+    return handle
+
+
 def segments(directory: str) -> list[int]:
     """List the numbers of the segments, oldest first."""
     with contextlib.suppress(FileNotFoundError):
@@ -3817,59 +3829,39 @@ class Queued(NamedTuple):
     planned: Optional[float] = None
 
 
-class _Ticket:
-    """A put that waits for the commit it shares."""
-
-    def __init__(self, call: Queued) -> None:
-        self.call, self.id = call, ""
-        self.error: Optional[BaseException] = None
-
-
 class Queue:
     """The durable queue. `put` returns once the call is on disk; `claim`, `finish` and `reclaim` are for those who run it."""
 
     def __init__(self, store: Store, directory: str, limit: int, clock: Callable[[], float]) -> None:
         self._store, self._directory, self._limit, self.clock = store, directory, limit, clock
-        self._waiting: list[_Ticket] = []
-        self._adding, self._committing = threading.Lock(), threading.Lock()
-        self._owner, self._handle = "", -1
-        self._room, self._counted = 0, 0.0  #: how many more calls may wait, as of when
+        self._waiting: list[tuple[Queued, list[Any]]] = []  #: for a commit, which adds to each its id, or the error
+        self._lock, self._owner, self._handle = threading.Lock(), "", -1
         in_children(self._disown)
 
     def put(self, call: Queued) -> str:
         """Commit a call with fsync and return its id; who comes while another commits shares the next commit."""
-        ticket = _Ticket(call)
-        with self._adding:
-            self._waiting.append(ticket)
-        with self._committing:
-            if not ticket.id and ticket.error is None:
-                with self._adding:
-                    batch, self._waiting = self._waiting, []
+        outcome: list[Any] = []
+        self._waiting.append((call, outcome))
+        with self._lock:
+            if not outcome:
+                batch = list(self._waiting)
+                del self._waiting[:len(batch)]  # who comes meanwhile is added behind these
                 self._commit(batch)
-        if ticket.error is not None:
-            raise ticket.error
-        return ticket.id
+        if isinstance(outcome[-1], BaseException):
+            raise outcome[-1]
+        return outcome[-1]
 
-    def _commit(self, batch: list[_Ticket]) -> None:
+    def _commit(self, batch: list[tuple[Queued, list[Any]]]) -> None:
         try:
             with self._store.write(durable=True) as connection:
-                if self._room < len(batch) or not 0 <= monotonic() - self._counted < 1:
-                    self._count(connection)
-                for ticket in batch[:max(0, self._room)]:
-                    ticket.id = self.insert(connection, ticket.call)
-                for ticket in batch[max(0, self._room):]:
-                    ticket.error = QueueFull()
-                self._room -= len(batch)
+                waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
+                room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
+                for index, (call, outcome) in enumerate(batch):
+                    outcome.append(self.insert(connection, call) if index < room else QueueFull())
         except BaseException as error:  # one caller's deadline may end it; the others must not hear of that
             shown = error if isinstance(error, sqlite3.Error) else sqlite3.OperationalError(str(error))
-            for ticket in batch:
-                ticket.id, ticket.error = "", shown
-
-    def _count(self, connection: sqlite3.Connection) -> None:
-        """See how many calls may still wait; once a second will do, since of a full queue it takes 2 ms."""
-        waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
-        self._room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
-        self._counted = monotonic()
+            for _, outcome in batch:
+                outcome.append(shown)
 
     def insert(self, connection: sqlite3.Connection, call: Queued) -> str:
         """Add a call within somebody's transaction; return its id, or the first one's where the key is known."""
@@ -3930,17 +3922,19 @@ class Queue:
         """
         count = 0
         for owner, in self._store.read("SELECT DISTINCT owner FROM fn_queue WHERE state = 'running'"):
-            if owner == self._owner or self._is_alive(owner):
+            path = os.path.join(self._directory, owner)
+            handle = lock_file(path) if owner != self._owner else -1
+            if handle < 0:
                 continue
             with self._store.write() as connection:
                 for row in connection.execute("SELECT id, function, attempts, retries FROM fn_queue WHERE state = 'running'"
-                                              " AND owner IS ?", (owner,)).fetchall():
+                                              " AND owner = ?", (owner,)).fetchall():
                     most = retries(row["function"]) if row["retries"] is None else row["retries"]
                     count += connection.execute(
                         "UPDATE fn_queue SET state = ?, error = 'its process died', finished = ?, owner = NULL WHERE id = ?",
                         ("dead" if row["attempts"] > most else "waiting", self.clock(), row["id"])).rowcount
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._directory, owner))
+            os.unlink(path)
+            os.close(handle)
         return count
 
     def next_due(self) -> Optional[float]:
@@ -3976,30 +3970,17 @@ class Queue:
 
     def _own(self) -> str:
         """Return this process's name in the table, and hold its lock."""
-        with self._adding:
-            if not self._owner or not os.fstat(self._handle).st_nlink:
-                os.makedirs(self._directory, exist_ok=True)
-                owner = f"runner-{os.getpid()}-{os.urandom(4).hex()}.lock"
-                self._handle = os.open(os.path.join(self._directory, owner), os.O_RDWR | os.O_CREAT, 0o600)
-                flock(self._handle, LOCK_EX)
-                self._owner = owner
+        with self._lock:
+            if self._handle < 0 or not os.fstat(self._handle).st_nlink:
+                self._owner = f"runner-{os.getpid()}-{os.urandom(4).hex()}.lock"
+                self._handle = lock_file(os.path.join(self._directory, self._owner))
             return self._owner
 
     def _disown(self) -> None:
         """Let a child that a function forks not hold its parent's lock."""
         if self._handle >= 0:
             os.close(self._handle)
-        self._owner, self._handle, self._adding, self._committing = "", -1, threading.Lock(), threading.Lock()
-
-    def _is_alive(self, owner: Optional[str]) -> bool:
-        try:
-            with open(os.path.join(self._directory, os.path.basename(owner or "")), "rb") as file:
-                flock(file.fileno(), LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        self._lock, self._owner, self._handle = threading.Lock(), "", -1
 
 
 class Runner:
@@ -4007,57 +3988,42 @@ class Runner:
 
     def __init__(self, queue: Queue, run: Callable[[Any], None], threads: int) -> None:
         self._queue, self._run, self._most = queue, run, threads
-        self._lock, self._threads, self._idle = threading.Lock(), 0, 0
-        self._wake = threading.Semaphore(0)
-        self.running, self.stopping = 0, False  #: how many calls run here; whether no more are to be claimed
+        self._lock, self._poked = threading.Lock(), False
+        self.running, self.stopping = 0, False  #: how many threads there are; whether no more calls are to be claimed
 
     def poke(self) -> None:
-        """Let an idle thread look for a call, or a new one."""
+        """Let a new thread look for a call; where there are enough, one of them looks before it ends."""
         with self._lock:
-            if self._idle:
-                self._idle -= 1
-                self._wake.release()
-            elif self._threads < self._most:
-                self._threads += 1
+            self._poked = True
+            if self.running < self._most:
+                self.running += 1
                 threading.Thread(target=self._loop, name="fnserve queue", daemon=True).start()
 
     def _loop(self) -> None:
-        while not self.stopping:
+        while self._goes_on():
             sleep(YIELD_SECONDS)
             try:
                 row = self._queue.claim(self._queue.clock(), max(1, self._most - 1))
             except sqlite3.Error as error:  # locked for long, or the disk is full: the background loop pokes again
                 log.warning("queue: %s", error)
-                row = None
+                continue
             if row is not None:
                 self.poke()  # there may be more
                 self._run_one(row)
-            elif not self._rest():
-                return
+                self._poked = True  # what waited for its function's share may be run now
+
+    def _goes_on(self) -> bool:
+        """Tell whether somebody poked since a thread last began to look; if not, this one is counted out."""
+        with self._lock:
+            going, self._poked = self._poked and not self.stopping, False
+            self.running -= not going
+            return going
 
     def _run_one(self, row: Any) -> None:
-        with self._lock:
-            self.running += 1
         try:
             self._run(row)
         except BaseException as error:  # a thread must outlive whatever a call does
             log.error("queue: %s: %s", row["function"], user_traceback(error))
-        finally:
-            with self._lock:
-                self.running -= 1
-
-    def _rest(self) -> bool:
-        """Wait to be poked; False after a while without, when the thread ends."""
-        with self._lock:
-            self._idle += 1
-        if self._wake.acquire(timeout=60):
-            return True
-        with self._lock:
-            if self._wake.acquire(blocking=False):  # poked at the last moment
-                return True
-            self._idle -= 1
-            self._threads -= 1
-        return False
 
 # == 12 SCHEDULE ==========================================================
 # Jobs and when they fire. Uses 05, 07, 10, 11. Only the leader calls `step`: a run goes into the queue in the transaction
@@ -7857,15 +7823,8 @@ class Background:
         if self._handle >= 0 and os.fstat(self._handle).st_nlink:
             return True
         self._resign()  # nobody else sees the lock of a file that was deleted
-        os.makedirs(self._app.journal.directory, exist_ok=True)
-        handle = os.open(os.path.join(self._app.journal.directory, "leader.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            flock(handle, LOCK_EX | LOCK_NB)
-        except OSError:
-            os.close(handle)
-            return False
-        self._handle = handle
-        return True
+        self._handle = lock_file(os.path.join(self._app.journal.directory, "leader.lock"))
+        return self._handle >= 0
 
 
 def try_in_child() -> None:
