@@ -1562,10 +1562,20 @@ TABLES = {
 LOOK_SECONDS = 1.0
 
 
-def add_up(connection: sqlite3.Connection, key: str, value: int) -> None:
-    """Add to a number of fn_meta."""
-    connection.execute("INSERT INTO fn_meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = value + excluded.value",
-                       (key, value))
+SUMS = {"last_call": "max({0}, excluded.{0})", "buckets": "add_buckets({0}, excluded.{0})"}  # of other columns the sum
+
+
+def add_buckets(one: str, other: str) -> str:
+    """Add up two histograms' counts; SQL uses it too."""
+    return json.dumps([a + b for a, b in zip(json.loads(one), json.loads(other))])
+
+
+def add_up(connection: sqlite3.Connection, table: str, key: Mapping[str, Any], **figures: Any) -> None:
+    """Add figures to those of a row; make the row where there is none."""
+    row = {**key, **figures}
+    sums = (f"{name} = {SUMS.get(name, '{0} + excluded.{0}').format(name)}" for name in figures)
+    connection.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+                       f" ON CONFLICT ({', '.join(key)}) DO UPDATE SET {', '.join(sums)}", tuple(row.values()))
 
 
 def file_number(path: str) -> int:
@@ -1681,6 +1691,7 @@ class Store:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=NORMAL")  # a fold that power loss undoes is done again
                 connection.execute("PRAGMA cache_size=-1024")
+                connection.create_function("add_buckets", 2, add_buckets)
                 names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
                 for name, columns in self._tables.items() if not names.issuperset(self._tables) else ():
                     kind = "TABLE" if columns.startswith("(") else "INDEX"
@@ -1892,11 +1903,6 @@ def milliseconds(value: float) -> str:
     return f"< {BUCKETS[0] * 1000:.0f} ms" if 0 < value <= BUCKETS[0] else f"{value * 1000:.0f} ms"
 
 
-def add_buckets(one: str, other: list[int]) -> str:
-    """Add bucket counts to stored ones."""
-    return json.dumps([a + b for a, b in zip(json.loads(one), other)]) if one else json.dumps(other)
-
-
 def read_from(path: str, position: int) -> bytes:
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         file.seek(position)
@@ -1957,29 +1963,19 @@ class Folder:
         return tally, False
 
     def _add(self, connection: sqlite3.Connection, tally: Tally) -> None:
-        run, groups = connection.execute, tally.groups.items()
-        for (name, endpoint, method, status, minute), (count, taken, last, buckets) in groups:
-            failed = count if status >= 500 else 0
+        for (name, endpoint, method, status, minute), (count, taken, last, counts) in tally.groups.items():
+            failed, buckets, ends = count if status >= 500 else 0, json.dumps(counts), {"method": method, "endpoint": endpoint}
             if name and not self._is_protected(name):
-                run("INSERT INTO call_stats VALUES (?, ?) ON CONFLICT (func_name) DO UPDATE"
-                    " SET call_count = call_count + excluded.call_count", (name, count))
+                add_up(connection, "call_stats", {"func_name": name}, call_count=count)
             if name:
-                run("INSERT INTO fn_functions VALUES (?, ?, ?) ON CONFLICT (func_name) DO UPDATE SET errors = errors"
-                    " + excluded.errors, last_call = max(last_call, excluded.last_call)", (name, failed, last))
-            run("INSERT INTO fn_requests VALUES (?, ?, ?, ?) ON CONFLICT (method, endpoint, status) DO UPDATE"
-                " SET count = count + excluded.count", (method, endpoint, status, count))
-            row = run("SELECT seconds, buckets FROM fn_latency WHERE method = ? AND endpoint = ?",
-                      (method, endpoint)).fetchone() or (0.0, "")
-            run("REPLACE INTO fn_latency VALUES (?, ?, ?, ?)",
-                (method, endpoint, row[0] + taken / 1e6, add_buckets(row[1], buckets)))
-            if name is None and endpoint.startswith("/function/"):
-                continue  # it was put into the queue: the charts count it once, when it runs
-            row = run("SELECT calls, errors, buckets FROM fn_minutes WHERE minute = ? AND endpoint = ?",
-                      (minute, endpoint)).fetchone() or (0, 0, "")
-            run("REPLACE INTO fn_minutes VALUES (?, ?, ?, ?, ?)",
-                (minute, endpoint, row[0] + count, row[1] + failed, add_buckets(row[2], buckets)))
+                add_up(connection, "fn_functions", {"func_name": name}, errors=failed, last_call=last)
+            add_up(connection, "fn_requests", {**ends, "status": status}, count=count)
+            add_up(connection, "fn_latency", ends, seconds=taken / 1e6, buckets=buckets)
+            if name or not endpoint.startswith("/function/"):  # what was queued the charts count once, when it runs
+                add_up(connection, "fn_minutes", {"minute": minute, "endpoint": endpoint}, calls=count, errors=failed,
+                       buckets=buckets)
         if tally.torn:
-            add_up(connection, "torn_lines", tally.torn)
+            add_up(connection, "fn_meta", {"key": "torn_lines"}, value=tally.torn)
         for metric in tally.metrics:
             with contextlib.suppress(TypeError, ValueError, sqlite3.IntegrityError):  # a row that no call of ours wrote
                 self._add_metric(connection, *metric)
@@ -4165,7 +4161,7 @@ class Schedule:
             for moment in run:
                 self._queue.insert(connection, self._call(row, moment))
             if missed:
-                add_up(connection, "missed_runs", missed)
+                add_up(connection, "fn_meta", {"key": "missed_runs"}, value=missed)
                 log.warning("job %s: %d runs were missed", row["id"], missed)
             if following is None and row["source"] == "api":  # as in APScheduler: a job that never fires again is gone
                 connection.execute("DELETE FROM fn_jobs WHERE id = ?", (row["id"],))
@@ -7803,7 +7799,7 @@ class Background:
         lost, self._lost = self._app.journal.lost - self._lost, self._app.journal.lost
         if lost:
             with self._app.store.write() as connection:
-                add_up(connection, "lost_lines", lost)
+                add_up(connection, "fn_meta", {"key": "lost_lines"}, value=lost)
 
     def _sample(self, now: float) -> None:
         """Keep what the charts of memory and CPU show, for KEEP_DAYS."""
