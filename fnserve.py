@@ -1760,35 +1760,34 @@ class Journal:
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self.lost = 0  #: records this process could not write
-        self._handle, self._number, self._owner, self._count, self._complained = -1, 0, 0, 0, 0.0
-        self._lock = threading.Lock()
+        self.handle = -1  #: of the segment, from the first record on
+        self._number, self._count, self._complained, self._lock = 0, 0, 0.0, threading.Lock()
+        in_children(self._let_go)
 
     def append(self, record: str) -> None:
         """Write one JSON record with one write(2)."""
         line = f"\n{record}\n".encode()  # a break on both sides: what a short write leaves never spoils the next record
         try:
             self._count += 1
-            if self._count & 63 == 1 or self._handle < 0:
+            if self._count & 63 == 1 or self.handle < 0:
                 self.refresh()
-            if os.write(self._handle, line) != len(line):
+            if os.write(self.handle, line) != len(line):
                 raise OSError("the disk is full")
         except OSError as error:
             self._complain(error)
 
-    def begin(self) -> None:
-        """Let the next record open a segment for this process: the one it was forked from holds its own."""
-        self._count = 0
-
-    def in_use(self) -> bool:
-        """Tell whether this process has a segment open."""
-        return self._handle >= 0 and self._owner == os.getpid()
+    def _let_go(self) -> None:
+        """Let a child open the segment for itself: the process that it was forked from holds its own."""
+        if self.handle >= 0:
+            os.close(self.handle)
+        self.handle, self._lock = -1, threading.Lock()
 
     def refresh(self) -> None:
         """Open the current segment; move on to a new one where it is full, was deleted or is no longer the newest."""
         with self._lock:
             least = 0
-            if self.in_use():
-                found = os.fstat(self._handle)
+            if self.handle >= 0:
+                found = os.fstat(self.handle)
                 full = found.st_size >= SEGMENT_BYTES
                 if found.st_nlink and not full and not os.path.exists(segment_path(self.directory, self._number + 1)):
                     return
@@ -1805,11 +1804,11 @@ class Journal:
             if segments(self.directory)[-1:] == [number]:
                 break
             os.close(handle)
-        if self.in_use():
-            os.dup2(handle, self._handle, inheritable=False)  # a thread that is about to write hits the old or the new
+        if self.handle >= 0:
+            os.dup2(handle, self.handle, inheritable=False)  # a thread that is about to write hits the old or the new
             os.close(handle)
-            handle = self._handle
-        self._number, self._owner, self._handle = number, os.getpid(), handle
+            handle = self.handle
+        self._number, self.handle = number, handle
 
     def _complain(self, error: OSError) -> None:
         self.lost += 1
@@ -1939,14 +1938,6 @@ class Folder:
             if not more:
                 return total
 
-    def pending(self) -> int:
-        """Return how many bytes wait to be folded."""
-        done = dict(self._store.read("SELECT segment, position FROM fn_journal"))
-        waiting = 0
-        for number in segments(self._directory):
-            with contextlib.suppress(OSError):
-                waiting += os.path.getsize(segment_path(self._directory, number)) - done.get(number, 0)
-        return waiting
 
     def _read(self, connection: sqlite3.Connection) -> tuple[Tally, bool]:
         done, tally = dict(connection.execute("SELECT segment, position FROM fn_journal")), Tally()
@@ -7572,7 +7563,7 @@ ROUTES = {
 # Wires 02 to 16 and is the WSGI callable. One App owns the state of a process; its background loop keeps the journal
 # folded, in whichever process holds the lock.
 
-FOLD_SECONDS, FOLD_PENDING = 60, 8 * 1024 * 1024
+FOLD_SECONDS = 60
 
 
 class App:
@@ -7632,7 +7623,6 @@ class App:
             if self._started == os.getpid():
                 return
             self._ids = []  # none that another process of the same origin has too
-            self.journal.begin()
             self.functions.install()
             self.config.current()
             capture_output(self.settings)
@@ -7715,6 +7705,7 @@ class Background:
     def __init__(self, app: App) -> None:
         self._app, self._handle, self._sync_seconds, self._load, self._lost = app, -1, 1.0, Load(), 0
         self._done: dict[str, float] = {}  #: what is done now and then -> when it was done last
+        self._newest = [0]  #: the newest segment at the last fold
         self.stopping = threading.Event()  #: set when this process is about to end
         in_children(self._resign)
 
@@ -7757,7 +7748,7 @@ class Background:
         """Do what isn't about queued calls; tell whether this process leads."""
         self._app.store.follow()
         self._app.config.current()  # os.environ follows .env within a second; `config` does with the next call
-        if self._app.journal.in_use():
+        if self._app.journal.handle >= 0:
             self._app.journal.refresh()
         if self._is_due("sum up", now, 60):
             self._sum_up(now)
@@ -7783,9 +7774,11 @@ class Background:
         self._sync_seconds = 1 + 50 * (monotonic() - began)  # 10,000 functions take a while to look at
 
     def _fold(self, now: float) -> None:
-        pending = self._app.folder.pending()
-        if pending > FOLD_PENDING or pending and self._is_due("fold", now, FOLD_SECONDS):
+        """Fold once a minute, and when a segment is full."""
+        newest = segments(self._app.journal.directory)[-1:]
+        if self._is_due("fold", now, FOLD_SECONDS) or newest != self._newest:
             self._app.folder.fold()
+            self._newest = newest
 
     def _prune(self, now: float) -> None:
         self._app.folder.prune(now, self._app.loki.position() if self._app.settings.LOKI_URL else None)

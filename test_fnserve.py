@@ -525,7 +525,7 @@ class JournalTest(Case):
         self.assertEqual(self.call(app, "GET", "/function/fresh").data, b"new")
         shutil.rmtree(self.dir / "journal")
         (self.dir / "journal").write_text("in the way")
-        app.journal._handle = -1
+        app.journal.handle = -1
         self.assertEqual(self.call(app, "GET", "/function/hello").code, 200)
         self.assertGreater(app.journal.lost, 0)
 
