@@ -1557,11 +1557,7 @@ TABLES = {
                   " buckets TEXT NOT NULL, PRIMARY KEY (name, labels)) WITHOUT ROWID",
     "fn_samples": "(minute INTEGER PRIMARY KEY, cpu_percent REAL, memory_rss_mb REAL, threads INTEGER)",
 }
-
-
 LOOK_SECONDS = 1.0
-
-
 SUMS = {"last_call": "max({0}, excluded.{0})", "buckets": "add_buckets({0}, excluded.{0})"}  # of other columns the sum
 
 
@@ -1873,11 +1869,6 @@ class Tally:
         self.metrics += record.get("mx", ())
 
 
-def is_worth_keeping(call: Mapping[str, Any]) -> bool:
-    """Tell whether a record is for the logs page: not the platform's own pages and probes, unless they fail, nor what
-    scanners look for; they would drive the functions' calls out."""
-    return bool(call.get("f")) or call["s"] >= 400 and call["s"] != 404
-
 
 def sql_value(value: Any) -> Any:
     """Return what SQLite can store of a JSON value; a lone surrogate, which a client can send, becomes a ?."""
@@ -1902,19 +1893,16 @@ def milliseconds(value: float) -> str:
     return f"< {BUCKETS[0] * 1000:.0f} ms" if 0 < value <= BUCKETS[0] else f"{value * 1000:.0f} ms"
 
 
-def read_from(path: str, position: int) -> bytes:
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        file.seek(position)
-        return file.read(FOLD_BYTES)
-    return b""
-
-
 def read_lines(path: str, position: int) -> tuple[list[bytes], int, bool]:
-    """Return a segment's lines from a position on, as many as are read at once, how many bytes they are, and if more wait."""
-    data = read_from(path, position)
+    """Return a segment's lines from a position on, as many as are read at once, the position after them, and if more wait."""
+    data = b""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        position = min(position, os.fstat(file.fileno()).st_size)  # power loss can leave less than what was folded
+        file.seek(position)
+        data = file.read(FOLD_BYTES)
     # the last line may be half written yet; one longer than all that is read at once is none of ours
     ready = len(data) if len(data) == FOLD_BYTES and b"\n" not in data else data.rfind(b"\n") + 1
-    return [line for line in data[:ready].split(b"\n") if line], ready, len(data) == FOLD_BYTES
+    return [line for line in data[:ready].split(b"\n") if line], position + ready, len(data) == FOLD_BYTES
 
 
 class Folder:
@@ -1926,32 +1914,29 @@ class Folder:
 
     def fold(self, within: Optional[Callable[[sqlite3.Connection], None]] = None) -> int:
         """Fold all appended so far, return how many records; `within` runs in the last transaction, so it sees each once."""
-        total = 0
-        while True:
+        total, more = 0, True
+        while more:
             with self._store.write() as connection:
-                tally, more = self._read(connection)
+                tally = Tally()
+                more = self._read(connection, tally)
                 if tally.calls or tally.torn:
                     self._add(connection, tally)
                 if not more and within:
                     within(connection)
             total += len(tally.calls)
-            if not more:
-                return total
+        return total
 
 
-    def _read(self, connection: sqlite3.Connection) -> tuple[Tally, bool]:
-        done, tally = dict(connection.execute("SELECT segment, position FROM fn_journal")), Tally()
+    def _read(self, connection: sqlite3.Connection, tally: Tally) -> bool:
+        done = dict(connection.execute("SELECT segment, position FROM fn_journal"))
         for number in segments(self._directory):
-            path = segment_path(self._directory, number)
-            with contextlib.suppress(FileNotFoundError):  # power loss can leave less than what was folded
-                done[number] = min(done.get(number, 0), os.path.getsize(path))
-            lines, ready, more = read_lines(path, done.get(number, 0))
+            lines, position, more = read_lines(segment_path(self._directory, number), done.get(number, 0))
             tally.add(lines)
-            if ready:
-                connection.execute("REPLACE INTO fn_journal VALUES (?, ?)", (number, done.get(number, 0) + ready))
+            if position != done.get(number, 0):
+                connection.execute("REPLACE INTO fn_journal VALUES (?, ?)", (number, position))
             if more:
-                return tally, True
-        return tally, False
+                return True
+        return False
 
     def _add(self, connection: sqlite3.Connection, tally: Tally) -> None:
         for (name, endpoint, method, status, minute), (count, taken, last, counts) in tally.groups.items():
@@ -1970,8 +1955,9 @@ class Folder:
         for metric in tally.metrics:
             with contextlib.suppress(TypeError, ValueError, sqlite3.IntegrityError):  # a row that no call of ours wrote
                 self._add_metric(connection, *metric)
-        kept = [call for call in tally.calls if is_worth_keeping(call)] if self._keep_calls else []
-        self._keep(connection, kept[-self._keep_calls:])
+        # the platform's own pages and probes, unless they fail, and what scanners look for would drive functions' calls out
+        kept = [call for call in tally.calls if call.get("f") or call["s"] >= 400 and call["s"] != 404]
+        self._keep(connection, kept[max(0, len(kept) - self._keep_calls):])
 
     def _add_metric(self, connection: sqlite3.Connection, name: str, labels: str, kind: str, text: str, value: float,
                     bounds: list[float], counts: list[int]) -> None:
@@ -2011,7 +1997,7 @@ class Folder:
                 if os.fstat(file.fileno()).st_mtime > oldest or waits:
                     continue
                 flock(file.fileno(), LOCK_EX | LOCK_NB)
-                if b"\n" not in read_from(path, done.get(number, 0)):  # a torn last line is not waited for
+                if not read_lines(path, done.get(number, 0))[0]:  # a torn last line is not waited for
                     os.unlink(path)
         with self._store.write() as connection:
             connection.execute("DELETE FROM fn_minutes WHERE minute < ?", (int(oldest) // 60,))
@@ -5475,11 +5461,11 @@ class Loki:
         done, directory = self.position(), self._app.journal.directory
         kept = segments(directory)
         for number in kept:
-            lines, ready, _ = read_lines(segment_path(directory, number), done.get(number, 0))
+            lines, position, _ = read_lines(segment_path(directory, number), done.get(number, 0))
             if lines:
                 self._send(lines)
-            if ready:
-                place = {key: value for key, value in {**done, number: done.get(number, 0) + ready}.items() if key in kept}
+            if position != done.get(number, 0):
+                place = {key: value for key, value in {**done, number: position}.items() if key in kept}
                 self._app.store.run("REPLACE INTO fn_meta VALUES ('loki', ?)", json.dumps(place))
                 return True
         return False
