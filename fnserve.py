@@ -3287,15 +3287,6 @@ class BadSignature(Exception):
     """A webhook whose signature is missing, wrong or stale; the text says which."""
 
 
-class Hmac(NamedTuple):
-    """An HMAC of the body in a header; `secret` names the key in .env. SETTINGS["verify"] may be a dict of the same."""
-    header: str
-    secret: str
-    algorithm: str = "sha256"
-    encoding: str = "hex"
-    prefix: str = ""
-
-
 def make_mac(key: bytes, signed: bytes, algorithm: str = "sha256", encoding: str = "hex") -> str:
     """Return an HMAC as hex or base64."""
     import hmac
@@ -3310,81 +3301,54 @@ def header_of(request: Request, name: str) -> str:
     return request.headers[name].strip()
 
 
-def fresh(moment: str, now: float) -> str:
+def fresh(moment: str, now: float) -> bytes:
     """Return a signature's time, which must be a number within five minutes of now."""
     age = now - int(moment) if re.fullmatch(r"\d{1,12}", moment, re.A) else None
     if age is None or abs(age) > STALE_SECONDS:
         raise BadSignature("the time is no number" if age is None else f"{age:.0f} s old")
-    return moment
+    return moment.encode()
 
 
-def expect(given: Iterable[str], wanted: Iterable[str]) -> None:
-    """Compare every given signature with every one that would be right, in constant time."""
-    given = list(given)
-    if not sum(same_secret(one, other) for other in wanted for one in given):
-        raise BadSignature("it does not match")
+Parts = tuple[list[str], list[bytes]]  #: the signatures that a header gives, and the texts of which one must be signed
 
 
-def _body_mac(scheme: Hmac, request: Request, keys: list[str], now: float) -> None:
-    given = header_of(request, scheme.header)
-    if not given.startswith(scheme.prefix):
-        raise BadSignature(f"bad encoding: it does not start with {scheme.prefix}")
-    expect([given[len(scheme.prefix):]], [
-        make_mac(key.encode(), request.get_data(), scheme.algorithm, scheme.encoding) for key in keys])
+def _body(request: Request, given: str, now: float) -> Parts:
+    return [given], [request.get_data()]
 
 
-def _stripe(request: Request, keys: list[str], now: float) -> None:
-    pairs = [part.strip().partition("=")[::2] for part in header_of(request, "Stripe-Signature").split(",")]
-    moment = fresh(dict(pairs).get("t", ""), now)
-    signed = moment.encode() + b"." + request.get_data()
-    expect([value for key, value in pairs if key == "v1"], [make_mac(key.encode(), signed) for key in keys])
+def _stripe(request: Request, given: str, now: float) -> Parts:
+    pairs = [part.strip().partition("=")[::2] for part in given.split(",")]
+    signed = fresh(dict(pairs).get("t", ""), now) + b"." + request.get_data()
+    return [value for key, value in pairs if key == "v1"], [signed]
 
 
-def _slack(request: Request, keys: list[str], now: float) -> None:
-    moment = fresh(header_of(request, "X-Slack-Request-Timestamp"), now)
-    signed = b"v0:" + moment.encode() + b":" + request.get_data()
-    expect([header_of(request, "X-Slack-Signature")], ["v0=" + make_mac(key.encode(), signed) for key in keys])
+def _slack(request: Request, given: str, now: float) -> Parts:
+    return [given], [b"v0:" + fresh(header_of(request, "X-Slack-Request-Timestamp"), now) + b":" + request.get_data()]
 
 
-def _standard(request: Request, keys: list[str], now: float) -> None:
+def _standard(request: Request, given: str, now: float) -> Parts:
     number, moment = header_of(request, "webhook-id"), fresh(header_of(request, "webhook-timestamp"), now)
-    given = [part.partition(",")[2] for part in header_of(request, "webhook-signature").split() if part.startswith("v1,")]
-    signed = f"{number}.{moment}.".encode("latin-1") + request.get_data()
-    expect(given, [make_mac(a2b_base64(key.removeprefix("whsec_")), signed, encoding="base64") for key in keys])
+    return given.split(), [number.encode("latin-1") + b"." + moment + b"." + request.get_data()]
 
 
-def _token(name: str) -> Callable[[Request, list[str], float], None]:
-    return lambda request, keys, now: expect([header_of(request, name)], keys)
+def _discord(request: Request, given: str, now: float) -> Parts:
+    return [given], [header_of(request, "X-Signature-Timestamp").encode("latin-1") + request.get_data()]
 
 
-def _twilio(request: Request, keys: list[str], now: float) -> None:
+def _twilio(request: Request, given: str, now: float) -> Parts:
     """Twilio signs the public URL, with or without its port, and the form's fields; or the URL with the body's hash."""
-    given, environ = header_of(request, "X-Twilio-Signature"), request.environ
+    environ, body, fields = request.environ, request.get_data(), ""
     path = environ.get("REQUEST_URI", "").partition("?")[0] or quote(environ.get("SCRIPT_NAME", "") + environ["PATH_INFO"])
     query = environ.get("QUERY_STRING", "")
-    rest, fields = path + ("?" + query if query else ""), ""
-    body = request.get_data()
     if "bodySHA256" in request.args:
         import hashlib
-        expect([request.args["bodySHA256"]], [hashlib.sha256(body).hexdigest()])
-    else:
-        sent = sorted(set(parse_query(body.decode("latin-1")))) if request.mimetype.endswith("form-urlencoded") else []
-        fields = "".join(name + value for name, value in sent)
-    name = re.sub(r":\d+$", "", environ.get("HTTP_HOST", ""))
-    port = re.search(r":(\d+)$", environ.get("HTTP_HOST", ""))
-    hosts = {name, f"{name}:{port[1] if port else 443 if request.is_secure else 80}"}
-    urls = [f"{request.scheme}://{host}{rest}{fields}".encode() for host in sorted(hosts)]
-    expect([given], [make_mac(key.encode(), url, "sha1", "base64") for key in keys for url in urls])
-
-
-def _discord(request: Request, keys: list[str], now: float) -> None:
-    moment, given = header_of(request, "X-Signature-Timestamp"), header_of(request, "X-Signature-Ed25519")
-    try:
-        signature, public = bytes.fromhex(given), [bytes.fromhex(key) for key in keys]
-    except ValueError:
-        raise BadSignature("bad encoding: hex is wanted") from None
-    if not any(verify_ed25519(key, moment.encode("latin-1") + request.get_data(), signature) for key in public):
-        raise BadSignature("it does not match")
+        if not same_secret(request.args["bodySHA256"], hashlib.sha256(body).hexdigest()):
+            raise BadSignature("the body's hash does not match")
+    elif request.mimetype.endswith("form-urlencoded"):
+        fields = "".join(name + value for name, value in sorted(set(parse_query(body.decode("latin-1")))))
+    host, _, port = environ.get("HTTP_HOST", "").partition(":")
+    return [given], [f"{request.scheme}://{name}{path}{'?' + query if query else ''}{fields}".encode()
+                     for name in (host, f"{host}:{port or (443 if request.is_secure else 80)}")]
 
 
 _P = 2 ** 255 - 19  # ed25519, RFC 8032 5.1: points are (X, Y, Z, T) with x = X/Z, y = Y/Z, x * y = T/Z
@@ -3409,50 +3373,67 @@ def _multiply_point(factor: int, point: _Point) -> _Point:
     return result
 
 
-def _read_point(data: bytes) -> Optional[_Point]:
+def _read_point(data: bytes) -> _Point:
     y, odd = int.from_bytes(data, "little") & (1 << 255) - 1, data[31] >> 7
     square = (y * y - 1) * pow(_D * y * y + 1, _P - 2, _P) % _P
     x = pow(square, (_P + 3) // 8, _P)
     if (x * x - square) % _P:
         x = x * pow(2, (_P - 1) // 4, _P) % _P
     if y >= _P or (x * x - square) % _P or x == 0 and odd:
-        return None
+        raise ValueError("no point of the curve")
     x = _P - x if x & 1 != odd else x
     return (x, y, 1, x * y % _P)
 
 
 def verify_ed25519(public: bytes, message: bytes, signature: bytes) -> bool:
-    """Tell whether an Ed25519 signature is right (RFC 8032 5.1.7); public data only, so time may tell."""
+    """Tell whether an Ed25519 signature is right (RFC 8032 5.1.7), ValueError for no point; public data, so time may tell."""
     import hashlib
-    if len(public) != 32 or len(signature) != 64:
+    s = int.from_bytes(signature[32:], "little")
+    if len(public) != 32 or len(signature) != 64 or s >= _L:
         return False
-    key, r, s = _read_point(public), _read_point(signature[:32]), int.from_bytes(signature[32:], "little")
-    base = _read_point(bytes([0x58]) + bytes([0x66]) * 31)
-    if key is None or r is None or base is None or s >= _L or not _multiply_point(8, key)[0] % _P:  # a key of small order
+    key, r, base = map(_read_point, (public, signature[:32], b"\x58" + b"\x66" * 31))
+    if not _multiply_point(8, key)[0] % _P:  # a key of small order, such as zeros, under which anybody can sign
         return False
     k = int.from_bytes(hashlib.sha512(signature[:32] + public + message).digest(), "little") % _L
     one, other = _multiply_point(s, base), _add_points(r, _multiply_point(k, key))
     return (one[0] * other[2] - other[0] * one[2]) % _P == 0 and (one[1] * other[2] - other[1] * one[2]) % _P == 0
 
 
-BODY_SCHEMES = {"line": Hmac("X-Line-Signature", "LINE_CHANNEL_SECRET", encoding="base64"),
-                "github": Hmac("X-Hub-Signature-256", "GITHUB_WEBHOOK_SECRET", prefix="sha256="),
-                "shopify": Hmac("X-Shopify-Hmac-Sha256", "SHOPIFY_WEBHOOK_SECRET", encoding="base64")}
-SCHEMES: dict[str, tuple[str, Callable[[Request, list[str], float], None]]] = {  # name: (key in .env, verifier)
-    **{name: (scheme.secret, functools.partial(_body_mac, scheme)) for name, scheme in BODY_SCHEMES.items()},
-    "stripe": ("STRIPE_WEBHOOK_SECRET", _stripe), "slack": ("SLACK_SIGNING_SECRET", _slack),
-    "standard": ("STANDARD_WEBHOOK_SECRET", _standard), "gitlab": ("GITLAB_WEBHOOK_TOKEN", _token("X-Gitlab-Token")),
-    "telegram": ("TELEGRAM_SECRET_TOKEN", _token("X-Telegram-Bot-Api-Secret-Token")),
-    "twilio": ("TWILIO_AUTH_TOKEN", _twilio), "discord": ("DISCORD_PUBLIC_KEY", _discord)}
+class Scheme(NamedTuple):
+    """A header with signatures; `secret` names the key in .env. SETTINGS["verify"] may be a dict of the first five."""
+    header: str
+    secret: str
+    algorithm: str = "sha256"  #: of the HMAC; ed25519; "" for a header that is the key itself
+    encoding: str = "hex"
+    prefix: str = ""
+    parts: Callable[[Request, str, float], Parts] = _body
+    key: Callable[[str], bytes] = str.encode
 
 
-def read_scheme(value: Any) -> Union[str, Hmac]:
+def _standard_key(text: str) -> bytes:
+    return a2b_base64(text.removeprefix("whsec_"))
+
+
+SCHEMES = {
+    "line": Scheme("X-Line-Signature", "LINE_CHANNEL_SECRET", encoding="base64"),
+    "github": Scheme("X-Hub-Signature-256", "GITHUB_WEBHOOK_SECRET", prefix="sha256="),
+    "stripe": Scheme("Stripe-Signature", "STRIPE_WEBHOOK_SECRET", parts=_stripe),
+    "slack": Scheme("X-Slack-Signature", "SLACK_SIGNING_SECRET", prefix="v0=", parts=_slack),
+    "standard": Scheme("webhook-signature", "STANDARD_WEBHOOK_SECRET", "sha256", "base64", "v1,", _standard, _standard_key),
+    "shopify": Scheme("X-Shopify-Hmac-Sha256", "SHOPIFY_WEBHOOK_SECRET", encoding="base64"),
+    "gitlab": Scheme("X-Gitlab-Token", "GITLAB_WEBHOOK_TOKEN", ""),
+    "telegram": Scheme("X-Telegram-Bot-Api-Secret-Token", "TELEGRAM_SECRET_TOKEN", ""),
+    "twilio": Scheme("X-Twilio-Signature", "TWILIO_AUTH_TOKEN", "sha1", "base64", parts=_twilio),
+    "discord": Scheme("X-Signature-Ed25519", "DISCORD_PUBLIC_KEY", "ed25519", parts=_discord, key=bytes.fromhex)}
+
+
+def read_scheme(value: Any) -> Scheme:
     """Check SETTINGS["verify"]: a name of the table, or a dict that describes an HMAC of the body."""
     if isinstance(value, str) and value in SCHEMES:
-        return value
-    if isinstance(value, dict) and {"header", "secret"} <= value.keys() <= set(Hmac._fields) \
+        return SCHEMES[value]
+    if isinstance(value, dict) and {"header", "secret"} <= value.keys() <= set(Scheme._fields[:5]) \
             and all(isinstance(item, str) for item in value.values()):
-        scheme = Hmac(**value)
+        scheme = Scheme(**value)
         if not scheme.secret.isidentifier():
             raise ValueError("a dict whose 'secret' is the name of the key in .env, not the key itself")
         if scheme.algorithm in ("sha1", "sha256", "sha384", "sha512") and scheme.encoding in ("hex", "base64"):
@@ -3461,33 +3442,41 @@ def read_scheme(value: Any) -> Union[str, Hmac]:
                      "encoding (hex, base64), prefix")
 
 
-def verify(scheme: Union[str, Hmac], request: Request, config: Mapping[str, Optional[str]], now: float) -> None:
+def verify(scheme: Scheme, request: Request, config: Mapping[str, Optional[str]], now: float) -> None:
     """Check a webhook's signature under each of the keys that .env holds, separated by commas; BadSignature says why not."""
-    secret, check = (scheme.secret, functools.partial(_body_mac, scheme)) if isinstance(scheme, Hmac) else SCHEMES[scheme]
-    keys = [key.strip() for key in (config.get(secret) or "").split(",") if key.strip()]
+    keys = [key.strip() for key in (config.get(scheme.secret) or "").split(",") if key.strip()]
     if not keys:
-        raise BadSignature(f"{secret} is not set in .env")
-    for last, key in enumerate(keys, 1 - len(keys)):  # one by one, so that one of them being nonsense spoils no other
+        raise BadSignature(f"{scheme.secret} is not set in .env")
+    sent, signed = scheme.parts(request, header_of(request, scheme.header), now)
+    given = [one[len(scheme.prefix):] for one in sent if one.startswith(scheme.prefix)]
+    if sent and not given:
+        raise BadSignature(f"bad encoding: it does not start with {scheme.prefix}")
+    why = "it does not match"
+    for key in keys:  # one by one, so that one of them being nonsense spoils no other
         try:
-            return check(request, [key], now)
-        except BadSignature:
-            if not last:
-                raise
+            if _is_right(scheme, scheme.key(key), signed, given):
+                return
         except ValueError as error:  # binascii.Error is one
-            if not last:
-                raise BadSignature(f"bad encoding: {error}") from None
+            why = f"bad encoding: {error}"
+    raise BadSignature(why)
 
 
-def answer_challenge(scheme: Any, request: Request) -> Any:
+def _is_right(scheme: Scheme, key: bytes, signed: list[bytes], given: list[str]) -> bool:
+    """Compare every given signature with every one that would be right, in constant time."""
+    if scheme.algorithm == "ed25519":
+        return verify_ed25519(key, signed[0], bytes.fromhex(given[0]))
+    wanted = [make_mac(key, text, scheme.algorithm, scheme.encoding) if scheme.algorithm else key.decode() for text in signed]
+    return sum(same_secret(one, other) for other in wanted for one in given) > 0
+
+
+def answer_challenge(scheme: Scheme, request: Request) -> Any:
     """Return the answer to Slack's and Discord's question whether this URL is ours; None for a real webhook."""
-    if scheme not in ("slack", "discord") or not request.is_json:
+    sent = request.get_json(silent=True) if scheme.parts in (_slack, _discord) and request.is_json else None
+    if not isinstance(sent, dict):
         return None
-    sent = request.get_json(silent=True)
-    if scheme == "discord" and isinstance(sent, dict) and sent.get("type") == 1:
-        return {"type": 1}
-    if scheme == "slack" and isinstance(sent, dict) and sent.get("type") == "url_verification":
-        return {"challenge": sent.get("challenge")}
-    return None
+    if scheme.parts is _discord:
+        return {"type": 1} if sent.get("type") == 1 else None
+    return {"challenge": sent.get("challenge")} if sent.get("type") == "url_verification" else None
 
 # == 10 TRIGGERS ==========================================================
 # From text to the next time: cron, interval, date, with APScheduler's fields. Uses 01; pure. Times are Unix seconds; a
