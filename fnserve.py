@@ -5223,101 +5223,88 @@ TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 def check_health(app: Any) -> dict[str, str]:
     """Return what was checked: "ok", or what is wrong."""
-    return {name: _checked(check, app) for name, check in (
-        ("database", _check_database), ("functions", _check_functions), ("journal", _check_journal), ("disk", _check_disk),
-        ("queue", _check_queue))}
+    found = {}
+    for name in ("database", "functions", "journal", "disk", "queue"):
+        try:
+            found[name] = find_fault(app, name) or "ok"
+        except (OSError, sqlite3.Error) as error:
+            found[name] = str(getattr(error, "strerror", None) or error)  # without the path: anybody may ask
+    return found
 
 
-def _checked(check: Callable[[Any], str], app: Any) -> str:
-    try:
-        return check(app) or "ok"
-    except (OSError, sqlite3.Error) as error:
-        return str(getattr(error, "strerror", None) or error)  # without the path: anybody may ask
-
-
-def _check_database(app: Any) -> str:
-    with app.store.write():  # takes the write lock, and writes nothing
-        return "" if os.path.exists(app.settings.DB_PATH) else "the file is gone"
-
-
-def _check_functions(app: Any) -> str:
-    os.scandir(app.settings.FUNCTIONS_DIR).close()
-    return ""
-
-
-def _check_journal(app: Any) -> str:
-    os.makedirs(app.settings.JOURNAL_DIR, exist_ok=True)
-    return "" if os.access(app.settings.JOURNAL_DIR, os.W_OK) else "not writable"
-
-
-def _check_disk(app: Any) -> str:
-    free = min(map(free_bytes, (app.settings.directory, app.settings.JOURNAL_DIR, os.path.dirname(app.settings.DB_PATH))))
-    return f"only {free // 1024} KiB are left" if free < FULL_BYTES else ""
-
-
-def _check_queue(app: Any) -> str:
-    due = app.queue.next_due()
+def find_fault(app: Any, name: str) -> str:
+    """Return what is wrong with one of the things that must work, "" for nothing; so do OSError and sqlite3.Error."""
+    settings = app.settings
+    if name == "database":
+        with app.store.write():  # takes the write lock, and writes nothing
+            return "" if os.path.exists(settings.DB_PATH) else "the file is gone"
+    if name == "functions":
+        os.scandir(settings.FUNCTIONS_DIR).close()
+    if name == "journal":
+        os.makedirs(settings.JOURNAL_DIR, exist_ok=True)
+        return "" if os.access(settings.JOURNAL_DIR, os.W_OK) else "not writable"
+    if name == "disk":
+        free = min(map(free_bytes, (settings.directory, settings.JOURNAL_DIR, os.path.dirname(settings.DB_PATH))))
+        return f"only {free // 1024} KiB are left" if free < FULL_BYTES else ""
+    due = app.queue.next_due() if name == "queue" else None
     late = app.clock() - due if due is not None else 0
     return f"a call has been due for {late:.0f} s" if late > STUCK_SECONDS else ""
 
 
-class Process(NamedTuple):
-    """What /proc says of a process: CPU and start in seconds, memory in bytes."""
-    pid: int
-    cpu: float
-    started: float
-    rss: int
-    virtual: int
-    threads: int
-    files: int
+class Usage(NamedTuple):
+    """What /proc says of a process, or of several in sum: CPU and start (of the oldest) in seconds, memory in bytes."""
+    workers: int = 0
+    cpu: float = 0.0
+    started: float = 0.0
+    rss: int = 0
+    virtual: int = 0
+    threads: int = 0
+    files: int = 0
 
 
-def read_process(pid: int) -> Process:
+def read_process(pid: int) -> Usage:
     """Read /proc/<pid> (proc_pid_stat(5)); OSError where it has ended."""
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     with open("/proc/stat") as file:
         booted = next(float(line.split()[1]) for line in file if line.startswith("btime"))
-    return Process(pid, (int(fields[11]) + int(fields[12])) / TICKS, booted + int(fields[19]) / TICKS,
-                   int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), int(fields[20]), int(fields[17]),
-                   len(os.listdir(f"/proc/{pid}/fd")))
+    return Usage(pid != os.getppid(), (int(fields[11]) + int(fields[12])) / TICKS, booted + int(fields[19]) / TICKS,
+                 int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), int(fields[20]), int(fields[17]),
+                 len(os.listdir(f"/proc/{pid}/fd")))
 
 
-def read_processes() -> list[Process]:
-    """Return this process and those beside it that run the same command in the same directory: workers and supervisor."""
+def read_usage() -> Usage:
+    """Add up this process and those beside it that run the same command in the same directory: workers and supervisor."""
     def command(pid: Union[int, str]) -> bytes:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read() + os.readlink(f"/proc/{pid}/cwd").encode("utf-8", "surrogateescape")
-    found, parent = [], os.getppid()
+    rows, parent = [], os.getppid()
     with contextlib.suppress(OSError):
         with open(f"/proc/{parent}/task/{parent}/children") as file:
             family = {os.getpid(), parent, *map(int, file.read().split())}
-        for pid in sorted(family):
+        for pid in family:
             with contextlib.suppress(OSError):
                 if command(pid) == command("self"):
-                    found.append(read_process(pid))
-    return found
+                    rows.append(read_process(pid))
+    return Usage(*map(sum, zip(*rows)))._replace(started=min((row.started for row in rows), default=0.0))
 
 
 class Load:
     """CPU per cent between two looks, over all processes."""
 
     def __init__(self) -> None:
-        self._before: dict[int, float] = {}
-        self._at = 0.0
+        self._used, self._at = 0.0, 0.0
 
     def figures(self, now: float) -> dict[str, Any]:
         """Return SPEC 11's system_metrics."""
-        processes = read_processes()
-        used = sum(row.cpu - self._before.get(row.pid, row.cpu if self._at else 0) for row in processes)
-        since = self._at or min([row.started for row in processes], default=now)
-        self._before, self._at = {row.pid: row.cpu for row in processes}, now
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if processes else 1
-        rss = sum(row.rss for row in processes)
-        return {"cpu_percent": round(100 * used / max(now - since, .01), 1), "memory_rss_mb": round(rss / 2 ** 20, 1),
-                "memory_percent": round(100 * rss / total, 2), "threads": sum(row.threads for row in processes),
-                "uptime_seconds": round(now - min([row.started for row in processes], default=now)),
-                "workers": sum(row.pid != os.getppid() for row in processes)}
+        found, used, since = read_usage(), self._used, self._at
+        self._used, self._at = found.cpu, now
+        started = found.started or now
+        percent = 100 * max(0.0, found.cpu - used) / max(now - (since or started), .01)  # what ended processes used is gone
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if found.rss else 1
+        return {"cpu_percent": round(percent, 1), "memory_rss_mb": round(found.rss / 2 ** 20, 1),
+                "memory_percent": round(100 * found.rss / total, 2), "threads": found.threads,
+                "uptime_seconds": round(now - started), "workers": found.workers}
 
 
 class Family(NamedTuple):
@@ -5374,35 +5361,30 @@ def collect_metrics(app: Any) -> Iterator[Family]:
     states = dict(app.store.read("SELECT state, count(*) FROM fn_queue GROUP BY state"))
     yield Family("fnserve_queue_calls", "gauge", "Queued calls by state.", [
         ("", {"state": state}, states.get(state, 0)) for state in STATES])
-    broken = len(app.functions.versions.broken())
-    yield Family("fnserve_load_errors", "gauge", "Functions that can't be loaded.", [("", {}, broken)])
-    kept = dict(app.store.read("SELECT key, value FROM fn_meta"))
-    yield Family("fnserve_job_runs_missed", "counter", "Scheduled runs that were missed.", [
-        ("_total", {}, kept.get("missed_runs", 0))])
-    yield Family("fnserve_journal_lost_lines", "counter", "Records that could not be written or read.", [
-        ("_total", {}, kept.get("lost_lines", 0) + kept.get("torn_lines", 0))])
+    for name, kind, text, value in collect_figures(app):
+        yield Family(name, kind, text, [("_total" if kind == "counter" else "", {}, value)])
     yield Family("fnserve_build_info", "gauge", "Version of fnserve and of Python.", [
         ("", {"version": __version__, "python": sys.version.split()[0]}, 1)])
-    yield from collect_process_metrics()
     yield from collect_custom_metrics(app)
 
 
-def collect_process_metrics() -> Iterator[Family]:
-    """Yield the standard process metrics, summed over all processes."""
-    processes = read_processes()
-    workers = sum(row.pid != os.getppid() for row in processes)
-    yield Family("fnserve_workers", "gauge", "Processes that serve.", [("", {}, workers)])
-    if processes:
+def collect_figures(app: Any) -> Iterator[tuple[str, str, str, float]]:
+    """Yield the metrics of one sample, the standard process metrics among them, summed over all processes."""
+    kept, found = dict(app.store.read("SELECT key, value FROM fn_meta")), read_usage()
+    lost = kept.get("lost_lines", 0) + kept.get("torn_lines", 0)
+    yield "fnserve_load_errors", "gauge", "Functions that can't be loaded.", len(app.functions.versions.broken())
+    yield "fnserve_job_runs_missed", "counter", "Scheduled runs that were missed.", kept.get("missed_runs", 0)
+    yield "fnserve_journal_lost_lines", "counter", "Records that could not be written or read.", lost
+    yield "fnserve_workers", "gauge", "Processes that serve.", found.workers
+    if found.workers:
         import resource
-        used, files = sum(row.cpu for row in processes), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        yield Family("process_cpu_seconds", "counter", "User and system CPU time.", [("_total", {}, used)])
-        for name, text, value in (
-                ("process_resident_memory_bytes", "Resident memory.", sum(row.rss for row in processes)),
-                ("process_virtual_memory_bytes", "Virtual memory.", sum(row.virtual for row in processes)),
-                ("process_start_time_seconds", "Start of the oldest process.", min(row.started for row in processes)),
-                ("process_open_fds", "Open file descriptors.", sum(row.files for row in processes)),
-                ("process_max_fds", "Most open file descriptors of one process.", files)):
-            yield Family(name, "gauge", text, [("", {}, value)])
+        yield "process_cpu_seconds", "counter", "User and system CPU time.", found.cpu
+        yield "process_resident_memory_bytes", "gauge", "Resident memory.", found.rss
+        yield "process_virtual_memory_bytes", "gauge", "Virtual memory.", found.virtual
+        yield "process_start_time_seconds", "gauge", "Start of the oldest process.", found.started
+        yield "process_open_fds", "gauge", "Open file descriptors.", found.files
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        yield "process_max_fds", "gauge", "Most open file descriptors of one process.", limit
 
 
 def collect_custom_metrics(app: Any) -> Iterator[Family]:
