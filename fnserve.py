@@ -3505,11 +3505,11 @@ YEARS_AHEAD = 100  # every combination of date and weekday that exists comes wit
 
 
 class TriggerError(ValueError):
-    """A trigger that can't be: `field` is the one to mend."""
+    """A trigger or a job that can't be: `field` is the one to mend, `status` what the REST API answers."""
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
+    def __init__(self, field: str, message: str, status: int = 400) -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field, self.status = field, status
 
 
 def _number(field: str, text: str, allowed: tuple[int, int, str]) -> int:
@@ -3649,7 +3649,7 @@ class Trigger:
         """Near a change of the clock local times are not in the order of real ones, but off by the change at most."""
         start = datetime.datetime.fromtimestamp(after, self.zone).replace(microsecond=0, tzinfo=None)
         first = next(self._cron.walls(start + datetime.timedelta(seconds=1)), start)
-        offsets: list[Any] = [datetime.datetime.fromtimestamp(moment + hours * 3600, self.zone).utcoffset()
+        offsets: list[Any] = [datetime.datetime.fromtimestamp(min(moment + hours * 3600, LAST_MOMENT), self.zone).utcoffset()
                               for moment in (after, self._moments(first)[0]) for hours in (-3, 3)]
         change, best = max(offsets) - min(offsets), float("inf")
         for wall in self._cron.walls(start - change):
@@ -4002,17 +4002,11 @@ MIGRATIONS = (("fn_jobs", "started", "INTEGER NOT NULL DEFAULT 0"),)  # columns 
 MISFIRE_SECONDS = 60.0  # APScheduler's default of one second would miss what a restart of the board delays
 LATE_SECONDS = 5.0
 JOB_FIELDS = ("id", "name", "func", "args", "kwargs", "trigger", "misfire_grace_time", "max_instances", "coalesce")
-SHOWN_FIELDS = ("next_run_time", "paused", "source", "planned", "started", "late", "skipped", "missed")  # of a job, besides
 JOB_COUNTS = ("planned", "started", "late", "skipped", "missed")
+SHOWN_FIELDS = {*JOB_FIELDS, "next_run_time", "paused", "source", *JOB_COUNTS}  # of a job, besides those of its trigger
+JOB_ID = re.compile(r"[^/?#\x00-\x1f\ud800-\udfff]{1,200}")
 FUNC = re.compile(r"([^\W\d]\w*(?:/[^\W\d]\w*)*)(?::([^\W\d]\w*))?")
 
-
-class JobError(Exception):
-    """A job that can't be: status and the field to mend."""
-
-    def __init__(self, status: int, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}" if field else message)
-        self.status, self.field = status, field
 
 
 class Schedule:
@@ -4032,10 +4026,10 @@ class Schedule:
         return self._store.read("SELECT * FROM fn_jobs ORDER BY id")
 
     def get(self, number: str) -> Any:
-        """Return one stored job; JobError 404 for none."""
+        """Return one stored job; TriggerError 404 for none."""
         for row in self._store.read("SELECT * FROM fn_jobs WHERE id = ?", number):
             return row
-        raise JobError(404, "", f"Job {number[:100]} not found")
+        raise TriggerError("", f"Job {number[:100]} not found", 404)
 
     def show(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return a job as Flask-APScheduler shows it, with the counts of its runs."""
@@ -4047,25 +4041,22 @@ class Schedule:
                 "source": row["source"], **{name: row[name] for name in JOB_COUNTS}}
 
     def add(self, sent: Mapping[str, Any], source: str = "api") -> Any:
-        """Store a new job; JobError 409 for an id that is taken, 400 naming the field that is wrong."""
-        row = self._read(dict(sent), source)
+        """Store a new job; TriggerError 409 for an id that is taken, 400 naming the field that is wrong."""
+        row = self._read(sent, source)
         with self._store.write() as connection:
             if connection.execute("SELECT 1 FROM fn_jobs WHERE id = ?", (row["id"],)).fetchone():
-                raise JobError(409, "id", f"Job {row['id']} already exists")
+                raise TriggerError("id", f"Job {row['id']} already exists", 409)
             self._insert(connection, row)
         return self.get(row["id"])
 
     def change(self, number: str, sent: Mapping[str, Any]) -> Any:
         """Change fields of a job; with `trigger` all of the old one's fields go. Its counts stay."""
         with self._store.write() as connection:
-            old = self.get(number)
-            fields = {name: value for name, value in sent.items() if name not in (*JOB_FIELDS, *SHOWN_FIELDS)}
-            keeps, schedule = not fields and "trigger" not in sent, json.loads(old["schedule"])
-            shown = {name: value for name, value in self.show(old).items() if name in JOB_FIELDS and name != "trigger"}
-            row = self._read({**shown, **sent, "id": number}, old["source"],
-                             None if "trigger" in sent else {**schedule, **fields} if fields else schedule)
+            old = {name: value for name, value in self.show(self.get(number)).items()
+                   if name in SHOWN_FIELDS or "trigger" not in sent}
+            row = self._read({**old, **sent, "id": number}, "api")
             names = ["name", "func", "args", "kwargs", "grace", "instances", "coalesce"]
-            names += [] if keeps else ["schedule", "next", "created"]
+            names += ["schedule", "next", "created"] if sent.keys() - SHOWN_FIELDS or "trigger" in sent else []
             connection.execute(f"UPDATE fn_jobs SET {', '.join(f'{name} = ?' for name in names)} WHERE id = ?",
                                (*(row[name] for name in names), number))
         return self.get(number)
@@ -4089,22 +4080,19 @@ class Schedule:
         """Put what is due into the queue; return when the next job is."""
         if not self._stepped or now < self._stepped - 300:  # what a clock that was wrong has planned is planned anew
             for row in self.jobs():
-                following = self._following(row, now)
-                if following is not None and (row["next"] is None or row["next"] > following):
-                    self._move(row["id"], following)
+                with contextlib.suppress(ValueError, OverflowError):
+                    following = self.trigger(row).next(now)
+                    if following is not None and (row["next"] is None or row["next"] > following):
+                        self._move(row["id"], following)
         self._stepped = now
         for row in self._store.read("SELECT * FROM fn_jobs WHERE next <= ? AND NOT paused", now):
             try:
                 self._fire(row, now)
-            except (ValueError, OverflowError, TriggerError) as error:  # one job must not hold up the others
+            except (ValueError, OverflowError) as error:  # one job must not hold up the others
                 log.error("job %s: %s", row["id"], error)
                 self._move(row["id"], None)
         return self._store.read("SELECT min(next) FROM fn_jobs WHERE NOT paused")[0][0]
 
-    def _following(self, row: Mapping[str, Any], now: float) -> Optional[float]:
-        with contextlib.suppress(ValueError, OverflowError):
-            return self.trigger(row).next(now)
-        return None
 
     def _fire(self, row: Mapping[str, Any], now: float) -> None:
         """Work out what a job has to do, then write it all at once, unless somebody was faster."""
@@ -4148,7 +4136,7 @@ class Schedule:
             try:
                 if schedule is not UNREADABLE and (row is None or row["schedule"] != dump_json(schedule)):
                     self._sync_one(name, schedule, row)
-            except (JobError, ValueError, TypeError, OverflowError) as error:  # the list shows it, too
+            except (ValueError, TypeError, OverflowError) as error:  # the list shows it, too
                 if self._refused.get(name) != repr(schedule):
                     self._refused[name] = repr(schedule)
                     log.error("%s: its SETTINGS['schedule'] can't be used: %s", name, error)
@@ -4160,38 +4148,28 @@ class Schedule:
             connection.execute("DELETE FROM fn_jobs WHERE id = ?", (name,))  # a job of the API by this name gives way
             self._insert(connection, {**row, "paused": old["paused"] if old else 0})
 
-    def _read(self, sent: dict[str, Any], source: str, schedule: Any = None) -> dict[str, Any]:
+    def _read(self, sent: Mapping[str, Any], source: str, schedule: Any = None) -> dict[str, Any]:
         """Check what a job is made of, and return the row."""
-        now, func = self._clock(), sent.get("func", "")
-        number = str(sent.get("id") or os.urandom(8).hex())
-        found = FUNC.fullmatch(func) if isinstance(func, str) else None
-        if not found:
-            raise JobError(400, "func", f"{func!r} is neither hello nor reports:daily")
-        if source == "api" and (not re.fullmatch(r"[^/?#\x00-\x1f\ud800-\udfff]{1,200}", number) or not number.strip(". ")):
-            raise JobError(400, "id", "must be text without / ? #")
-        for name, kind in (("args", list), ("kwargs", dict)):
-            if not isinstance(sent.get(name, kind()), kind):
-                raise JobError(400, name, f"must be a {kind.__name__}")
-        grace, instances = sent.get("misfire_grace_time", MISFIRE_SECONDS), sent.get("max_instances", 1)
-        if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float)) or not grace > 0):
-            raise JobError(400, "misfire_grace_time", "must be seconds above 0, or null for no limit")
-        if isinstance(instances, bool) or not isinstance(instances, int) or not 0 < instances <= 1000:
-            raise JobError(400, "max_instances", "must be a whole number above 0")
+        now, number = self._clock(), str(sent.get("id") or os.urandom(8).hex())
+        job = {"func": "", "args": [], "kwargs": {}, "misfire_grace_time": MISFIRE_SECONDS, "max_instances": 1, **sent}
+        func, grace, instances = job["func"], job["misfire_grace_time"], job["max_instances"]
         if schedule is None:
-            others = {*JOB_FIELDS, *SHOWN_FIELDS} - {"trigger"}
-            schedule = {name: value for name, value in sent.items() if name not in others}
-            if not schedule:
-                raise JobError(400, "trigger", "is missing: cron, interval or date")
-        try:
-            trigger = parse_schedule(schedule, self._zone, now)
-            following = trigger.next(float("-inf") if trigger.kind == "date" else now)  # a date just past is still run
-        except TriggerError as error:
-            raise JobError(400, error.field, str(error).partition(": ")[2]) from None
-        except (ValueError, OverflowError, OSError) as error:
-            raise JobError(400, "trigger", str(error)) from None
-        return {"id": number, "name": sql_value(str(sent.get("name") or number)), "func": func,
-                "args": dump_json(sent.get("args", [])),
-                "kwargs": dump_json(sent.get("kwargs", {})), "schedule": dump_json(schedule), "next": following,
+            schedule = {name: value for name, value in sent.items() if name == "trigger" or name not in SHOWN_FIELDS}
+        for field, right, message in (
+                ("func", isinstance(func, str) and FUNC.fullmatch(func), f"{func!r} is neither hello nor reports:daily"),
+                ("id", source == "code" or JOB_ID.fullmatch(number) and number.strip(". "), "must be text without / ? #"),
+                ("args", isinstance(job["args"], list), "must be a list"),
+                ("kwargs", isinstance(job["kwargs"], dict), "must be a dict"),
+                ("misfire_grace_time", grace is None or type(grace) in (int, float) and grace > 0,
+                 "must be seconds above 0, or null for no limit"),
+                ("max_instances", type(instances) is int and 0 < instances <= 1000, "must be a whole number above 0"),
+                ("trigger", schedule, "is missing: cron, interval or date")):
+            if not right:
+                raise TriggerError(field, message)
+        trigger = parse_schedule(schedule, self._zone, now)
+        following = trigger.next(float("-inf") if trigger.kind == "date" else now)  # a date just past is still run
+        return {"id": number, "name": sql_value(str(sent.get("name") or number)), "func": func, "args": dump_json(job["args"]),
+                "kwargs": dump_json(job["kwargs"]), "schedule": dump_json(schedule), "next": following,
                 "paused": int("next_run_time" in sent and sent["next_run_time"] is None),  # as APScheduler's add_job has it
                 "source": source, "grace": grace, "instances": instances, "coalesce": bool(sent.get("coalesce", True)),
                 "created": now}
@@ -4208,10 +4186,10 @@ class Schedule:
         request: dict[str, Any] = {"method": "POST", "path": "/function/" + function, "query": "", "headers": []}
         if name:
             request.update(entry=name, args=json.loads(row["args"]), kwargs=json.loads(row["kwargs"]))
-            return Queued(function, dump_json(request), trigger="schedule", job=row["id"], planned=planned)
-        request["headers"] = [["Content-Type", "application/json"]]
-        return Queued(function, dump_json(request), row["kwargs"].encode(), trigger="schedule", job=row["id"],
-                      planned=planned)
+        else:
+            request["headers"] = [["Content-Type", "application/json"]]
+        body = b"" if name else row["kwargs"].encode()
+        return Queued(function, dump_json(request), body, trigger="schedule", job=row["id"], planned=planned)
 
 
 def iso_time(moment: Optional[float], zone: Any) -> Optional[str]:
@@ -6916,8 +6894,8 @@ def view_jobs(app: Any, call: Call) -> Response:
         if method == "PATCH":
             return as_json(schedule.show(schedule.change(number, json_fields(call))))
         return act_on_job(app, call, number) if method == "POST" else as_json(schedule.show(schedule.get(number)))
-    except (JobError, TriggerError) as error:
-        raise HTTPException(getattr(error, "status", 400), str(error), field=error.field) from None
+    except TriggerError as error:
+        raise HTTPException(error.status, str(error), field=error.field) from None
 
 
 def check_func(app: Any, func: Any) -> None:
@@ -6927,7 +6905,7 @@ def check_func(app: Any, func: Any) -> None:
         function = app.functions.get(found[1])
         module = function.code.module if function is not None and function.code is not None else None
         if function is None or found[2] and not callable(getattr(module, found[2], None)):
-            raise JobError(400, "func", f"there is no {func}")
+            raise TriggerError("func", f"there is no {func}")
 
 
 def act_on_job(app: Any, call: Call, path: str) -> Response:
