@@ -1770,7 +1770,10 @@ class Journal:
             if os.write(self.handle, line) != len(line):
                 raise OSError("the disk is full")
         except OSError as error:
-            self._complain(error)
+            self.lost += 1
+            if monotonic() - self._complained > 60:
+                self._complained = monotonic()
+                log.error("%s: %s; %d records lost so far", self.directory, error, self.lost)
 
     def _let_go(self) -> None:
         """Let a child open the segment for itself: the process that it was forked from holds its own."""
@@ -1782,12 +1785,10 @@ class Journal:
         """Open the current segment; move on to a new one where it is full, was deleted or is no longer the newest."""
         with self._lock:
             least = 0
-            if self.handle >= 0:
-                found = os.fstat(self.handle)
-                full = found.st_size >= SEGMENT_BYTES
-                if found.st_nlink and not full and not os.path.exists(segment_path(self.directory, self._number + 1)):
+            if self.handle >= 0 and os.fstat(self.handle).st_nlink:
+                least = self._number + (os.fstat(self.handle).st_size >= SEGMENT_BYTES)
+                if least == self._number and not os.path.exists(segment_path(self.directory, least + 1)):
                     return
-                least = self._number + 1 if full and found.st_nlink else 0
             self._open(least)
 
     def _open(self, least: int) -> None:
@@ -1805,12 +1806,6 @@ class Journal:
             os.close(handle)
             handle = self.handle
         self._number, self.handle = number, handle
-
-    def _complain(self, error: OSError) -> None:
-        self.lost += 1
-        if monotonic() - self._complained > 60:
-            self._complained = monotonic()
-            log.error("%s: %s; %d records lost so far", self.directory, error, self.lost)
 
 
 _SECRET = re.compile(r"token|key|secret|signature|(?<![a-z])(sig|pass)(?![a-z])|passw|pwd|auth(?!ors?(?![a-z]))|cookie|hmac"
@@ -1869,7 +1864,6 @@ class Tally:
         self.metrics += record.get("mx", ())
 
 
-
 def sql_value(value: Any) -> Any:
     """Return what SQLite can store of a JSON value; a lone surrogate, which a client can send, becomes a ?."""
     if isinstance(value, int) and abs(value) < 1 << 62 or value is None or isinstance(value, float):
@@ -1925,7 +1919,6 @@ class Folder:
                     within(connection)
             total += len(tally.calls)
         return total
-
 
     def _read(self, connection: sqlite3.Connection, tally: Tally) -> bool:
         done = dict(connection.execute("SELECT segment, position FROM fn_journal"))
@@ -3623,8 +3616,12 @@ class Trigger:
 
     def next(self, after: float) -> Optional[float]:
         """Return the first time after `after`."""
-        found = self._next(after)
-        if found is None or found > min(self._end, LAST_MOMENT):
+        found = self._start if after < self._start else float("inf")
+        if self.kind == "cron":
+            found = self._next_cron(max(after, self._start - .001))
+        elif self.kind == "interval" and after >= self._start:
+            found = self._anchor + ((after - self._anchor) // self._every + 1) * self._every
+        if found > min(self._end, LAST_MOMENT):
             return None
         if self._jitter:  # only ever later, or it would fire twice; only the process that moves the job on draws
             found += int.from_bytes(os.urandom(4), "big") / 2 ** 32 * self._jitter
@@ -3639,13 +3636,11 @@ class Trigger:
             found, moment = found + 1, self.next(moment)
         return found
 
-    def _next(self, after: float) -> Optional[float]:
-        if self.kind == "cron":
-            return self._next_cron(max(after, self._start - .001))
-        missed = None if self.kind == "date" else self._anchor + ((after - self._anchor) // self._every + 1) * self._every
-        return self._start if after < self._start else missed
+    def iso(self, moment: Optional[float]) -> Optional[str]:
+        """Write a Unix time as ISO 8601 in the trigger's zone; None for None."""
+        return datetime.datetime.fromtimestamp(moment, self.zone).isoformat() if moment is not None else None
 
-    def _next_cron(self, after: float) -> Optional[float]:
+    def _next_cron(self, after: float) -> float:
         """Near a change of the clock local times are not in the order of real ones, but off by the change at most."""
         start = datetime.datetime.fromtimestamp(after, self.zone).replace(microsecond=0, tzinfo=None)
         first = next(self._cron.walls(start + datetime.timedelta(seconds=1)), start)
@@ -3656,9 +3651,9 @@ class Trigger:
             best = min([best] + [moment for moment in self._moments(wall) if moment > after])
             if self._moments(wall)[0] - change.total_seconds() >= best:
                 break
-        return best if best < float("inf") else None
+        return best
 
-    def _moments(self, wall: Any) -> list[float]:
+    def _moments(self, wall: datetime.datetime) -> list[float]:
         """Return the Unix times of a local time: two where the clock is put back, the later one where it is put forward."""
         first, second = (wall.replace(tzinfo=self.zone, fold=fold).timestamp() for fold in (0, 1))
         return [first, second] if first < second else [first]
@@ -3705,9 +3700,6 @@ def read_iso(text: str) -> datetime.datetime:
     return datetime.datetime.fromisoformat(re.sub(r"\.\d+", lambda fraction: fraction[0][:7].ljust(7, "0"), text))
 
 
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-
-
 def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
     """Read SETTINGS["schedule"]: a crontab(5) line of five fields, @hourly and such, ``every 30s``, or a dict of fields."""
     if isinstance(value, dict):
@@ -3720,7 +3712,7 @@ def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
     text = " ".join(str(value).lower().split())
     every = re.fullmatch(r"every (\d{1,9}) ?(s|m|h|d|w|secs?|mins?|seconds?|minutes?|hours?|days?|weeks?)", text, re.A)
     if every and int(every[1]):
-        return Trigger("interval", {_UNITS[every[2][0]]: int(every[1])}, zone, now)
+        return Trigger("interval", {name: int(every[1]) for name in INTERVAL_FIELDS if name[0] == every[2][0]}, zone, now)
     parts = NICKNAMES.get(text, text).split()
     if len(parts) != 5:
         raise TriggerError("schedule", f"{value!r} is neither five crontab fields, nor @hourly and such, nor 'every 30s'")
@@ -3878,16 +3870,15 @@ class Queue:
                 connection.execute("UPDATE fn_queue SET body = NULL WHERE id = ? AND length(body) > ?", (row["id"], KEPT_BODY))
 
     def reclaim(self, retries: Callable[[str], int]) -> int:
-        """Give back the calls of processes that died: whose file's lock can be had. Return how many there were.
-
-        `retries` tells how often a function's failed calls are run again.
-        """
+        """Give back the calls of processes that died, whose file's lock can be had, or give them up after so many `retries` of
+        their function; return how many there were."""
         count = 0
         for owner, in self._store.read("SELECT DISTINCT owner FROM fn_queue WHERE state = 'running'"):
             path = os.path.join(self._directory, owner)
             handle = lock_file(path) if owner != self._owner else -1
             if handle < 0:
                 continue
+            os.close(handle)
             with self._store.write() as connection:
                 for row in connection.execute("SELECT id, function, attempts, retries FROM fn_queue WHERE state = 'running'"
                                               " AND owner = ?", (owner,)).fetchall():
@@ -3896,22 +3887,21 @@ class Queue:
                         "UPDATE fn_queue SET state = ?, error = 'its process died', finished = ?, owner = NULL WHERE id = ?",
                         ("dead" if row["attempts"] > most else "waiting", self.clock(), row["id"])).rowcount
             os.unlink(path)
-            os.close(handle)
         return count
 
     def next_due(self) -> Optional[float]:
         """Return when the next waiting call is due."""
-        rows = self._store.read("SELECT min(due) FROM fn_queue WHERE state = 'waiting'")
-        return rows[0][0]
+        return self._store.read("SELECT min(due) FROM fn_queue WHERE state = 'waiting'")[0][0]
 
     def act(self, number: str, action: str) -> Optional[str]:
         """Retry (go on with a dead call), replay (run the request anew) or discard; return the id, None for no such call,
         "" where its state or a body that was not kept forbids it."""
         with self._store.write() as connection:
-            row = connection.execute("SELECT state, length(body) FROM fn_queue WHERE id = ?", (sql_value(number),)).fetchone()
+            row = self.get(sql_value(number))
             if row is None:
                 return None
-            if row[0] == "running" or action == "retry" and row[0] != "dead" or action == "replay" and row[1] is None:
+            if row["state"] == "running" or action == "retry" and row["state"] != "dead" \
+                    or action == "replay" and row["body"] is None:
                 return ""
             if action == "discard":
                 connection.execute("DELETE FROM fn_queue WHERE id = ?", (number,))
@@ -3919,10 +3909,7 @@ class Queue:
                 connection.execute("UPDATE fn_queue SET state = 'waiting', due = ?, retries = attempts + 2 WHERE id = ?",
                                    (self.clock(), number))
             else:
-                old, number = number, new_id(self.clock())
-                connection.execute("INSERT INTO fn_queue (id, function, state, due, trigger, attempts, created, request, body)"
-                                   " SELECT ?, function, 'waiting', ?, trigger, 0, ?, request, body FROM fn_queue"
-                                   " WHERE id = ?", (number, self.clock(), self.clock(), old))
+                number = self.insert(connection, Queued(row["function"], row["request"], row["body"], trigger=row["trigger"]))
         return number
 
     def prune(self, now: float, keep_days: int) -> None:
@@ -3942,7 +3929,7 @@ class Queue:
         """Let a child that a function forks not hold its parent's lock."""
         if self._handle >= 0:
             os.close(self._handle)
-        self._lock, self._owner, self._handle = threading.Lock(), "", -1
+        self._lock, self._owner, self._handle, self._waiting = threading.Lock(), "", -1, []
 
 
 class Runner:
@@ -3966,13 +3953,12 @@ class Runner:
             sleep(YIELD_SECONDS)
             try:
                 row = self._queue.claim(self._queue.clock(), max(1, self._most - 1))
+                if row is not None:
+                    self.poke()  # there may be more
+                    self._run_one(row)
+                    self._poked = True  # what waited for its function's share may be run now
             except sqlite3.Error as error:  # locked for long, or the disk is full: the background loop pokes again
                 log.warning("queue: %s", error)
-                continue
-            if row is not None:
-                self.poke()  # there may be more
-                self._run_one(row)
-                self._poked = True  # what waited for its function's share may be run now
 
     def _goes_on(self) -> bool:
         """Tell whether somebody poked since a thread last began to look; if not, this one is counted out."""
@@ -4008,7 +3994,6 @@ JOB_ID = re.compile(r"[^/?#\x00-\x1f\ud800-\udfff]{1,200}")
 FUNC = re.compile(r"([^\W\d]\w*(?:/[^\W\d]\w*)*)(?::([^\W\d]\w*))?")
 
 
-
 class Schedule:
     """The jobs. Times are Unix seconds; a job as others see it is the dict of `show`."""
 
@@ -4037,7 +4022,7 @@ class Schedule:
         return {"id": row["id"], "name": row["name"], "func": row["func"], "args": json.loads(row["args"]),
                 "kwargs": json.loads(row["kwargs"]), "trigger": trigger.kind, **trigger.fields,
                 "misfire_grace_time": row["grace"], "max_instances": row["instances"], "coalesce": bool(row["coalesce"]),
-                "next_run_time": None if row["paused"] else iso_time(row["next"], trigger.zone), "paused": bool(row["paused"]),
+                "next_run_time": None if row["paused"] else trigger.iso(row["next"]), "paused": bool(row["paused"]),
                 "source": row["source"], **{name: row[name] for name in JOB_COUNTS}}
 
     def add(self, sent: Mapping[str, Any], source: str = "api") -> Any:
@@ -4092,7 +4077,6 @@ class Schedule:
                 log.error("job %s: %s", row["id"], error)
                 self._move(row["id"], None)
         return self._store.read("SELECT min(next) FROM fn_jobs WHERE NOT paused")[0][0]
-
 
     def _fire(self, row: Mapping[str, Any], now: float) -> None:
         """Work out what a job has to do, then write it all at once, unless somebody was faster."""
@@ -4191,12 +4175,6 @@ class Schedule:
         body = b"" if name else row["kwargs"].encode()
         return Queued(function, dump_json(request), body, trigger="schedule", job=row["id"], planned=planned)
 
-
-def iso_time(moment: Optional[float], zone: Any) -> Optional[str]:
-    """Write a Unix time as ISO 8601 in a zone."""
-    with contextlib.suppress(ValueError, OverflowError, OSError, TypeError):
-        return datetime.datetime.fromtimestamp(moment, zone).isoformat()  # type: ignore[arg-type]  # None has no time
-    return None
 
 # == 13 PIPELINE ==========================================================
 # One call: resolve, gate, run, respond, record, each a plain function that is handed the app. Uses 01 to 12; App owns
@@ -5285,23 +5263,19 @@ class Load:
                 "uptime_seconds": round(now - started), "workers": found.workers}
 
 
-class Family(NamedTuple):
-    """One metric: its name without _total, its kind, its help, and (suffix, labels, value) of each sample."""
-    name: str
-    kind: str
-    help: str
-    samples: list[tuple[str, dict[str, Any], Any]]
+Sample = tuple[str, dict[str, Any], Any]  #: suffix, labels, value
+Family = tuple[str, str, str, list[Sample]]  #: a metric's name without _total, kind, help, samples
 
 
 def write_metrics(families: Iterable[Family], openmetrics: bool) -> str:
     """Write Prometheus's text format 0.0.4, or OpenMetrics 1.0."""
     lines = []
-    for row in families:
-        name = row.name + ("_total" if row.kind == "counter" and not openmetrics else "")
-        lines += [f"# HELP {name} {_escape_metric(row.help, openmetrics)}", f"# TYPE {name} {row.kind}"]
-        for suffix, labels, value in row.samples:
+    for name, kind, text, samples in families:
+        head = name + ("_total" if kind == "counter" and not openmetrics else "")
+        lines += [f"# HELP {head} {_escape_metric(text, openmetrics)}", f"# TYPE {head} {kind}"]
+        for suffix, labels, value in samples:
             shown = ",".join(f'{key}="{_escape_metric(str(item), True)}"' for key, item in labels.items())
-            lines.append(f"{row.name}{suffix}{'{' + shown + '}' if shown else ''} {value}")
+            lines.append(f"{name}{suffix}{'{' + shown + '}' if shown else ''} {value}")
     return "\n".join(lines + ["# EOF"] * openmetrics) + "\n"
 
 
@@ -5310,11 +5284,12 @@ def _escape_metric(text: str, quotes: bool) -> str:
     return text.replace('"', r"\"") if quotes else text
 
 
-def histogram_samples(labels: dict[str, Any], bounds: Iterable[float], buckets: list[int], total: float) -> list[Any]:
+def histogram_samples(labels: dict[str, Any], bounds: Iterable[float], buckets: list[int], total: float) -> list[Sample]:
     """Return the samples of one histogram: cumulative buckets, count and sum."""
     sums = list(itertools.accumulate(buckets))
-    samples = [("_bucket", {**labels, "le": bound}, below) for bound, below in zip([*map(float, bounds), "+Inf"], sums)]
-    return [*samples, ("_count", labels, sums[-1]), ("_sum", labels, total)]
+    edges = zip([*map(float, bounds), "+Inf"], sums)
+    return [*(("_bucket", {**labels, "le": bound}, below) for bound, below in edges), ("_count", labels, sums[-1]),
+            ("_sum", labels, total)]
 
 
 def collect_metrics(app: Any) -> Iterator[Family]:
@@ -5322,27 +5297,27 @@ def collect_metrics(app: Any) -> Iterator[Family]:
     with contextlib.suppress(sqlite3.Error):  # somebody holds the write lock: the figures of a moment ago will do
         app.folder.fold()
     requests = app.store.read("SELECT method, endpoint, status, count FROM fn_requests ORDER BY endpoint, method, status")
-    yield Family("fnserve_requests", "counter", "Requests answered.", [
+    yield "fnserve_requests", "counter", "Requests answered.", [
         ("_total", {"method": method, "endpoint": endpoint, "status": status}, count)
-        for method, endpoint, status, count in requests])
+        for method, endpoint, status, count in requests]
     latencies = app.store.read("SELECT method, endpoint, seconds, buckets FROM fn_latency ORDER BY endpoint, method")
-    yield Family("fnserve_request_latency_seconds", "histogram", "Time from request to answer.", [
+    yield "fnserve_request_latency_seconds", "histogram", "Time from request to answer.", [
         sample for method, endpoint, total, buckets in latencies
-        for sample in histogram_samples({"method": method, "endpoint": endpoint}, BUCKETS, json.loads(buckets), total)])
+        for sample in histogram_samples({"method": method, "endpoint": endpoint}, BUCKETS, json.loads(buckets), total)]
     for name, text, least in (("calls", "Calls of functions.", 0), ("errors", "Calls of functions that failed.", 500)):
         counts: dict[str, int] = {}
         for _, endpoint, status, count in requests:
             if endpoint.startswith("/function/") and endpoint not in app.routes:
                 counts[endpoint[10:]] = counts.get(endpoint[10:], 0) + (count if status >= least else 0)
-        yield Family(f"fnserve_function_{name}", "counter", text, [
-            ("_total", {"function": key}, count) for key, count in counts.items()])
+        yield f"fnserve_function_{name}", "counter", text, [
+            ("_total", {"function": key}, count) for key, count in counts.items()]
     states = dict(app.store.read("SELECT state, count(*) FROM fn_queue GROUP BY state"))
-    yield Family("fnserve_queue_calls", "gauge", "Queued calls by state.", [
-        ("", {"state": state}, states.get(state, 0)) for state in STATES])
+    yield "fnserve_queue_calls", "gauge", "Queued calls by state.", [
+        ("", {"state": state}, states.get(state, 0)) for state in STATES]
     for name, kind, text, value in collect_figures(app):
-        yield Family(name, kind, text, [("_total" if kind == "counter" else "", {}, value)])
-    yield Family("fnserve_build_info", "gauge", "Version of fnserve and of Python.", [
-        ("", {"version": __version__, "python": sys.version.split()[0]}, 1)])
+        yield name, kind, text, [("_total" if kind == "counter" else "", {}, value)]
+    yield "fnserve_build_info", "gauge", "Version of fnserve and of Python.", [
+        ("", {"version": __version__, "python": sys.version.split()[0]}, 1)]
     yield from collect_custom_metrics(app)
 
 
@@ -5370,11 +5345,11 @@ def collect_custom_metrics(app: Any) -> Iterator[Family]:
     families: dict[str, Family] = {}
     for name, kind, text, labels, value, bounds, buckets in app.store.read(
             "SELECT name, kind, help, labels, value, bounds, buckets FROM fn_metrics ORDER BY name, labels"):
-        family = families.setdefault(name, Family(name, kind, text, []))
+        samples = families.setdefault(name, (name, kind, text, []))[3]
         if kind == "counter":
-            family.samples.append(("_total", json.loads(labels), value))
+            samples.append(("_total", json.loads(labels), value))
         else:
-            family.samples.extend(histogram_samples(json.loads(labels), json.loads(bounds), json.loads(buckets), value))
+            samples.extend(histogram_samples(json.loads(labels), json.loads(bounds), json.loads(buckets), value))
     return iter(families.values())
 
 
@@ -8505,7 +8480,7 @@ def cmd_next(arguments: Any, options: dict[str, Any]) -> None:
         raise SettingError(str(error)) from None
     for _ in range(arguments.n):
         moment = trigger.next(now)
-        print("never" if moment is None else iso_time(moment, trigger.zone))
+        print(trigger.iso(moment) or "never")
         if moment is None:
             break
         now = moment
