@@ -3305,27 +3305,10 @@ def fresh(moment: str, now: float) -> bytes:
 Parts = tuple[list[str], list[bytes]]  #: the signatures that a header gives, and the texts of which one must be signed
 
 
-def _body(request: Request, given: str, now: float) -> Parts:
-    return [given], [request.get_data()]
-
-
 def _stripe(request: Request, given: str, now: float) -> Parts:
     pairs = [part.strip().partition("=")[::2] for part in given.split(",")]
     signed = fresh(dict(pairs).get("t", ""), now) + b"." + request.get_data()
     return [value for key, value in pairs if key == "v1"], [signed]
-
-
-def _slack(request: Request, given: str, now: float) -> Parts:
-    return [given], [b"v0:" + fresh(header_of(request, "X-Slack-Request-Timestamp"), now) + b":" + request.get_data()]
-
-
-def _standard(request: Request, given: str, now: float) -> Parts:
-    number, moment = header_of(request, "webhook-id"), fresh(header_of(request, "webhook-timestamp"), now)
-    return given.split(), [number.encode("latin-1") + b"." + moment + b"." + request.get_data()]
-
-
-def _discord(request: Request, given: str, now: float) -> Parts:
-    return [given], [header_of(request, "X-Signature-Timestamp").encode("latin-1") + request.get_data()]
 
 
 def _twilio(request: Request, given: str, now: float) -> Parts:
@@ -3399,8 +3382,20 @@ class Scheme(NamedTuple):
     algorithm: str = "sha256"  #: of the HMAC; ed25519; "" for a header that is the key itself
     encoding: str = "hex"
     prefix: str = ""
-    parts: Callable[[Request, str, float], Parts] = _body
+    before: str = ""  #: what is signed before the body: text and, in braces, other headers
+    stamp: str = ""  #: the header with the time
+    parts: Optional[Callable[[Request, str, float], Parts]] = None  #: of a header that needs code
     key: Callable[[str], bytes] = str.encode
+
+
+def _parts(scheme: Scheme, request: Request, now: float) -> Parts:
+    given = header_of(request, scheme.header)
+    if scheme.parts is not None:
+        return scheme.parts(request, given, now)
+    if scheme.stamp:
+        fresh(header_of(request, scheme.stamp), now)
+    before = re.sub(r"\{(.+?)\}", lambda name: header_of(request, name[1]), scheme.before)
+    return given.split() if before else [given], [before.encode("latin-1", "replace") + request.get_data()]
 
 
 def _standard_key(text: str) -> bytes:
@@ -3411,13 +3406,16 @@ SCHEMES = {
     "line": Scheme("X-Line-Signature", "LINE_CHANNEL_SECRET", encoding="base64"),
     "github": Scheme("X-Hub-Signature-256", "GITHUB_WEBHOOK_SECRET", prefix="sha256="),
     "stripe": Scheme("Stripe-Signature", "STRIPE_WEBHOOK_SECRET", parts=_stripe),
-    "slack": Scheme("X-Slack-Signature", "SLACK_SIGNING_SECRET", prefix="v0=", parts=_slack),
-    "standard": Scheme("webhook-signature", "STANDARD_WEBHOOK_SECRET", "sha256", "base64", "v1,", _standard, _standard_key),
+    "slack": Scheme("X-Slack-Signature", "SLACK_SIGNING_SECRET", prefix="v0=", before="v0:{X-Slack-Request-Timestamp}:",
+                    stamp="X-Slack-Request-Timestamp"),
+    "standard": Scheme("webhook-signature", "STANDARD_WEBHOOK_SECRET", encoding="base64", prefix="v1,",
+                       before="{webhook-id}.{webhook-timestamp}.", stamp="webhook-timestamp", key=_standard_key),
     "shopify": Scheme("X-Shopify-Hmac-Sha256", "SHOPIFY_WEBHOOK_SECRET", encoding="base64"),
     "gitlab": Scheme("X-Gitlab-Token", "GITLAB_WEBHOOK_TOKEN", ""),
     "telegram": Scheme("X-Telegram-Bot-Api-Secret-Token", "TELEGRAM_SECRET_TOKEN", ""),
     "twilio": Scheme("X-Twilio-Signature", "TWILIO_AUTH_TOKEN", "sha1", "base64", parts=_twilio),
-    "discord": Scheme("X-Signature-Ed25519", "DISCORD_PUBLIC_KEY", "ed25519", parts=_discord, key=bytes.fromhex)}
+    "discord": Scheme("X-Signature-Ed25519", "DISCORD_PUBLIC_KEY", "ed25519", before="{X-Signature-Timestamp}",
+                      key=bytes.fromhex)}
 
 
 def read_scheme(value: Any) -> Scheme:
@@ -3440,7 +3438,7 @@ def verify(scheme: Scheme, request: Request, config: Mapping[str, Optional[str]]
     keys = [key.strip() for key in (config.get(scheme.secret) or "").split(",") if key.strip()]
     if not keys:
         raise BadSignature(f"{scheme.secret} is not set in .env")
-    sent, signed = scheme.parts(request, header_of(request, scheme.header), now)
+    sent, signed = _parts(scheme, request, now)
     given = [one[len(scheme.prefix):] for one in sent if one.startswith(scheme.prefix)]
     if sent and not given:
         raise BadSignature(f"bad encoding: it does not start with {scheme.prefix}")
@@ -3464,12 +3462,11 @@ def _is_right(scheme: Scheme, key: bytes, signed: list[bytes], given: list[str])
 
 def answer_challenge(scheme: Scheme, request: Request) -> Any:
     """Return the answer to Slack's and Discord's question whether this URL is ours; None for a real webhook."""
-    sent = request.get_json(silent=True) if scheme.parts in (_slack, _discord) and request.is_json else None
-    if not isinstance(sent, dict):
+    asks = {SCHEMES["slack"]: "url_verification", SCHEMES["discord"]: 1}.get(scheme)
+    sent = request.get_json(silent=True) if asks and request.is_json else None
+    if not isinstance(sent, dict) or sent.get("type") != asks:
         return None
-    if scheme.parts is _discord:
-        return {"type": 1} if sent.get("type") == 1 else None
-    return {"challenge": sent.get("challenge")} if sent.get("type") == "url_verification" else None
+    return {"type": 1} if asks == 1 else {"challenge": sent.get("challenge")}
 
 # == 10 TRIGGERS ==========================================================
 # From text to the next time: cron, interval, date, with APScheduler's fields. Uses 01; pure. Times are Unix seconds; a
