@@ -1566,12 +1566,16 @@ def add_buckets(one: str, other: str) -> str:
     return json.dumps([a + b for a, b in zip(json.loads(one), json.loads(other))])
 
 
+def insert_row(connection: sqlite3.Connection, table: str, row: Mapping[str, Any], conflict: str = "") -> None:
+    """Add a row; `conflict` is what SQL says of one that is there."""
+    connection.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))}) {conflict}",
+                       tuple(row.values()))
+
+
 def add_up(connection: sqlite3.Connection, table: str, key: Mapping[str, Any], **figures: Any) -> None:
     """Add figures to those of a row; make the row where there is none."""
-    row = {**key, **figures}
     sums = (f"{name} = {SUMS.get(name, '{0} + excluded.{0}').format(name)}" for name in figures)
-    connection.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
-                       f" ON CONFLICT ({', '.join(key)}) DO UPDATE SET {', '.join(sums)}", tuple(row.values()))
+    insert_row(connection, table, {**key, **figures}, f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {', '.join(sums)}")
 
 
 def file_number(path: str) -> int:
@@ -3822,12 +3826,8 @@ class Queue:
                 if row[1] > now - RESULT_SECONDS:
                     return row[0]
                 connection.execute("UPDATE fn_queue SET key = NULL WHERE id = ?", (row[0],))
-        number = new_id(now)
-        connection.execute(
-            "INSERT INTO fn_queue (id, function, state, due, trigger, attempts, created, key, job, planned, request, body)"
-            " VALUES (?, ?, 'waiting', ?, ?, 0, ?, ?, ?, ?, ?, ?)",
-            (number, call.function, call.due or now, call.trigger, now, call.key, call.job, call.planned,
-             call.request, call.body))
+        number, more = new_id(now), {"state": "waiting", "attempts": 0, "created": now, "due": call.due or now}
+        insert_row(connection, "fn_queue", {**call._asdict(), **more, "id": number})
         return number
 
     def claim(self, now: float, share: int = 1000) -> Optional[sqlite3.Row]:
@@ -4028,7 +4028,7 @@ class Schedule:
         with self._store.write() as connection:
             if connection.execute("SELECT 1 FROM fn_jobs WHERE id = ?", (row["id"],)).fetchone():
                 raise TriggerError("id", f"Job {row['id']} already exists", 409)
-            self._insert(connection, row)
+            insert_row(connection, "fn_jobs", row)
         return self.get(row["id"])
 
     def change(self, number: str, sent: Mapping[str, Any]) -> Any:
@@ -4053,10 +4053,6 @@ class Schedule:
         following = self.trigger(self.get(number)).next(self._clock())
         self._store.run("UPDATE fn_jobs SET paused = ?, next = ? WHERE id = ?", paused, following, number)
         return self.get(number)
-
-    def call_now(self, number: str) -> Queued:
-        """Return a run of a job beside its plan, to be put into the queue."""
-        return self._call(self.get(number), None)
 
     def step(self, now: float) -> Optional[float]:
         """Put what is due into the queue; return when the next job is."""
@@ -4094,7 +4090,7 @@ class Schedule:
                                            (row["id"],)).fetchone()[0]
             run = ready[:max(0, row["instances"] - under_way)]
             for moment in run:
-                self._queue.insert(connection, self._call(row, moment))
+                self._queue.insert(connection, self.call(row, moment))
             if missed:
                 add_up(connection, "fn_meta", {"key": "missed_runs"}, value=missed)
                 log.warning("job %s: %d runs were missed", row["id"], missed)
@@ -4127,7 +4123,7 @@ class Schedule:
         row = self._read({"id": name, "func": name, **options}, "code", schedule)
         with self._store.write() as connection:
             connection.execute("DELETE FROM fn_jobs WHERE id = ?", (name,))  # a job of the API by this name gives way
-            self._insert(connection, {**row, "paused": old["paused"] if old else 0})
+            insert_row(connection, "fn_jobs", {**row, "paused": old["paused"] if old else 0})
 
     def _read(self, sent: Mapping[str, Any], source: str, schedule: Any = None) -> dict[str, Any]:
         """Check what a job is made of, and return the row."""
@@ -4155,14 +4151,11 @@ class Schedule:
                 "source": source, "grace": grace, "instances": instances, "coalesce": bool(sent.get("coalesce", True)),
                 "created": now}
 
-    def _insert(self, connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
-        marks = ", ".join("?" * len(row))
-        connection.execute(f"INSERT INTO fn_jobs ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
-
     def _move(self, number: str, following: Optional[float]) -> None:
         self._store.run("UPDATE fn_jobs SET next = ? WHERE id = ?", following, number)
 
-    def _call(self, row: Mapping[str, Any], planned: Optional[float]) -> Queued:
+    def call(self, row: Mapping[str, Any], planned: Optional[float] = None) -> Queued:
+        """Return a run of a job, to be put into the queue; without `planned` it is one beside the plan."""
         function, _, name = row["func"].partition(":")
         request: dict[str, Any] = {"method": "POST", "path": "/function/" + function, "query": "", "headers": []}
         if name:
@@ -6886,7 +6879,7 @@ def act_on_job(app: Any, call: Call, path: str) -> Response:
     if action not in ("pause", "resume", "run"):
         raise HTTPException(405, headers=[("Allow", "GET, HEAD, PATCH, DELETE")])
     if action == "run":
-        app.put(app.schedule.call_now(number))
+        app.put(app.schedule.call(app.schedule.get(number)))
     row = app.schedule.get(number) if action == "run" else app.schedule.pause(number, action == "pause")
     if "html" in call.request.headers.get("Accept", ""):
         return redirect("/admin/jobs?done=accepted", 303)
