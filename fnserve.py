@@ -3495,7 +3495,7 @@ NICKNAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 
 ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "last")
 LAST_MOMENT = 253_000_000_000.0  # in the year 9987: what zoneinfo and datetime can still turn into a local time
 MOST_RUNS = 1000  # that are counted one by one of a job that was not looked at for long
-YEARS_AHEAD = 100  # every combination of date and weekday that exists comes within 40; 31 February never does
+DAYS_AHEAD = 41 * 366  # every combination of date and weekday that exists comes within 40 years; 31 February never does
 
 
 class TriggerError(ValueError):
@@ -3559,32 +3559,28 @@ class Cron:
                     self._days.append(_day(part))
                 else:
                     self._sets[name] |= _values(name, part, CRON_FIELDS[name])
-        self._years, *self._times = (sorted(self._sets[name]) for name in ("year", "hour", "minute", "second"))
+        self._times = [sorted(self._sets[name]) for name in ("hour", "minute", "second")]
 
     def walls(self, start: datetime.datetime) -> Iterator[datetime.datetime]:
         """Yield the local times (naive datetimes) that match, from `start` on."""
-        for year in self._years[bisect_left(self._years, start.year):][:YEARS_AHEAD]:
-            for month in sorted(self._sets["month"]):
-                for day in self._days_of(year, month) if (year, month) >= (start.year, start.month) else ():
-                    yield from self._times_of(datetime.datetime(year, month, day), start)
-
-    def _days_of(self, year: int, month: int) -> Iterator[int]:
-        first, length = calendar.monthrange(year, month)
-        for day in range(1, length + 1):
-            weekday = (first + day - 1) % 7
-            by_day = day in self._sets["day"] or any(test(day, weekday, length) for test in self._days)
-            by_weekday = weekday in self._sets["day_of_week"]
-            in_week = len(self._sets["week"]) == 53 or datetime.date(year, month, day).isocalendar()[1] in self._sets["week"]
-            if in_week and (by_day or by_weekday if self._either else by_day and by_weekday):
-                yield day
-
-    def _times_of(self, day: datetime.datetime, start: datetime.datetime) -> Iterator[datetime.datetime]:
         hours, minutes, seconds = self._times
-        least = (start.hour, start.minute) if day.date() == start.date() else (0, 0)
-        for hour, minute in itertools.product(hours, minutes) if day.date() >= start.date() else ():
-            if (hour, minute) >= least:
-                times = (day.replace(hour=hour, minute=minute, second=second) for second in seconds)
-                yield from (found for found in times if found >= start)
+        first = max(start, datetime.datetime(min(self._sets["year"]), 1, 1))
+        end = min(first.toordinal() + DAYS_AHEAD, datetime.datetime.max.toordinal())
+        for day in map(datetime.datetime.fromordinal, range(first.toordinal(), end)):
+            least = (start.hour, start.minute) if day.date() == start.date() else (0, 0)
+            for hour, minute in itertools.product(hours, minutes) if self._is_day(day) else ():
+                if (hour, minute) >= least:
+                    times = (day.replace(hour=hour, minute=minute, second=second) for second in seconds)
+                    yield from (found for found in times if found >= start)
+
+    def _is_day(self, day: datetime.datetime) -> bool:
+        if day.month not in self._sets["month"] or day.year not in self._sets["year"]:
+            return False
+        weekday, length = day.weekday(), calendar.monthrange(day.year, day.month)[1]
+        by_day = day.day in self._sets["day"] or any(test(day.day, weekday, length) for test in self._days)
+        by_weekday = weekday in self._sets["day_of_week"]
+        in_week = len(self._sets["week"]) == 53 or day.isocalendar()[1] in self._sets["week"]
+        return in_week and (by_day or by_weekday if self._either else by_day and by_weekday)
 
 
 class Trigger:
@@ -3684,21 +3680,16 @@ def read_moment(field: str, value: Any, zone: Any) -> float:
     try:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found = datetime.datetime.fromtimestamp(value, zone)
-        else:
-            found = read_iso(str(value).strip())
+        else:  # as APScheduler reads it, with single digits too, in what every Python reads
+            text = re.sub(r"(?<![\d.])\d(?!\d)", r"0\g<0>", re.sub(r"\s*Z$", "+00:00", str(value).strip()))
+            text = re.sub(r"\s*([+-]\d\d):?(\d\d)$", r"\1:\2", text)
+            found = datetime.datetime.fromisoformat(re.sub(r"\.\d+", lambda part: part[0][:7].ljust(7, "0"), text))
         moment = (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
         if abs(moment) > LAST_MOMENT:
             raise OverflowError
         return moment
     except (ValueError, OverflowError, OSError):
         raise TriggerError(field, f"{value!r} is no date such as 2026-05-01 08:00:00") from None
-
-
-def read_iso(text: str) -> datetime.datetime:
-    """Read an ISO 8601 date and time as APScheduler does, with single digits too, in what every Python reads; ValueError."""
-    text = re.sub(r"(?<![\d.])\d(?!\d)", r"0\g<0>", re.sub(r"\s*Z$", "+00:00", text))
-    text = re.sub(r"\s*([+-]\d\d):?(\d\d)$", r"\1:\2", text)
-    return datetime.datetime.fromisoformat(re.sub(r"\.\d+", lambda fraction: fraction[0][:7].ljust(7, "0"), text))
 
 
 def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
@@ -3721,16 +3712,10 @@ def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
     fields = dict(zip(names, parts))
     if re.search("[a-z]", fields["day"]):
         raise TriggerError("day", f"{fields['day']!r} is no day of a month")
-    fields["day_of_week"] = _crontab_weekdays(fields["day_of_week"])
+    weekdays = (_values("day_of_week", part, CRONTAB_WEEKDAYS) for part in re.sub(r"-(sun|0)\b", "-7", parts[4]).split(","))
+    fields["day_of_week"] = ",".join(str((day + 6) % 7) for day in set().union(*weekdays))  # APScheduler's, 0 is Monday
     return Trigger("cron", fields, zone, now, not parts[2].startswith("*") and not parts[4].startswith("*"))
 
-
-def _crontab_weekdays(text: str) -> str:
-    """Turn crontab's weekdays (0 and 7 are Sunday) into APScheduler's (0 is Monday)."""
-    days: set[int] = set()
-    for part in re.sub(r"-(sun|0)\b", "-7", text).split(","):
-        days |= {(day + 6) % 7 for day in _values("day_of_week", part, CRONTAB_WEEKDAYS)}
-    return ",".join(map(str, sorted(days)))
 
 # == 11 QUEUE =============================================================
 # Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 05. The
@@ -3851,8 +3836,10 @@ class Queue:
         rows = self._store.read("SELECT * FROM fn_queue WHERE id = ?", number)
         return rows[0] if rows else None
 
-    def finish(self, row: Any, retries: int, failed: bool, status: int, headers: str, answer: bytes, error: str) -> None:
-        """Store how a run ended: done, or for a failure due again after 1, 2, 4, ... seconds each half off at most, or dead."""
+    def finish(self, row: Any, retries: int, failed: bool, error: str, status: Optional[int] = None,
+               headers: Optional[str] = None, answer: Optional[bytes] = None) -> None:
+        """Store how a run ended: done, or for a failure due again after 1, 2, 4, ... seconds each half off at most (at once
+        where there is no status, since its process died), or dead."""
         now = self.clock()
         again = failed and row["attempts"] <= (retries if row["retries"] is None else row["retries"])
         wait = min(2.0 ** (row["attempts"] - 1), MAX_BACKOFF_SECONDS) * (.5 + int.from_bytes(os.urandom(2), "big") / 65536)
@@ -3861,8 +3848,8 @@ class Queue:
             connection.execute(
                 "UPDATE fn_queue SET state = ?, due = ?, owner = NULL, finished = ?, status = ?, headers = ?, answer = ?,"
                 " error = ? WHERE id = ? AND state = 'running' AND attempts = ?",  # not where it was given back
-                (state, now + wait if again else row["due"], now, status, headers, answer[:ANSWER_BYTES], error or None,
-                 row["id"], row["attempts"]))
+                (state, now + wait if again and status else row["due"], now, status, headers, answer, error or None, row["id"],
+                 row["attempts"]))
             if state == "done":
                 connection.execute("UPDATE fn_queue SET body = NULL WHERE id = ? AND length(body) > ?", (row["id"], KEPT_BODY))
 
@@ -3876,13 +3863,10 @@ class Queue:
             if handle < 0:
                 continue
             os.close(handle)
-            with self._store.write() as connection:
-                for row in connection.execute("SELECT id, function, attempts, retries FROM fn_queue WHERE state = 'running'"
-                                              " AND owner = ?", (owner,)).fetchall():
-                    most = retries(row["function"]) if row["retries"] is None else row["retries"]
-                    count += connection.execute(
-                        "UPDATE fn_queue SET state = ?, error = 'its process died', finished = ?, owner = NULL WHERE id = ?",
-                        ("dead" if row["attempts"] > most else "waiting", self.clock(), row["id"])).rowcount
+            for row in self._store.read("SELECT id, function, attempts, retries, due FROM fn_queue WHERE state = 'running'"
+                                        " AND owner = ?", owner):
+                self.finish(row, retries(row["function"]), True, "its process died")
+                count += 1
             os.unlink(path)
         return count
 
@@ -4061,14 +4045,14 @@ class Schedule:
                 with contextlib.suppress(ValueError, OverflowError):
                     following = self.trigger(row).next(now)
                     if following is not None and (row["next"] is None or row["next"] > following):
-                        self._move(row["id"], following)
+                        self._store.run("UPDATE fn_jobs SET next = ? WHERE id = ?", following, row["id"])
         self._stepped = now
         for row in self._store.read("SELECT * FROM fn_jobs WHERE next <= ? AND NOT paused", now):
             try:
                 self._fire(row, now)
             except (ValueError, OverflowError) as error:  # one job must not hold up the others
                 log.error("job %s: %s", row["id"], error)
-                self._move(row["id"], None)
+                self._store.run("UPDATE fn_jobs SET next = NULL WHERE id = ?", row["id"])
         return self._store.read("SELECT min(next) FROM fn_jobs WHERE NOT paused")[0][0]
 
     def _fire(self, row: Mapping[str, Any], now: float) -> None:
@@ -4150,9 +4134,6 @@ class Schedule:
                 "paused": int("next_run_time" in sent and sent["next_run_time"] is None),  # as APScheduler's add_job has it
                 "source": source, "grace": grace, "instances": instances, "coalesce": bool(sent.get("coalesce", True)),
                 "created": now}
-
-    def _move(self, number: str, following: Optional[float]) -> None:
-        self._store.run("UPDATE fn_jobs SET next = ? WHERE id = ?", following, number)
 
     def call(self, row: Mapping[str, Any], planned: Optional[float] = None) -> Queued:
         """Return a run of a job, to be put into the queue; without `planned` it is one beside the plan."""
@@ -4394,8 +4375,8 @@ def run_queued(app: Any, row: Any) -> None:
         why = why or ANSWER_CUT
     while True:
         try:
-            return app.queue.finish(row, settings.retries, gone or response.code >= 500, response.code,
-                                    dump_json(list(response.headers)), response.get_data(), sql_value(why))
+            return app.queue.finish(row, settings.retries, gone or response.code >= 500, sql_value(why), response.code,
+                                    dump_json(list(response.headers)), response.get_data()[:ANSWER_BYTES])
         except sqlite3.Error as locked:  # it ran, and must not run again because somebody else holds the database
             log.error("%s: the end of its queued call can't be stored yet: %s", row["function"], locked)
             sleep(1)
