@@ -1605,7 +1605,7 @@ class Store:
         #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
         self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
-        self._owner, self._inode, self._durable = 0, 0, False
+        self._owner, self._inode = 0, 0
         in_children(self._after_fork)
 
     def follow(self) -> None:
@@ -1623,15 +1623,11 @@ class Store:
 
     @contextlib.contextmanager
     def write(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
-        """Hold the database's one write lock for a transaction: committed at the end, undone by an exception.
-
-        `durable`: on disk (fsync) before this ends.
-        """
+        """Hold the database's one write lock for a transaction: committed at the end, `durable` with fsync, undone by an
+        exception."""
         with self._lock:
             connection = self._open()
-            if durable is not self._durable:
-                connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-                self._durable = durable
+            connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")  # a fold that is lost is done again
             try:
                 if connection.in_transaction:  # an interrupt came just before its ROLLBACK
                     connection.execute("ROLLBACK")
@@ -1689,7 +1685,6 @@ class Store:
             try:
                 connection.row_factory = sqlite3.Row
                 connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("PRAGMA synchronous=NORMAL")  # a fold that power loss undoes is done again
                 connection.execute("PRAGMA cache_size=-1024")
                 connection.create_function("add_buckets", 2, add_buckets)
                 names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
@@ -1702,8 +1697,7 @@ class Store:
             except BaseException:
                 connection.close()
                 raise
-            self._connection, self._owner, self._durable = connection, os.getpid(), False
-            self._inode = file_number(self.path)
+            self._connection, self._owner, self._inode = connection, os.getpid(), file_number(self.path)
         return self._connection
 
 # == 06 JOURNAL ===========================================================
@@ -1719,6 +1713,8 @@ FOLD_BYTES = 512 * 1024  # read per transaction: bounds memory, and how long oth
 RECORD_BYTES = 384 * 1024  # no record is longer: output, traceback, series
 OUTPUT_BYTES = 8 * 1024
 MOST_SERIES = 1000  # of one metric of a function's own
+CALL_COLUMNS = {"id": "id", "time": "t", "function": "f", "method": "m", "path": "p", "status": "s", "us": "us", "bytes": "n",
+                "client": "c", "trigger": "via", "attempt": "try", "output": "out", "error": "err"}  # of fn_calls, of a record
 BUCKETS = (.005, .01, .025, .05, .075, .1, .25, .5, .75, 1.0, 2.5, 5.0, 7.5, 10.0)  # prometheus_client's defaults
 
 try:
@@ -1827,14 +1823,12 @@ def scrub(query: str) -> str:
 
 
 class Tally:
-    """What a batch of records adds up to, before it is written in one transaction.
-
-    `groups`: (function or None, endpoint, method, status, minute) -> [count, microseconds, last time, buckets].
-    """
+    """What a batch of records adds up to, before it is written in one transaction."""
 
     def __init__(self) -> None:
         self.torn = 0  #: lines that are no record
         self.calls: list[dict[str, Any]] = []
+        #: (function or None, endpoint, method, status, minute) -> [count, microseconds, last time, buckets]
         self.groups: dict[tuple[Optional[str], str, str, int, int], list[Any]] = {}
         self.metrics: list[list[Any]] = []  #: what functions counted: name, labels, kind, help, sum, bounds, buckets
 
@@ -1974,13 +1968,10 @@ class Folder:
 
     def _keep(self, connection: sqlite3.Connection, calls: list[dict[str, Any]]) -> None:
         """Store the last calls for the logs page, and drop those beyond KEEP_INVOCATIONS."""
+        rows = ({"via": "http", "try": 1, **call, "f": call.get("f") or call.get("r")} for call in calls)
         connection.executemany(
-            "INSERT INTO fn_calls (id, time, function, method, path, status, us, bytes, client, trigger, attempt, output,"
-            " error) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [tuple(map(sql_value, (
-                call.get("id"), call["t"], call.get("f") or call.get("r"), call["m"], call.get("p"), call["s"], call["us"],
-                call.get("n"), call.get("c"), call.get("via", "http"), call.get("try", 1), call.get("out"), call.get("err"))))
-             for call in calls])
+            f"INSERT INTO fn_calls ({', '.join(CALL_COLUMNS)}) VALUES ({', '.join('?' * len(CALL_COLUMNS))})",
+            ([sql_value(row.get(key)) for key in CALL_COLUMNS.values()] for row in rows))
         connection.execute("DELETE FROM fn_calls WHERE number <= (SELECT max(number) FROM fn_calls) - ?", (self._keep_calls,))
 
     def prune(self, now: float, pushed: Optional[Mapping[int, int]] = None) -> None:
@@ -3277,9 +3268,6 @@ class Client:
 # Who sent this webhook: the providers' schemes in one table, checked on the raw body before the function sees it. Uses
 # 03 and 04; pure. The reason of a refusal is for the admin, never for the sender.
 
-STALE_SECONDS = 300
-
-
 class BadSignature(Exception):
     """A webhook whose signature is missing, wrong or stale; the text says which."""
 
@@ -3301,7 +3289,7 @@ def header_of(request: Request, name: str) -> str:
 def fresh(moment: str, now: float) -> bytes:
     """Return a signature's time, which must be a number within five minutes of now."""
     age = now - int(moment) if re.fullmatch(r"\d{1,12}", moment, re.A) else None
-    if age is None or abs(age) > STALE_SECONDS:
+    if age is None or abs(age) > 300:
         raise BadSignature("the time is no number" if age is None else f"{age:.0f} s old")
     return moment.encode()
 
@@ -3584,11 +3572,8 @@ class Cron:
 
 
 class Trigger:
-    """When something fires: ``next(after)`` is the first time after `after`, None where there is none.
-
-    `fields` are APScheduler's; `kind` is cron, interval or date. `zone` is the default of the field timezone, `now` where an
-    interval without start_date begins. Raises TriggerError.
-    """
+    """When something fires. `fields` are APScheduler's; `kind` is cron, interval or date; `zone` is the default of the field
+    timezone, `now` where an interval without start_date begins. Raises TriggerError."""
 
     def __init__(self, kind: str, fields: Mapping[str, Any], zone: str, now: float, either: bool = False) -> None:
         if kind not in TRIGGER_FIELDS:
@@ -3612,7 +3597,7 @@ class Trigger:
         self._anchor = self._start if self._start > float("-inf") else now  # without a start the clock may be put back
 
     def next(self, after: float) -> Optional[float]:
-        """Return the first time after `after`."""
+        """Return the first time after `after`, None where there is none."""
         found = self._start if after < self._start else float("inf")
         if self.kind == "cron":
             found = self._next_cron(max(after, self._start - .001))
@@ -3958,18 +3943,16 @@ class Runner:
 # Jobs and when they fire. Uses 05, 07, 10, 11. Only the leader calls `step`: a run goes into the queue in the transaction
 # that moves next_run_time, so it is put once, whoever dies. The table fn_jobs is the state.
 
+JOB_COUNTS = ("planned", "started", "late", "skipped", "missed")
 SCHEDULE_TABLES = {
     "fn_jobs": "(id TEXT PRIMARY KEY, name TEXT NOT NULL, func TEXT NOT NULL, args TEXT NOT NULL, kwargs TEXT NOT NULL,"
                " schedule TEXT NOT NULL, next REAL, paused INTEGER NOT NULL DEFAULT 0, source TEXT NOT NULL, grace REAL,"
-               " instances INTEGER NOT NULL, coalesce INTEGER NOT NULL, created REAL NOT NULL,"
-               " planned INTEGER NOT NULL DEFAULT 0, started INTEGER NOT NULL DEFAULT 0,"
-               " late INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0,"
-               " missed INTEGER NOT NULL DEFAULT 0)"}
+               " instances INTEGER NOT NULL, coalesce INTEGER NOT NULL, created REAL NOT NULL, "
+               + ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in JOB_COUNTS) + ")"}
 MIGRATIONS = (("fn_jobs", "started", "INTEGER NOT NULL DEFAULT 0"),)  # columns that older databases lack
 MISFIRE_SECONDS = 60.0  # APScheduler's default of one second would miss what a restart of the board delays
 LATE_SECONDS = 5.0
 JOB_FIELDS = ("id", "name", "func", "args", "kwargs", "trigger", "misfire_grace_time", "max_instances", "coalesce")
-JOB_COUNTS = ("planned", "started", "late", "skipped", "missed")
 SHOWN_FIELDS = {*JOB_FIELDS, "next_run_time", "paused", "source", *JOB_COUNTS}  # of a job, besides those of its trigger
 JOB_ID = re.compile(r"[^/?#\x00-\x1f\ud800-\udfff]{1,200}")
 FUNC = re.compile(r"([^\W\d]\w*(?:/[^\W\d]\w*)*)(?::([^\W\d]\w*))?")
@@ -4095,19 +4078,17 @@ class Schedule:
         for name, schedule in wanted.items():
             row = known.get(name)
             try:
-                if schedule is not UNREADABLE and (row is None or row["schedule"] != dump_json(schedule)):
-                    self._sync_one(name, schedule, row)
+                if schedule is UNREADABLE or row is not None and row["schedule"] == dump_json(schedule):
+                    continue
+                options = {key: schedule[key] for key in JOB_OPTIONS if isinstance(schedule, dict) and key in schedule}
+                new = self._read({"id": name, "func": name, **options}, "code", schedule)
+                with self._store.write() as connection:
+                    connection.execute("DELETE FROM fn_jobs WHERE id = ?", (name,))  # a job of the API by this name gives way
+                    insert_row(connection, "fn_jobs", {**new, "paused": row["paused"] if row else 0})
             except (ValueError, TypeError, OverflowError) as error:  # the list shows it, too
                 if self._refused.get(name) != repr(schedule):
                     self._refused[name] = repr(schedule)
                     log.error("%s: its SETTINGS['schedule'] can't be used: %s", name, error)
-
-    def _sync_one(self, name: str, schedule: Any, old: Optional[Mapping[str, Any]]) -> None:
-        options = {key: schedule[key] for key in JOB_OPTIONS if isinstance(schedule, dict) and key in schedule}
-        row = self._read({"id": name, "func": name, **options}, "code", schedule)
-        with self._store.write() as connection:
-            connection.execute("DELETE FROM fn_jobs WHERE id = ?", (name,))  # a job of the API by this name gives way
-            insert_row(connection, "fn_jobs", {**row, "paused": old["paused"] if old else 0})
 
     def _read(self, sent: Mapping[str, Any], source: str, schedule: Any = None) -> dict[str, Any]:
         """Check what a job is made of, and return the row."""
