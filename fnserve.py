@@ -3268,6 +3268,7 @@ class Client:
 # Who sent this webhook: the providers' schemes in one table, checked on the raw body before the function sees it. Uses
 # 03 and 04; pure. The reason of a refusal is for the admin, never for the sender.
 
+
 class BadSignature(Exception):
     """A webhook whose signature is missing, wrong or stale; the text says which."""
 
@@ -3703,7 +3704,7 @@ def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
 
 
 # == 11 QUEUE =============================================================
-# Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 05. The
+# Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 05, 06. The
 # table fn_queue is the state, shared by all processes; `Queue` owns a process's claim on what it runs: a lock on a file of
 # its own, which the kernel drops at its death, so that its calls can be given back at once.
 
