@@ -1627,10 +1627,10 @@ class Store:
         exception."""
         with self._lock:
             connection = self._open()
-            connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")  # a fold that is lost is done again
             try:
                 if connection.in_transaction:  # an interrupt came just before its ROLLBACK
                     connection.execute("ROLLBACK")
+                connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")  # a fold that is lost is done anew
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
