@@ -1687,8 +1687,7 @@ class Store:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA cache_size=-1024")
                 connection.create_function("add_buckets", 2, add_buckets)
-                names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-                for name, columns in self._tables.items() if not names.issuperset(self._tables) else ():
+                for name, columns in self._tables.items():
                     kind = "TABLE" if columns.startswith("(") else "INDEX"
                     connection.execute(f"CREATE {kind} IF NOT EXISTS {name} {columns}")
                 for table, column, kind in self._migrations:
