@@ -3609,14 +3609,17 @@ class Trigger:
             found += int.from_bytes(os.urandom(4), "big") / 2 ** 32 * self._jitter
         return found
 
+    def times(self, first: Optional[float], end: float) -> list[float]:
+        """Return when this fires from `first` to `end`: MOST_RUNS times at most."""
+        found: list[float] = []
+        while first is not None and first <= end and len(found) < MOST_RUNS:
+            found.append(first)
+            first = self.next(first)
+        return found
+
     def count(self, first: float, end: float) -> int:
         """Return how often this fires from `first` on and before `end`: exactly for an interval, else MOST_RUNS at most."""
-        if self.kind == "interval" and end > first:
-            return int(-((first - end) // self._every))
-        found, moment = 0, first  # type: int, Optional[float]
-        while moment is not None and moment < end and found < MOST_RUNS:
-            found, moment = found + 1, self.next(moment)
-        return found
+        return int(-((first - end) // self._every)) if self.kind == "interval" else len(self.times(first, end - .001))
 
     def iso(self, moment: Optional[float]) -> Optional[str]:
         """Write a Unix time as ISO 8601 in the trigger's zone; None for None."""
@@ -4043,12 +4046,8 @@ class Schedule:
         trigger, oldest = self.trigger(row), row["next"]
         since = oldest if row["grace"] is None else max(oldest, now - row["grace"])
         missed = trigger.count(oldest, since)
-        ready: list[float] = []
-        moment = oldest if oldest >= since else trigger.next(since - .001)
-        while moment is not None and moment <= now and len(ready) < MOST_RUNS:
-            ready.append(moment)
-            moment = trigger.next(moment)
-        following = trigger.next(now) if moment is not None and moment <= now else moment
+        ready = trigger.times(oldest if oldest >= since else trigger.next(since - .001), now)
+        following = trigger.next(now if len(ready) == MOST_RUNS else ready[-1] if ready else since - .001)
         planned, ready = missed + len(ready), ready[-1:] if row["coalesce"] else ready
         with self._store.write() as connection:
             if not connection.execute("SELECT 1 FROM fn_jobs WHERE id = ? AND next = ?", (row["id"], oldest)).fetchone():
