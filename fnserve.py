@@ -3918,21 +3918,23 @@ class Runner:
                 threading.Thread(target=self._loop, name="fnserve queue", daemon=True).start()
 
     def _loop(self) -> None:
-        while self._goes_on():
+        row: Any = None
+        while self._goes_on(row is not None):
             sleep(YIELD_SECONDS)
+            row = None
             try:
                 row = self._queue.claim(self._queue.clock(), max(1, self._most - 1))
                 if row is not None:
                     self.poke()  # there may be more
                     self._run_one(row)
-                    self._poked = True  # what waited for its function's share may be run now
             except sqlite3.Error as error:  # locked for long, or the disk is full: the background loop pokes again
                 log.warning("queue: %s", error)
 
-    def _goes_on(self) -> bool:
-        """Tell whether somebody poked since a thread last began to look; if not, this one is counted out."""
+    def _goes_on(self, ran: bool) -> bool:
+        """Tell whether a thread looks again: it ran a call, or somebody poked since one looked; if not, it is counted out."""
         with self._lock:
-            going, self._poked = self._poked and not self.stopping, False
+            going = (ran or self._poked) and not self.stopping
+            self._poked = self._poked and ran
             self.running -= not going
             return going
 
