@@ -1578,13 +1578,6 @@ def add_up(connection: sqlite3.Connection, table: str, key: Mapping[str, Any], *
     insert_row(connection, table, {**key, **figures}, f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {', '.join(sums)}")
 
 
-def file_number(path: str) -> int:
-    """Return what tells a file from another of the same path; 0 where there is none."""
-    with contextlib.suppress(OSError):
-        return os.stat(path).st_ino
-    return 0
-
-
 def make_private(path: str) -> None:
     """Make a file that isn't there for its owner's eyes only; an existing one stays as it is."""
     with contextlib.suppress(OSError):
@@ -1611,7 +1604,7 @@ class Store:
     def follow(self) -> None:
         """Let go of a file that was deleted or replaced while it was open; the next use opens what is there by then."""
         with self._lock:
-            if self._connection is not None and self._inode != file_number(self.path):
+            if self._connection and not (os.path.exists(self.path) and os.stat(self.path).st_ino == self._inode):
                 log.error("%s was deleted or replaced; what the journal still has is counted anew", self.path)
                 self._inherited.append(self._connection)  # closing it would delete the new one's WAL (howtocorrupt 2.4)
                 self._connection = None
@@ -1696,7 +1689,7 @@ class Store:
             except BaseException:
                 connection.close()
                 raise
-            self._connection, self._owner, self._inode = connection, os.getpid(), file_number(self.path)
+            self._connection, self._owner, self._inode = connection, os.getpid(), os.stat(self.path).st_ino
         return self._connection
 
 # == 06 JOURNAL ===========================================================
