@@ -5574,7 +5574,7 @@ if (code) {
   });
   code.addEventListener("scroll", draw);
   for (const key of form.querySelectorAll("[data-key]")) {
-    key.addEventListener("click", () => { code.focus(); step(key.dataset.key === "outdent"); });
+    key.addEventListener("click", () => { code.focus(); step(key.dataset.key === "Unindent"); });
   }
   document.addEventListener("keydown", event => {
     if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
@@ -5711,92 +5711,73 @@ if (live) {
 }
 """
 
-TEXTS = {  # key: (Traditional Chinese, English)
-    "functions": ("函式", "Functions"), "add": ("新增函式", "Add function"), "stats": ("統計", "Statistics"),
-    "logs": ("紀錄", "Logs"), "login": ("登入", "Log in"), "logout": ("登出", "Log out"),
+TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, or (Chinese, English)
+    "Functions": "函式", "Add function": "新增函式", "Statistics": "統計", "Logs": "紀錄", "Log in": "登入", "Log out": "登出",
+    "That password is wrong": "登入失敗", "Name": "名稱", "Calls": "呼叫", "Errors": "錯誤", "Last call": "最近呼叫",
+    "Last hour": "最近一小時", "Status": "狀態", "fine": "正常", "broken": "損壞", "Run": "執行", "Edit": "編輯",
+    "Delete": "刪除", "Versions": "版本", "Save": "儲存", "Code": "程式碼", "Cancel": "取消", "Search": "搜尋",
+    "Sort by": "排序", "Clear statistics": "清除統計", "Calls by hour, one day": "一天內每小時呼叫", "Time": "時間",
+    "Function": "函式", "Request": "請求", "Took": "耗時", "Restore": "還原", "Size": "大小", "current": "目前",
+    "Go on": "繼續", "Data": "資料", "Rows": "列數", "Add a row": "新增一列", "Create a table": "新增資料表", "Columns": "欄位",
+    "Drop this table": "刪除資料表", "Schema": "結構", "Settings": "設定", "API": "API 說明", "Value": "值", "Source": "來源",
+    "What for": "說明", "default": "預設", "option": "命令列選項", "environment": "環境變數", "Download a backup": "下載備份",
+    "Monitoring": "監控", "Memory": "記憶體", "Memory %": "記憶體 %", "Threads": "執行緒", "Uptime": "運行時間",
+    "Processes": "行程", "Requests/s": "請求/秒", "Error rate": "錯誤率", "Endpoint": "端點",
+    "Slowest": "最慢", "Last errors": "最近錯誤", "one day": "一天", "Stop": "停止更新", "Go live": "即時更新",
+    "Filter": "篩選", "Text": "文字", "Follow": "持續更新", "Jobs": "排程", "Queue": "佇列", "Schedule": "時間規則",
+    "Next run": "下次執行", "Last run": "最近執行", "Planned": "已排定", "Started": "已開始", "Late": "延遲", "Skipped": "略過",
+    "Missed": "錯過", "paused": "已暫停", "never": "不再執行", "Pause": "暫停", "Resume": "恢復", "All": "全部", "Runs": "次數",
+    "Due": "到期", "Error": "錯誤", "Answer": "回應", "waiting": "等待中", "running": "執行中", "done": "完成", "dead": "失敗",
+    "Version": "版本", "Take the draft": "取用草稿", "See theirs": "看看新版本", "Save anyway": "仍要儲存", "Indent": "縮排",
+    "Unindent": "取消縮排", "Try": "測試", "Earlier requests": "之前的請求", "Method": "方法", "in the editor": "編輯器裡的",
+    "as saved": "已儲存的", "Subpath": "子路徑", "Query": "查詢字串", "Headers": "標頭", "Body": "主體", "none": "無",
+    "form": "表單", "raw": "原文", "File": "檔案", "Content": "主體內容", "Output": "輸出",
+    "failed, rolled back": "失敗，已退回", "Retry": "重試", "Replay": "重新執行", "Discard": "捨棄",
     "alive": ("fnserve 執行中。", "fnserve is running."), "token": ("管理密碼 (SECRET_TOKEN)", "Password (SECRET_TOKEN)"),
-    "wrong": ("登入失敗", "That password is wrong"), "name": ("名稱", "Name"), "calls": ("呼叫", "Calls"),
-    "errors": ("錯誤", "Errors"), "last": ("最近呼叫", "Last call"), "hour": ("最近一小時", "Last hour"),
-    "status": ("狀態", "Status"), "fine": ("正常", "fine"), "broken": ("損壞", "broken"), "run": ("執行", "Run"),
-    "edit": ("編輯", "Edit"), "delete": ("刪除", "Delete"), "versions": ("版本", "Versions"), "save": ("儲存", "Save"),
-    "code": ("程式碼", "Code"), "cancel": ("取消", "Cancel"), "saved": ("已儲存。", "Saved."), "search": ("搜尋", "Search"),
-    "sort": ("排序", "Sort by"), "none": ("還沒有函式。", "There are no functions yet."),
-    "no_calls": ("還沒有呼叫。", "There are no calls yet."),
+    "saved": ("已儲存。", "Saved."),
     "ask_delete": ("要刪除「{}」嗎？它的版本會保留，可以還原。", "Delete “{}”? Its versions are kept and can be restored."),
-    "deleted": ("已刪除。", "Deleted."), "clear": ("清除統計", "Clear statistics"),
+    "deleted": ("已刪除。", "Deleted."),
     "ask_clear": ("要清除所有統計嗎？無法復原。", "Clear all statistics? This can't be undone."),
     "cleared": ("已清除。", "Cleared."), "accepted": ("已處理。", "Done."),
     "by_day": ("每日呼叫（紅色：錯誤）", "Calls by day (red: errors)"),
-    "by_hour": ("一天內每小時呼叫", "Calls by hour, one day"),
-    "latency": ("延遲 p95（綠色：p50）ms", "Latency p95 (green: p50), ms"), "time": ("時間", "Time"),
-    "function": ("函式", "Function"), "request": ("請求", "Request"), "took": ("耗時", "Took"), "restore": ("還原", "Restore"),
-    "restored": ("已還原。", "Restored."), "size": ("大小", "Size"), "current": ("目前", "current"),
+    "latency": ("延遲 p95（綠色：p50）ms", "Latency p95 (green: p50), ms"), "restored": ("已還原。", "Restored."),
     "line": ("第 {} 行", "Line {}"), "cross": ("這個請求來自其他網站。", "This request came from another site."),
-    "go_on": ("繼續", "Go on"), "exists": ("這個名稱已經存在。", "A function of this name exists already."),
+    "exists": ("這個名稱已經存在。", "A function of this name exists already."),
+    "no_code": ("程式碼是空的。", "The code is empty."), "failed": ("請求無法完成。", "The request could not be completed."),
+    "diff": ("與前一版的差異", "Difference to the one before"),
+    "read_only": ("fnserve 的資料表（唯讀）", "fnserve's own tables (read only)"),
+    "first_rows": ("只顯示前 {} 列。", "Only the first {} rows are shown."),
+    "waits": ("已改動，等待重新啟動", "changed; waits for a restart"),
+    "secrets": ("包含金鑰與密碼（SECRET_TOKEN 等）", "With secrets (SECRET_TOKEN and such)"),
+    "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
+    "no_main": ("沒有 main()，所以只能被匯入。", "It has no main(), so it can only be imported."),
+    "too_long": ("它執行太久。", "It took too long."), "too_much": ("它印出太多。", "It printed too much."),
+    "ended": ("它的行程結束了：{}。", "Its process ended: {}."),
+    "admin_only": ("這個名稱只有管理者能呼叫。", "Only the admin may call this name."),
+    "draft": ("這裡有沒存過的草稿：", "There is a draft that was never saved, of"),
+    "replace": ("用我的文字取代", "Replace theirs with mine"),
+    "ask_restore": ("要把「{}」還原成第 {} 版嗎？", "Make version {1} of “{0}” the newest again?"),
+    "changes": ("與目前的差異", "Difference to the current one"), "nothing": ("這裡還沒有東西。", "There is nothing here yet."),
     "bad_name": ("名稱必須是 Python 識別字，不以底線開頭，也不是平台保留的名稱。",
                  "The name must be a Python identifier that does not start with _ and is not one of the platform's own."),
-    "no_code": ("程式碼是空的。", "The code is empty."),
     "stale": ("別人已經存了新版本。您的文字還在這裡；請先看看新的版本。",
               "Somebody has saved a newer version. Your text is still here; look at theirs first."),
-    "failed": ("請求無法完成。", "The request could not be completed."),
-    "diff": ("與前一版的差異", "Difference to the one before"), "no_versions": ("沒有版本。", "No version is kept."),
-    "data": ("資料", "Data"), "rows": ("列數", "Rows"),
-    "read_only": ("fnserve 的資料表（唯讀）", "fnserve's own tables (read only)"),
-    "no_tables": ("還沒有自己的資料表。", "There are no tables of your own yet."),
-    "no_rows": ("沒有資料。", "There are no rows."), "add_row": ("新增一列", "Add a row"),
-    "add_table": ("新增資料表", "Create a table"), "columns": ("欄位", "Columns"), "drop": ("刪除資料表", "Drop this table"),
-    "schema": ("結構", "Schema"), "first_rows": ("只顯示前 {} 列。", "Only the first {} rows are shown."),
-    "settings": ("設定", "Settings"), "docs": ("API 說明", "API"), "value": ("值", "Value"), "source": ("來源", "Source"),
-    "help": ("說明", "What for"), "default": ("預設", "default"), "option": ("命令列選項", "option"),
-    "environment": ("環境變數", "environment"), "waits": ("已改動，等待重新啟動", "changed; waits for a restart"),
     "restart": ("設定在啟動時讀取，改動在重新啟動後生效；函式的 config 則立即生效。",
                 "Settings are read at the start, so a change takes effect after a restart; functions' config follows at once."),
-    "backup": ("下載備份", "Download a backup"),
-    "secrets": ("包含金鑰與密碼（SECRET_TOKEN 等）", "With secrets (SECRET_TOKEN and such)"),
     "backup_help": ("函式、資料庫與設定；用 fnserve.py restore 還原。",
                     "Functions, database and settings; fnserve.py restore brings them back."),
-    "dashboard": ("監控", "Monitoring"), "cpu_percent": ("CPU", "CPU"), "memory_rss_mb": ("記憶體", "Memory"),
-    "memory_percent": ("記憶體 %", "Memory %"), "threads": ("執行緒", "Threads"), "uptime_seconds": ("運行時間", "Uptime"),
-    "workers": ("行程", "Processes"), "requests_per_second": ("請求/秒", "Requests/s"), "error_rate": ("錯誤率", "Error rate"),
-    "p50_ms": ("p50", "p50"), "p95_ms": ("p95", "p95"), "endpoint": ("端點", "Endpoint"), "slowest": ("最慢", "Slowest"),
-    "last_errors": ("最近錯誤", "Last errors"), "no_errors": ("沒有錯誤。", "There are no errors."),
-    "one_day": ("一天", "one day"), "stop": ("停止更新", "Stop"), "start": ("即時更新", "Go live"),
-    "filter": ("篩選", "Filter"), "text": ("文字", "Text"), "follow": ("持續更新", "Follow"), "jobs": ("排程", "Jobs"),
-    "queue": ("佇列", "Queue"), "no_jobs": ("還沒有排程。", "There are no jobs yet."), "schedule": ("時間規則", "Schedule"),
-    "next": ("下次執行", "Next run"), "last_run": ("最近執行", "Last run"), "planned": ("已排定", "Planned"),
-    "started": ("已開始", "Started"), "late": ("延遲", "Late"), "skipped": ("略過", "Skipped"), "missed": ("錯過", "Missed"),
-    "paused": ("已暫停", "paused"), "never": ("不再執行", "never"), "pause": ("暫停", "Pause"), "resume": ("恢復", "Resume"),
-    "state": ("狀態", "State"), "all": ("全部", "All"), "tries": ("次數", "Runs"), "due": ("到期", "Due"),
-    "error": ("錯誤", "Error"), "answer": ("回應", "Answer"), "waiting": ("等待中", "waiting"),
-    "running": ("執行中", "running"), "done": ("完成", "done"), "dead": ("失敗", "dead"), "version": ("版本", "Version"),
-    "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
     "forced": ("沒有試載入；載入不了時，由上一個好的版本繼續服務。",
                "It was not tried. Where it can't be loaded, the last good version goes on serving."),
     "lost_main": ("沒有 main()，但目前的版本有，所以沒有存。",
                   "It has no main(), which the version before has, so it is not saved."),
-    "no_main": ("沒有 main()，所以只能被匯入。", "It has no main(), so it can only be imported."),
     "unchecked": ("無法啟動檢查用的行程，所以沒有試載入。",
                   "No process to load it in could be started, so it was not checked."),
-    "too_long": ("它執行太久。", "It took too long."), "too_much": ("它印出太多。", "It printed too much."),
-    "ended": ("它的行程結束了：{}。", "Its process ended: {}."),
-    "admin_only": ("這個名稱只有管理者能呼叫。", "Only the admin may call this name."),
     "slow_load": ("載入超過一秒，每個行程的第一次呼叫都要等。",
                   "Loading takes more than a second, and the first call of every process waits for it."),
-    "draft": ("這裡有沒存過的草稿：", "There is a draft that was never saved, of"), "take": ("取用草稿", "Take the draft"),
-    "replace": ("用我的文字取代", "Replace theirs with mine"), "theirs": ("看看新版本", "See theirs"),
-    "anyway": ("仍要儲存", "Save anyway"), "indent": ("縮排", "Indent"), "outdent": ("取消縮排", "Unindent"),
     "offline": ("連不上伺服器，還沒有存；文字保留在這裡。",
                 "The server can't be reached. Nothing is saved; your text stays here."),
     "keys": ("Tab 與 Shift+Tab 縮排，Ctrl+S 儲存，Ctrl+Enter 測試，Esc 離開編輯器。",
              "Tab and Shift+Tab indent, Ctrl+S saves, Ctrl+Enter tries, Esc leaves the editor."),
-    "try": ("測試", "Try"), "past": ("之前的請求", "Earlier requests"), "method": ("方法", "Method"),
-    "unsaved": ("編輯器裡的", "in the editor"), "on_disk": ("已儲存的", "as saved"), "subpath": ("子路徑", "Subpath"),
-    "query": ("查詢字串", "Query"), "headers": ("標頭", "Headers"), "body": ("主體", "Body"), "no_body": ("無", "none"),
-    "form": ("表單", "form"), "raw": ("原文", "raw"), "file": ("檔案", "File"), "content": ("主體內容", "Content"),
-    "output": ("輸出", "Output"),
-    "ask_restore": ("要把「{}」還原成第 {} 版嗎？", "Make version {1} of “{0}” the newest again?"),
-    "rolled_back": ("失敗，已退回", "failed, rolled back"), "changes": ("與目前的差異", "Difference to the current one"),
-    "retry": ("重試", "Retry"), "replay": ("重新執行", "Replay"), "discard": ("捨棄", "Discard"),
 }
 SETTINGS_ZH = {  # what the settings are for; in English it stands in their table
     "SECRET_TOKEN": "管理頁面的密碼；空白時在第一次啟動產生", "SECRET_KEY": "簽署 session cookie；空白時在第一次啟動產生",
@@ -5816,6 +5797,7 @@ SETTINGS_ZH = {  # what the settings are for; in English it stands in their tabl
     "LOKI_TENANT": "Loki 的租戶", "QUEUE_MAX": "佇列中等待的呼叫上限；超過回應 503", "TIMEZONE": "排程的時區；空白：機器的時區",
     "SCHEDULER_ALLOWED_HOSTS": "執行排程的機器名稱；* 是全部", "ADMIN": "off：所有管理網址都回應 404",
     "DOCS": "誰能讀 /docs 與 /openapi.json：管理者，或任何人", "UI_LANG": "頁面的語言；auto：依瀏覽器"}
+TEXTS = {key: text if isinstance(text, tuple) else (text, key) for key, text in TEXTS.items()}
 TEXTS.update({row.name: (SETTINGS_ZH[row.name], row.help) for row in SETTINGS_TABLE})
 
 NEW_FUNCTION = '''"""What this function does, in one line."""
@@ -5846,14 +5828,17 @@ PAGE_HEADERS = {  # of every page: no foreign or injected script runs, no foreig
     "X-Frame-Options": "DENY", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin"}
 LIST = "/function/list_functions"
-MENU = {"functions": LIST, "add": "/function/add_function", "stats": "/function/show_stats", "logs": "/admin/logs",
-        "jobs": "/admin/jobs", "queue": "/admin/queue", "dashboard": "/monitoring/dashboard",
-        "data": "/admin/data", "settings": "/admin/settings", "docs": "/docs", "logout": "/logout"}
-_VOID = ("input", "meta", "link")
+MENU = {"Functions": LIST, "Add function": "/function/add_function", "Statistics": "/function/show_stats", "Logs": "/admin/logs",
+        "Jobs": "/admin/jobs", "Queue": "/admin/queue", "Monitoring": "/monitoring/dashboard",
+        "Data": "/admin/data", "Settings": "/admin/settings", "API": "/docs", "Log out": "/logout"}
+_VOID, NOTE, BAD = ("input", "meta", "link"), "div.card.note", "div.card.note.bad"
 
 
-def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """Make one HTML element, escaping what isn't Markup: ``data_x=`` is data-x, False and None leave it out, True is bare."""
+def tag(kind: str, /, *children: Any, **attributes: Any) -> Markup:
+    """Make one HTML element, escaping what isn't Markup: ``p.soft`` has a class, ``data_x=`` is data-x, False and None leave
+    an attribute out, True makes a bare one."""
+    name, _, classes = kind.partition(".")
+    attributes = {"class": classes.replace(".", " ") or None, **attributes}
     shown = "".join(f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
                     for key, value in attributes.items() if value is not None and value is not False)
     return Markup(f"<{name}{shown}>" if name in _VOID else f"<{name}{shown}>{join(*children)}</{name}>")
@@ -5875,38 +5860,23 @@ def form(action: str, /, *parts: Any, **hidden: Any) -> Markup:
     return tag("form", *kept, *parts, method="post", action=action)
 
 
-def card(*parts: Any) -> Markup:
-    """Make a box."""
-    return tag("div", *parts, class_="card")
-
-
 def folded(title: str, *parts: Any) -> Markup:
     """Make a box of which only the title is seen until it is unfolded."""
-    return tag("details", tag("summary", title), *parts, class_="card")
-
-
-def soft(*parts: Any, name: str = "div") -> Markup:
-    """Make a piece of less weight."""
-    return tag(name, *parts, class_="soft")
+    return tag("details.card", tag("summary", title), *parts)
 
 
 def bad_if(wrong: Any, text: Any) -> Markup:
     """Make a piece that stands out where something is wrong."""
-    return tag("span", text, class_="bad" if wrong else None)
+    return tag("span.bad" if wrong else "span", text)
 
 
-def beside(*parts: Any) -> Markup:
-    """Put pieces beside one another."""
-    return tag("p", *parts, class_="row")
-
-
-def note(text: str, kind: str = "") -> Markup:
+def note(text: str, kind: str = NOTE, **attributes: Any) -> Markup:
     """Make the box that says what has happened."""
-    return tag("div", text, class_=f"card note {kind}", role="status")
+    return tag(kind, text, role="status", **attributes)
 
 
 class Texts:
-    """The words of one language: ``t("save")``."""
+    """The words of one language: ``t("Save")``."""
 
     def __init__(self, call: Call) -> None:
         self.lang = call.app.settings.UI_LANG
@@ -5915,16 +5885,16 @@ class Texts:
             self.lang = "en" if str(wanted).startswith("en") else "zh-TW"
 
     def __call__(self, key: str, *values: Any) -> str:
-        return TEXTS[key][self.lang == "en"].format(*values)
+        return TEXTS.get(key, (key, key))[self.lang == "en"].format(*values)
 
 
-def table(t: Texts, columns: dict[str, Optional[str]], empty: str, rows: Iterable[Iterable[Any]], ours: bool = True) -> Markup:
-    """Make a table of cells, or a note; `columns` are headings, keys of TEXTS where they are `ours`, and their cells' class."""
-    heads = [(t(key) if ours and key in TEXTS else key, kind) for key, kind in columns.items()]
+def table(t: Texts, columns: Mapping[str, Optional[str]], rows: Iterable[Iterable[Any]], ours: bool = True) -> Markup:
+    """Make a table of cells, or a note; `columns` are headings, to be translated where they are `ours`, and cells' class."""
+    heads = [(t(head) if ours else head, kind) for head, kind in columns.items()]
     body = [tag("tr", *(tag("td", cell, class_=kind, data_label=head or None) for cell, (head, kind) in zip(row, heads)))
             for row in rows]
     shown = tag("table", tag("thead", tag("tr", *(tag("th", head, class_=kind) for head, kind in heads))), tag("tbody", *body))
-    return tag("div", shown, class_="card scroll", tabindex="0") if body else note(t(empty))  # who has keys only must scroll
+    return tag("div.card.scroll", shown, tabindex="0") if body else note(t("nothing"))  # by key, who has no pointer
 
 
 def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[Any] = (), names: Iterable[str] = ()) -> Markup:
@@ -5941,8 +5911,8 @@ def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[
 def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over: Iterable[Any] = (), kind: str = "") -> Markup:
     """Make the box of one chart: what it shows and its maximum, the bars, the times of the minutes where it begins and ends."""
     names = [strftime(shape, localtime(minute * 60)) for minute in edges]
-    return tag("div", soft(f"{label} · max {round(max(values), 1):,}"), bars(values, 300, 60, label, over, names),
-               tag("div", tag("span", names[0]), tag("span", names[-1]), class_="ends soft"), class_=f"card {kind}")
+    return tag("div", tag("div.soft", f"{label} · max {round(max(values), 1):,}"), bars(values, 300, 60, label, over, names),
+               tag("div.ends.soft", tag("span", names[0]), tag("span", names[-1])), class_=f"card {kind}")
 
 
 def local_time(moment: Optional[float]) -> str:
@@ -5958,8 +5928,7 @@ def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 20
     head = tag("head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
                tag("title", f"{title} · fnserve"), tag("link", rel="icon", href="data:,"),
                tag("link", rel="stylesheet", href=f"/admin/assets/fnserve.css?v={__version__}"))
-    news = tag("div", note(t(last)), id="done") if menu and last in (
-        "saved", "deleted", "restored", "cleared", "accepted") else None
+    news = note(t(last), id="done") if menu and last in ("saved", "deleted", "restored", "cleared", "accepted") else None
     content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), news, *body),
                   tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
     return Response(Markup("<!doctype html>\n") + tag("html", head, content, lang=t.lang), status, PAGE_HEADERS, "text/html")
@@ -6008,7 +5977,7 @@ def view_index(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"status": "running"})
     t = Texts(call)
-    return page(call, "fnserve", tag("p", t("alive")), link(t("login"), "/login", "button") if app.settings.ADMIN else None,
+    return page(call, "fnserve", tag("p", t("alive")), link(t("Log in"), "/login", "button") if app.settings.ADMIN else None,
                 menu=False)
 
 
@@ -6018,9 +5987,9 @@ def login_page(call: Call, going_to: str, status: int, news: Optional[Markup] = 
     asked = tag("input", id="token", name="token", type="password", autocomplete="current-password", autofocus=True,
                 required=True)
     user = tag("input", name="user", value="admin", autocomplete="username", hidden=True)  # for password managers
-    shown = form("/login", user, tag("label", t("token"), for_="token"), asked, tag("p", tag("button", t("login"))),
+    shown = form("/login", user, tag("label", t("token"), for_="token"), asked, tag("p", tag("button", t("Log in"))),
                  next=going_to)
-    return page(call, t("login"), news, tag("div", shown, class_="card narrow"), menu=False, status=status)
+    return page(call, t("Log in"), news, tag("div.card.narrow", shown), menu=False, status=status)
 
 
 def local_path(text: str) -> str:
@@ -6040,7 +6009,7 @@ def view_login(app: Any, call: Call) -> Response:
         return done(call, "登入成功", going_to)
     if wants_json(call):
         return as_json({"message": "登入失敗"}, 401)
-    return login_page(call, going_to, 401, note(Texts(call)("wrong"), "bad"))
+    return login_page(call, going_to, 401, note(Texts(call)("That password is wrong"), BAD))
 
 
 def view_logout(app: Any, call: Call) -> Response:
@@ -6058,8 +6027,8 @@ def error_page(call: Call, error: HTTPException) -> Response:
         return login_page(call, local_path(going_to), 401)
     text, again = f"{error.code} {error.description}", None
     if error.code == 403:
-        text, again = t("cross"), link(t("go_on"), request.path, "button")
-    return page(call, t("failed"), note(text, "bad"), again, soft(call.id), menu=False)
+        text, again = t("cross"), link(t("Go on"), request.path, "button")
+    return page(call, t("failed"), note(text, BAD), again, tag("div.soft", call.id), menu=False)
 
 
 def function_rows(app: Any) -> list[dict[str, Any]]:
@@ -6092,9 +6061,9 @@ def literal_methods(settings: Mapping[str, Any], default: Iterable[str]) -> list
     return list(default)
 
 
-LIST_ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "name": lambda row: 0, "calls": lambda row: -row["calls"], "errors": lambda row: -row["errors"],
-    "last": lambda row: -(row["last_call"] or 0), "broken": lambda row: not row["reason"]}
+LIST_ORDERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "name": ("Name", lambda row: 0), "calls": ("Calls", lambda row: -row["calls"]), "errors": ("Errors", lambda row: -row["errors"]),
+    "last": ("Last call", lambda row: -(row["last_call"] or 0)), "broken": ("broken", lambda row: not row["reason"])}
 LIST_ROWS, GROUP_ROWS = 300, 100  # of one page, of one group on it: 10,000 functions are a page of 250 kB
 
 
@@ -6106,55 +6075,54 @@ def view_list(app: Any, call: Call) -> Response:
         rows = [row for row in (describe_row(app, row) for row in rows) if text in f"{row['name']}\n{row['summary']}".lower()]
     if wants_json(call):
         return as_json({"functions": rows})
-    rows.sort(key=lambda row: (row["name"].rpartition("/")[0], LIST_ORDERS.get(order, len)(row), row["name"]))
+    rows.sort(key=lambda row: (row["name"].rpartition("/")[0], LIST_ORDERS.get(order, LIST_ORDERS["name"])[1](row), row["name"]))
     groups = itertools.groupby(rows, lambda row: row["name"].rpartition("/")[0])
     parts, left, first, minute = [], LIST_ROWS, args.get("start", 0, type=whole(0, 1 << 53)), int(call.started) // 60
     sparks = {name: row[0] for name, row in call_history(app, list(range(minute - 59, minute, 3))).items()}
     for name, members in ((name, list(found)) for name, found in groups if group in (None, name)):
         shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
         left, end = left - len(shown), first + len(shown)
-        more = link(t("go_on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": end})
+        more = link(t("Go on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": end})
         parts.append(list_group(t, name, len(members), shown, sparks, bool(text or group),
                                 more if len(members) > end else None))
-    return page(call, t("functions"), list_form(t, args, order), *(parts or [note(t("none"))]))
+    return page(call, t("Functions"), list_form(t, args, order), *(parts or [note(t("nothing"))]))
 
 
 def list_form(t: Texts, args: Mapping[str, str], order: str) -> Markup:
     """Make the box that searches and sorts, beside the button for a new function."""
-    found = tag("input", type="search", name="q", value=args.get("q", ""), aria_label=t("search"), placeholder=t("search"))
-    orders = (tag("option", t(key), value=key, selected=key == order) for key in LIST_ORDERS)
-    return tag("form", link(t("add"), "/function/add_function", "button"), found,
-               tag("label", t("sort"), tag("select", *orders, name="sort")), tag("button", t("filter"), class_="plain"),
-               class_="row", method="get", action=LIST)
+    found = tag("input", type="search", name="q", value=args.get("q", ""), aria_label=t("Search"), placeholder=t("Search"))
+    orders = (tag("option", t(label), value=key, selected=key == order) for key, (label, _) in LIST_ORDERS.items())
+    return tag("form.row", link(t("Add function"), "/function/add_function", "button"), found,
+               tag("label", t("Sort by"), tag("select", *orders, name="sort")), tag("button.plain", t("Filter")), method="get", action=LIST)
 
 
 def list_group(t: Texts, name: str, count: int, rows: list[dict[str, Any]], sparks: Mapping[str, list[int]], unfolded: bool,
                more: Any) -> Markup:
     """Show the functions of one group, folded unless it is the top one or asked for."""
-    columns = {"name": None, "calls": "n", "errors": "n", "last": "n soft wide", "hour": "wide", "status": None}
-    shown = table(t, columns, "none", (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
+    columns = {"Name": None, "Calls": "n", "Errors": "n", "Last call": "n soft wide", "Last hour": "wide", "Status": None}
+    shown = table(t, columns, (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
     content = join(shown, tag("p", more) if more else None)
-    head = tag("summary", f"{name}/ ", soft(f"{count:,}", name="span"))
+    head = tag("summary", f"{name}/ ", tag("span.soft", f"{count:,}"))
     return tag("details", head, content, open=unfolded or any(row["reason"] for row in rows)) if name else content
 
 
 def list_row(t: Texts, row: dict[str, Any], spark: list[int]) -> tuple[Any, ...]:
     """Make the cells of one function."""
     name, failed = row["name"], row["last_error"]
-    last = soft(link(failed[:200], "/admin/logs", "bad", function=name, status="5xx")) if failed else None
-    about = join(link(name, "/function/edit_function", module_name=name), soft(row["summary"]),
+    last = tag("div.soft", link(failed[:200], "/admin/logs", "bad", function=name, status="5xx")) if failed else None
+    about = join(link(name, "/function/edit_function", module_name=name), tag("div.soft", row["summary"]),
                  None if failed == row["reason"] else last, function_links(t, name))
-    status = tag("div", t(row["status"]), soft(row["reason"]), class_="bad" if row["reason"] else "good")
+    status = tag("div.bad" if row["reason"] else "div.good", t(row["status"]), tag("div.soft", row["reason"]))
     return (about, f"{row['calls']:,}", bad_if(row["errors"], f"{row['errors']:,}"),
             local_time(row["last_call"]), bars(spark, 120, 24, f"{t('hour')}: {sum(spark)}"), status)
 
 
 def function_links(t: Texts, name: str) -> Markup:
     """Link to what can be done with one function."""
-    return tag("div", tag("a", t("run"), href=f"/function/{quote(name)}", target="_blank", rel="noopener"),
-               link(t("edit"), "/function/edit_function", module_name=name), link(t("logs"), "/admin/logs", function=name),
-               link(t("versions"), "/admin/versions", module_name=name),
-               link(t("delete"), "/function/delete_function", "bad", module_name=name), class_="row soft")
+    return tag("div.row.soft", tag("a", t("Run"), href=f"/function/{quote(name)}", target="_blank", rel="noopener"),
+               link(t("Edit"), "/function/edit_function", module_name=name), link(t("Logs"), "/admin/logs", function=name),
+               link(t("Versions"), "/admin/versions", module_name=name),
+               link(t("Delete"), "/function/delete_function", "bad", module_name=name))
 
 
 def call_history(app: Any, edges: list[int], grain: int = 1) -> dict[str, tuple[list[int], list[int]]]:
@@ -6322,38 +6290,38 @@ def editor_page(call: Call, name: str, code: str, original: Optional[str] = None
                 error: Optional[HTTPException] = None) -> Response:
     """Show the editor: of a new function where there is no `original`, with an error and the text that caused it."""
     t, wrong = Texts(call), error.body if error else {}
-    text = tag("textarea", "\n" + code, class_="code", id="code", name="code", spellcheck="false", wrap="off",
+    text = tag("textarea.code", "\n" + code, id="code", name="code", spellcheck="false", wrap="off",
                autocapitalize="off", autocomplete="off", aria_describedby="keys", data_line=wrong.get("line") or None)
-    news = tag("div", error_text(t, error) if error else None, id="news", class_="card note bad", role="status",
+    news = tag("div.card.note.bad", error_text(t, error) if error else None, id="news", role="status",
                hidden=not error)
     shown = form("/function/save_function" if original is None else "/function/update_function",
-                 field(t("name"), "module_name", value=name, required=True, autocapitalize="off", autofocus=not name,
-                       placeholder="hello"), tag("label", t("code"), for_="code"),
-                 tag("div", tag("pre", class_="gutter", aria_hidden="true"), text, class_="editor"), news,
-                 editor_buttons(t, name, wrong), tag("p", t("keys"), id="keys", class_="soft"),
+                 field(t("Name"), "module_name", value=name, required=True, autocapitalize="off", autofocus=not name,
+                       placeholder="hello"), tag("label", t("Code"), for_="code"),
+                 tag("div.editor", tag("pre.gutter", aria_hidden="true"), text), news,
+                 editor_buttons(t, name, wrong), tag("p.soft", t("keys"), id="keys"),
                  function_links(t, original) if original else None, original_name=original or "", version=version)
-    return page(call, t("add" if original is None else "edit"), offer_draft(t), tag(
-        "div", card(shown), try_panel(t), class_="beside", id="edit", data_offline=t("offline")),
+    return page(call, t("Add function" if original is None else "edit"), offer_draft(t), tag(
+        "div.beside", tag("div.card", shown), try_panel(t), id="edit", data_offline=t("offline")),
         status=error.code if error else 200)
 
 
 def editor_buttons(t: Texts, name: str, wrong: Mapping[str, Any]) -> Markup:
     """Make the buttons below the code; those that only an error calls for are hidden, for the script to show."""
     theirs = wrong.get("version")
-    see = tag("a", t("theirs"), id="theirs", class_="button plain", target="_blank", hidden=not theirs,
+    see = tag("a.button.plain", t("See theirs"), id="theirs", target="_blank", hidden=not theirs,
               href=f"/admin/versions?module_name={quote(name)}&version={theirs}")
-    replaces = tag("button", t("replace"), class_="danger", id="replace", name="replaces", value=theirs, hidden=not theirs)
-    anyway = tag("label", tag("input", type="checkbox", name="force", value="1"), " ", t("anyway"), id="anyway",
+    replaces = tag("button.danger", t("replace"), id="replace", name="replaces", value=theirs, hidden=not theirs)
+    anyway = tag("label", tag("input", type="checkbox", name="force", value="1"), " ", t("Save anyway"), id="anyway",
                  hidden=not wrong.get("can_force"))
-    steps = (tag("button", sign, type="button", class_="plain", data_key=key, aria_label=t(key), title=t(key))
-             for key, sign in (("outdent", "⇤"), ("indent", "⇥")))
-    return beside(tag("button", t("save")), anyway, see, replaces, *steps, link(t("cancel"), LIST, "button plain"))
+    steps = (tag("button.plain", sign, type="button", data_key=key, aria_label=t(key), title=t(key))
+             for key, sign in (("Unindent", "⇤"), ("Indent", "⇥")))
+    return tag("p.row", tag("button", t("Save")), anyway, see, replaces, *steps, link(t("Cancel"), LIST, "button plain"))
 
 
 def offer_draft(t: Texts) -> Markup:
     """Make the note that offers what was typed and never saved; the script fills and shows it."""
-    choose = (tag("button", t("take"), type="button"), tag("button", t("discard"), type="button", class_="plain"))
-    return tag("div", t("draft"), " ", tag("span"), beside(*choose), id="draft", class_="card note",
+    choose = (tag("button", t("Take the draft"), type="button"), tag("button.plain", t("Discard"), type="button"))
+    return tag("div.card.note", t("draft"), " ", tag("span"), tag("p.row", *choose), id="draft",
                hidden=True)
 
 
@@ -6367,19 +6335,19 @@ def try_panel(t: Texts) -> Markup:
     """Make the form beside the editor that calls the function; the script sends it to /admin/try."""
     def select(label: str, name: str, **values: str) -> Markup:
         return field(label, name, "select", *(tag("option", text, value=value) for value, text in values.items()))
-    shown = (tag("div", tag("h3", t(label)), tag("pre", id="a_" + key, tabindex="0", aria_label=t(label)), hidden=True)
-             for key, label in (("error", "error"), ("body", "body"), ("output", "output"), ("headers", "headers")))
+    shown = (tag("div", tag("h3", t(key)), tag("pre", id="a_" + key.lower(), tabindex="0", aria_label=t(key)), hidden=True)
+             for key in ("Error", "Body", "Output", "Headers"))
     return tag(
-        "form", tag("h2", t("try")), tag("div", select(t("past"), "past"), id="pasts", hidden=True),
-        tag("div", select(t("method"), "method", **dict(zip(METHODS, METHODS))),
-            select(t("code"), "which", editor=t("unsaved"), saved=t("on_disk")), class_="row"),
-        tag("div", field(t("subpath"), "subpath", autocapitalize="off"),
-            field(t("query"), "query", placeholder="name=Tony&n=1"), class_="row"),
-        field(t("headers"), "headers", "textarea", rows="1", placeholder="X-Name: value", spellcheck="false"),
-        select(t("body"), "kind", none=t("no_body"), json="JSON", form=t("form"), raw=t("raw"), file=t("file")),
-        field(t("content"), "content", "textarea", rows="3", spellcheck="false"), field(t("file"), "file", type="file"),
-        tag("p", tag("button", t("run")), " ", tag("span", id="outcome", role="status")),
-        tag("img", id="a_image", alt=t("body"), hidden=True), *shown, id="try", class_="card")
+        "form.card", tag("h2", t("Try")), tag("div", select(t("Earlier requests"), "past"), id="pasts", hidden=True),
+        tag("div.row", select(t("Method"), "method", **dict(zip(METHODS, METHODS))),
+            select(t("Code"), "which", editor=t("in the editor"), saved=t("as saved"))),
+        tag("div.row", field(t("Subpath"), "subpath", autocapitalize="off"),
+            field(t("Query"), "query", placeholder="name=Tony&n=1")),
+        field(t("Headers"), "headers", "textarea", rows="1", placeholder="X-Name: value", spellcheck="false"),
+        select(t("Body"), "kind", none=t("none"), json="JSON", form=t("form"), raw=t("raw"), file=t("File")),
+        field(t("Content"), "content", "textarea", rows="3", spellcheck="false"), field(t("File"), "file", type="file"),
+        tag("p", tag("button", t("Run")), " ", tag("span", id="outcome", role="status")),
+        tag("img", id="a_image", alt=t("Body"), hidden=True), *shown, id="try")
 
 
 def view_add(app: Any, call: Call) -> Response:
@@ -6452,8 +6420,8 @@ def ask(call: Call, title: str, text: str, **hidden: str) -> Response:
     """Show a page that asks before something is done."""
     if wants_json(call):
         return as_json({"message": text, **hidden})
-    buttons = beside(tag("button", title, class_="danger"), link(Texts(call)("cancel"), LIST, "button plain"))
-    return page(call, title, card(form(call.request.path, tag("p", text), buttons, **hidden)))
+    buttons = tag("p.row", tag("button.danger", title), link(Texts(call)("Cancel"), LIST, "button plain"))
+    return page(call, title, tag("div.card", form(call.request.path, tag("p", text), buttons, **hidden)))
 
 
 def view_delete(app: Any, call: Call) -> Response:
@@ -6461,7 +6429,7 @@ def view_delete(app: Any, call: Call) -> Response:
     t, name = Texts(call), text_field(fields(call), "module_name")
     read_current(app, name)
     if call.request.method in ("GET", "HEAD"):
-        return ask(call, t("delete"), t("ask_delete", name), module_name=name)
+        return ask(call, t("Delete"), t("ask_delete", name), module_name=name)
     os.unlink(app.functions.path(name))
     app.functions.versions.mark_broken(name, None)
     app.functions.versions.forget_good(name)
@@ -6491,15 +6459,15 @@ def view_stats(app: Any, call: Call) -> Response:
     days = [int(mktime((year, month, today - back, 0, 0, 0, 0, 0, -1))) // 60
             for back in range(min(app.settings.KEEP_DAYS, 31), -1, -1)]
     history = call_history(app, days, 15)
-    shown = table(t, {"function": None, "calls": "n", "errors": "n", "p50": "n", "p95": "n", "by_day": "wide"}, "no_calls", (
+    shown = table(t, {"Function": None, "Calls": "n", "Errors": "n", "p50": "n", "p95": "n", "by_day": "wide"}, (
         (link(row["name"], "/function/show_stats", function=row["name"]), f"{row['calls']:,}", f"{row['errors']:,}",
          *(milliseconds(row[key]) for key in ("p50", "p95")),
          bars(history[row["name"]][0], 120, 24, t("by_day"), history[row["name"]][1]) if row["name"] in history else None)
         for row in rows[first:first + LIST_ROWS]))
-    more = link(t("go_on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
-    return page(call, f"{t('stats')}: {one}" if one else t("stats"), stats_charts(app, t, call.started, one, days, history),
-                shown, beside(more if len(rows) > first + LIST_ROWS else None,
-                              link(t("clear"), "/function/clear_stats", "button plain")))
+    more = link(t("Go on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
+    return page(call, f"{t('stats')}: {one}" if one else t("Statistics"), stats_charts(app, t, call.started, one, days, history),
+                shown, tag("p.row", more if len(rows) > first + LIST_ROWS else None,
+                              link(t("Clear statistics"), "/function/clear_stats", "button plain")))
 
 
 def stats_charts(app: Any, t: Texts, now: float, one: Optional[str], days: list[int],
@@ -6510,9 +6478,9 @@ def stats_charts(app: Any, t: Texts, now: float, one: Optional[str], days: list[
     hours = [(int(now) // 3600 - back) * 60 for back in range(23, -1, -1)]
     hourly = sum_minutes(app, hours, f"/function/{one or '*'}")
     high, low = ([round(quantile(row[2], q) * 1000, 1) for row in hourly] for q in (.95, .5))
-    return tag("div", chart_card(t("by_day"), calls, days, "%m-%d", errors), chart_card(
-        t("by_hour"), [row[0] for row in hourly], hours, "%H:%M", [row[1] for row in hourly]),
-               chart_card(t("latency"), high, hours, "%H:%M", low, "calm"), class_="charts")
+    return tag("div.charts", chart_card(t("by_day"), calls, days, "%m-%d", errors), chart_card(
+        t("Calls by hour, one day"), [row[0] for row in hourly], hours, "%H:%M", [row[1] for row in hourly]),
+               chart_card(t("latency"), high, hours, "%H:%M", low, "calm"))
 
 
 def sum_minutes(app: Any, edges: list[int], endpoints: str) -> list[Any]:
@@ -6535,7 +6503,7 @@ def view_clear(app: Any, call: Call) -> Response:
             connection.execute(f"DELETE FROM {name}")
     if call.request.method in ("GET", "HEAD"):
         t = Texts(call)
-        return ask(call, t("clear"), t("ask_clear"))
+        return ask(call, t("Clear statistics"), t("ask_clear"))
     app.folder.fold(within=clear)
     return done(call, "cleared", "/function/show_stats?done=cleared")
 
@@ -6567,15 +6535,15 @@ def view_logs(app: Any, call: Call) -> Response:
                       max(1, min(1000, args.get("limit", 100, type=int))), int(after))
     if wants_json(call):
         return as_json({"invocations": rows})
-    t, columns = Texts(call), {"time": "soft time", "function": None, "request": "break", "status": None, "took": "n"}
+    t, columns = Texts(call), {"Time": "soft time", "Function": None, "Request": "break", "Status": None, "Took": "n"}
     asked = [tag("label", t(label), tag("input", name=name, value=args.get(name, ""))) for name, label in (
-        ("function", "function"), ("status", "status"), ("q", "text"))]
-    follow = tag("label", tag("input", type="checkbox", name="follow", value="1", checked="follow" in args), t("follow"))
-    filters = tag("form", *asked, follow, tag("button", t("filter")), class_="card row", method="get", action="/admin/logs")
-    response = page(call, t("logs"), filters, table(t, columns, "no_calls", ((
+        ("function", "Function"), ("status", "Status"), ("q", "Text"))]
+    follow = tag("label", tag("input", type="checkbox", name="follow", value="1", checked="follow" in args), t("Follow"))
+    filters = tag("form.card.row", *asked, follow, tag("button", t("Filter")), method="get", action="/admin/logs")
+    response = page(call, t("Logs"), filters, table(t, columns, ((
         local_time(row["time"]), row["function"],
         join(f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
-             soft(row["id"])), bad_if(row["status"] >= 500, row["status"]), f"{row['ms']:.1f} ms") for row in rows)))
+             tag("div.soft", row["id"])), bad_if(row["status"] >= 500, row["status"]), f"{row['ms']:.1f} ms") for row in rows)))
     if "follow" in args:
         response.headers["Refresh"] = "3"
     return response
@@ -6602,15 +6570,15 @@ def view_versions(app: Any, call: Call) -> Response:
         row["current"] = now == read_version(app, name, row["version"])
     if wants_json(call):
         return as_json({"versions": rows})
-    columns = {"version": None, "time": None, "size": "n", "status": None, "": None}
-    shown = table(t, columns, "no_versions", ((
+    columns = {"Version": None, "Time": None, "Size": "n", "Status": None, "": None}
+    shown = table(t, columns, ((
         link(f"#{row['version']}", "/admin/versions", module_name=name, version=row["version"]), local_time(row["saved_at"]),
-        row["size"], tag("span", t("current"), class_="good") if row["current"] else
-        bad_if(True, t("rolled_back")) if row["rolled_back"] else "",
-        None if row["current"] else link(t("restore"), "/admin/restore", "button plain", module_name=name,
+        row["size"], tag("span.good", t("current")) if row["current"] else
+        bad_if(True, t("failed, rolled back")) if row["rolled_back"] else "",
+        None if row["current"] else link(t("Restore"), "/admin/restore", "button plain", module_name=name,
                                          version=row["version"])) for row in rows))
     return page(call, f"{t('versions')}: {name}", tag("p", link(
-        t("edit"), "/function/edit_function", "button", module_name=name)) if now is not None else None, shown)
+        t("Edit"), "/function/edit_function", "button", module_name=name)) if now is not None else None, shown)
 
 
 def view_version(app: Any, call: Call) -> Response:
@@ -6626,10 +6594,10 @@ def view_version(app: Any, call: Call) -> Response:
     before, newest = (decode_source(bytes(others[at][0])) for at in (0, -1))
     if len(others) == 1:  # it is the first, or the only one
         before = ""
-    links = beside(link(t("versions"), "/admin/versions", "button plain", module_name=name), None if newest == code else link(
-        t("restore"), "/admin/restore", "button", module_name=name, version=number))
+    links = tag("p.row", link(t("Versions"), "/admin/versions", "button plain", module_name=name), None if newest == code else link(
+        t("Restore"), "/admin/restore", "button", module_name=name, version=number))
     return page(call, f"{name} #{number}", links, show_diff(t("diff"), before, code), None if newest == code else show_diff(
-        t("changes"), code, newest), card(tag("h2", t("code")), tag("pre", code, tabindex="0")))
+        t("changes"), code, newest), tag("div.card", tag("h2", t("Code")), tag("pre", code, tabindex="0")))
 
 
 def show_diff(title: str, old: str, new: str) -> Markup:
@@ -6638,7 +6606,7 @@ def show_diff(title: str, old: str, new: str) -> Markup:
     lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=3))[2:]
     kinds = {"+": "ins", "-": "del", "@": "b"}
     shown = (tag(kinds.get(line[0], "span"), line + ("" if line[0] in "+-" else "\n")) for line in lines)
-    return card(tag("h2", title), tag("pre", *shown, tabindex="0"))
+    return tag("div.card", tag("h2", title), tag("pre", *shown, tabindex="0"))
 
 
 def view_restore(app: Any, call: Call) -> Response:
@@ -6649,13 +6617,13 @@ def view_restore(app: Any, call: Call) -> Response:
         raise HTTPException(400, "module_name and version are needed")
     source, title = read_version(app, name, int(number)), t("ask_restore", name, number)
     if call.request.method in ("GET", "HEAD"):
-        return ask(call, t("restore"), title, module_name=name, version=number)
+        return ask(call, t("Restore"), title, module_name=name, version=number)
     try:
         found = {**UNCHECKED, "warnings": [t("forced")]} if sent.get("force") else check_code(app, t, name, source)
     except HTTPException as error:
         if wants_json(call):
             raise
-        return ask(call, t("anyway"), f"{error_text(t, error)} {title}", module_name=name, version=number, force="1")
+        return ask(call, t("Save anyway"), f"{error_text(t, error)} {title}", module_name=name, version=number, force="1")
     version = swap_in(app, t, name, source, False)
     return done(call, describe_check(t, version, found), f"/admin/versions?module_name={quote(name)}&done=restored",
                 module_name=name, version=version, check=found)
@@ -6713,17 +6681,17 @@ def dashboard(app: Any, t: Texts) -> Markup:
     recent["error_rate"] = f"{recent['error_rate']:.2%}"
     units = {"cpu_percent": " %", "memory_rss_mb": " MB", "uptime_seconds": " s", "p50_ms": " ms", "p95_ms": " ms"}
     wrong = ", ".join(f"{name}: {value}" for name, value in check_health(app).items() if value != "ok")
-    boxes = (card(soft(t(name)), tag("b", bad_if(wrong and name == "status", f"{value}{units.get(name, '')}")))
+    boxes = (tag("div.card", tag("div.soft", t(name)), tag("b", bad_if(wrong and name == "status", f"{value}{units.get(name, '')}")))
              for name, value in {"status": wrong or t("fine"), **found, **recent}.items() if not isinstance(value, list))
     minute = int(now) // 60
     charts = [drawn for first, step, span in ((minute - 59, 1, "hour"), (minute - 1439, 24, "one_day"))
               for drawn in dashboard_charts(app, t, list(range(first, first + 60 * step, step)), t(span))]
-    slow = table(t, {"endpoint": None, "p95_ms": "n"}, "no_calls", (row.values() for row in recent["slowest"]))
-    last = table(t, {"time": "soft time", "function": None, "error": "break"}, "no_errors", (
+    slow = table(t, {"Endpoint": None, "p95": "n"}, (row.values() for row in recent["slowest"]))
+    last = table(t, {"Time": "soft time", "Function": None, "Error": "break"}, (
         (local_time(row["time"]), row["function"], (row["error"] or "").strip().rpartition("\n")[2])
         for row in recent["last_errors"]))
-    return join(tag("div", *boxes, class_="row figures"), tag("div", *charts, class_="charts"), tag("h2", t("slowest")), slow,
-                tag("h2", t("last_errors")), last)
+    return join(tag("div.row.figures", *boxes), tag("div.charts", *charts), tag("h2", t("Slowest")), slow,
+                tag("h2", t("Last errors")), last)
 
 
 def dashboard_charts(app: Any, t: Texts, edges: list[int], span: str) -> Iterator[Markup]:
@@ -6743,8 +6711,8 @@ def view_dashboard(app: Any, call: Call) -> Response:
     t = Texts(call)
     if call.request.args.get("part"):  # for viewers beyond MOST_VIEWERS, who poll
         return Response(dashboard(app, t), headers=PAGE_HEADERS)
-    button = tag("button", t("stop"), id="live", class_="plain", data_start=t("start"), data_stop=t("stop"))
-    return page(call, t("dashboard"), tag("p", button), tag("div", dashboard(app, t), id="dashboard"))
+    button = tag("button.plain", t("Stop"), id="live", data_start=t("Go live"), data_stop=t("Stop"))
+    return page(call, t("Monitoring"), tag("p", button), tag("div", dashboard(app, t), id="dashboard"))
 
 
 MOST_VIEWERS, STREAM_SECONDS = 2, 2.0
@@ -6849,17 +6817,18 @@ def view_admin_jobs(app: Any, call: Call) -> Response:
         return as_json(jobs)
     last = {row["job"]: row for row in app.store.read("SELECT job, state, status, max(created) FROM fn_queue"
                                                       " WHERE job IS NOT NULL GROUP BY job")}
-    columns = {"name": None, "schedule": "soft", "next": None, "last_run": None, **dict.fromkeys(JOB_COUNTS, "n"), "": None}
-    shown = table(t, columns, "no_jobs", ((
-        join(job["id"], soft(job["func"])),
+    columns = {"Name": None, "Schedule": "soft", "Next run": None, "Last run": None,
+               **{name.capitalize(): "n" for name in JOB_COUNTS}, "": None}
+    shown = table(t, columns, ((
+        join(job["id"], tag("div.soft", job["func"])),
         join(job["trigger"], *(tag("div", f"{name} = {job[name]}") for name in job if name in TRIGGER_FIELDS[job["trigger"]])),
         t("paused") if job["paused"] else (job["next_run_time"] or t("never")).replace("T", " ").partition(".")[0],
         link(f"{t(last[job['id']]['state'])} {last[job['id']]['status'] or ''}", "/admin/queue", job=job["id"])
         if job["id"] in last else None, *(job[name] for name in JOB_COUNTS),
-        tag("div", *(form(f"/scheduler/jobs/{quote(job['id'])}/{action}", tag("button", t(action), class_="plain"))
-                     for action in ("resume" if job["paused"] else "pause", "run")), class_="row")
+        tag("div.row", *(form(f"/scheduler/jobs/{quote(job['id'])}/{action}", tag("button.plain", t(action.capitalize())))
+                     for action in ("resume" if job["paused"] else "pause", "run")))
     ) for job in jobs))
-    return page(call, t("jobs"), shown)
+    return page(call, t("Jobs"), shown)
 
 
 def view_queue(app: Any, call: Call) -> Response:
@@ -6878,16 +6847,16 @@ def view_queue(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"calls": data, **({"call": whole_call(one)} if one else {})})
     t = Texts(call)
-    columns = {"function": None, "state": "time", "tries": "n", "due": "soft time", "answer": "n", "error": "break", "": None}
-    shown = table(t, columns, "no_calls", ((
-        join(link(row["function"], "/admin/queue", id=row["id"]), soft(row["id"])),
+    columns = {"Function": None, "Status": "time", "Runs": "n", "Due": "soft time", "Answer": "n", "Error": "break", "": None}
+    shown = table(t, columns, ((
+        join(link(row["function"], "/admin/queue", id=row["id"]), tag("div.soft", row["id"])),
         bad_if(row["state"] == "dead", t(row["state"])), row["attempts"], local_time(row["due"]),
         row["status"], (row["error"] or "").strip().rpartition("\n")[2], queue_buttons(t, row, args.get("state", "")))
         for row in data))
-    states = beside(*(link(t(state or "all"), "/admin/queue", "button plain" if state != args.get("state", "") else "button",
+    states = tag("p.row", *(link(t(state or "All"), "/admin/queue", "button plain" if state != args.get("state", "") else "button",
                            state=state) for state in ("", *STATES)))
     details = tag("pre", json.dumps(whole_call(one), indent=2, ensure_ascii=False)) if one else None
-    return page(call, t("queue"), states, shown, details)
+    return page(call, t("Queue"), states, shown, details)
 
 
 QUEUE_COLUMNS = "id function state attempts due status error trigger job planned created started finished".split()
@@ -6896,8 +6865,8 @@ QUEUE_COLUMNS = "id function state attempts due status error trigger job planned
 def queue_buttons(t: Texts, row: Mapping[str, Any], state: str) -> Optional[Markup]:
     """Offer what can be done with a queued call; the list of one `state` is where it goes back to."""
     actions = {"dead": ("retry", "replay", "discard"), "done": ("replay", "discard"), "waiting": ("discard",)}
-    return tag("div", *(form("/admin/queue", tag("button", t(action), class_="plain"), id=row["id"], action=action, state=state)
-                        for action in actions.get(row["state"], ())), class_="row")
+    return tag("div.row", *(form("/admin/queue", tag("button.plain", t(action.capitalize())), id=row["id"], action=action, state=state)
+                        for action in actions.get(row["state"], ())))
 
 
 def whole_call(row: Any) -> dict[str, Any]:
@@ -7037,21 +7006,21 @@ def view_data(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"tables": data})
     t = Texts(call)
-    theirs, ours = (table(t, {"name": None, "rows": "n"}, "no_tables", (
+    theirs, ours = (table(t, {"Name": None, "Rows": "n"}, (
         (link(row["name"], "/admin/data/" + row["name"]), "?" if row["rows"] is None else f"{row['rows']:,}")
         for row in data if row["read_only"] is kind)) for kind in (False, True))
     asked = form("/admin/data", *(tag("label", t(label), tag("input", name=name, required=True, placeholder=example))
-                                  for name, label, example in (("table", "name", "notes"), (
-                                      "columns", "columns", "id INTEGER PRIMARY KEY, text TEXT"))),
-                 tag("p", tag("button", t("add_table"))), action="create")
-    return page(call, t("data"), theirs, folded(t("add_table"), asked), sql_form(t, ""),
+                                  for name, label, example in (("table", "Name", "notes"), (
+                                      "columns", "Columns", "id INTEGER PRIMARY KEY, text TEXT"))),
+                 tag("p", tag("button", t("Create a table"))), action="create")
+    return page(call, t("Data"), theirs, folded(t("Create a table"), asked), sql_form(t, ""),
                 tag("details", tag("summary", t("read_only")), ours))
 
 
 def sql_form(t: Texts, text: str) -> Markup:
     """Make the box that takes SQL."""
-    box = tag("textarea", "\n" + text, name="sql", rows="4", spellcheck="false", class_="mono")
-    return card(form("/admin/data", tag("label", "SQL", box), tag("p", tag("button", t("run"))), action="sql"))
+    box = tag("textarea.mono", "\n" + text, name="sql", rows="4", spellcheck="false")
+    return tag("div.card", form("/admin/data", tag("label", "SQL", box), tag("p", tag("button", t("Run"))), action="sql"))
 
 
 def fetch_rows(app: Any, name: str, after: Any, limit: int, shown: Callable[[Any], Any]) -> tuple[Table, list[Any], list[Any]]:
@@ -7127,20 +7096,20 @@ def rows_page(call: Call, found: Table, data: list[dict[str, Any]], following: O
     """Show rows, and what can be done with them where the table may be written to."""
     t, url, ours = Texts(call), "/admin/data/" + found.name, is_ours(found.name)
     columns: dict[str, Optional[str]] = {**{column["name"]: None for column in found.columns}, "": None}
-    shown = table(t, columns, "no_rows", ((
-        *(soft("NULL", name="i") if value is None else str(value)[:200] + "…" * (len(str(value)) > 200)
+    shown = table(t, columns, ((
+        *(tag("i.soft", "NULL") if value is None else str(value)[:200] + "…" * (len(str(value)) > 200)
           for value in row["values"].values()),
-        None if ours else link(t("edit"), url, key=json.dumps(row["key"]))) for row in data), False)
-    more = link(t("go_on"), url, "button plain", after=json.dumps(following)) if following else None
-    added = folded(t("add_row"), row_form(t, found, {}, t("save"), action="insert"))
-    gone = folded(t("drop"), form("/admin/data", tag("button", t("drop"), class_="danger"), action="drop", table=found.name))
-    return page(call, found.name, beside(more, link("CSV", url, "button plain", format="csv")), shown,
-                folded(t("schema"), tag("pre", found.sql)), *(() if ours else (added, gone)))
+        None if ours else link(t("Edit"), url, key=json.dumps(row["key"]))) for row in data), False)
+    more = link(t("Go on"), url, "button plain", after=json.dumps(following)) if following else None
+    added = folded(t("Add a row"), row_form(t, found, {}, t("Save"), action="insert"))
+    gone = folded(t("Drop this table"), form("/admin/data", tag("button.danger", t("Drop this table")), action="drop", table=found.name))
+    return page(call, found.name, tag("p.row", more, link("CSV", url, "button plain", format="csv")), shown,
+                folded(t("Schema"), tag("pre", found.sql)), *(() if ours else (added, gone)))
 
 
 def row_form(t: Texts, found: Table, values: Mapping[str, Any], button: str, **hidden: str) -> Markup:
     """Make the form of one row: a box for each column, as high as what stands in it."""
-    boxes = (tag("label", f"{column['name']} ", soft(column["type"], name="span"), tag(
+    boxes = (tag("label", f"{column['name']} ", tag("span.soft", column["type"]), tag(
         "textarea", "\n" + field_text(values.get(column["name"])), name="value_" + column["name"], spellcheck="false",
         rows=str(min(12, field_text(values.get(column["name"])).count("\n") + 1)))) for column in found.columns)
     return form("/admin/data", *boxes, tag("p", tag("button", button)), table=found.name, **hidden)
@@ -7165,8 +7134,8 @@ def row_page(app: Any, call: Call, name: str, key: list[Any]) -> Response:
         found = read_table(connection, name)
         row = find_row(connection, found, key)
     t, kept = Texts(call), call.request.args["key"]
-    gone = form("/admin/data", tag("button", t("delete"), class_="danger"), action="delete", table=found.name, key=kept)
-    return page(call, f"{found.name}: {t('edit')}", card(row_form(t, found, row, t("save"), action="update", key=kept), gone))
+    gone = form("/admin/data", tag("button.danger", t("Delete")), action="delete", table=found.name, key=kept)
+    return page(call, f"{found.name}: {t('edit')}", tag("div.card", row_form(t, found, row, t("Save"), action="update", key=kept), gone))
 
 
 def change_data(app: Any, call: Call) -> Response:
@@ -7236,11 +7205,11 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
     except HTTPException as error:
         if wants_json(call):
             raise
-        return page(call, t("data"), sql_form(t, text), note(error.description, "bad"), status=error.code)
+        return page(call, t("Data"), sql_form(t, text), note(error.description, BAD), status=error.code)
     if wants_json(call):
         return as_json({"columns": columns, "rows": rows} if columns else {"rowcount": max(0, changed)})
-    result = table(t, dict.fromkeys(columns), "no_rows", rows, False) if columns else note(f"{t('rows')}: {changed}")
-    return page(call, t("data"), sql_form(t, text), note(t("first_rows", SQL_ROWS)) if len(rows) == SQL_ROWS else None, result)
+    result = table(t, dict.fromkeys(columns), rows, False) if columns else note(f"{t('rows')}: {changed}")
+    return page(call, t("Data"), sql_form(t, text), note(t("first_rows", SQL_ROWS)) if len(rows) == SQL_ROWS else None, result)
 
 
 def view_settings(app: Any, call: Call) -> Response:
@@ -7250,22 +7219,22 @@ def view_settings(app: Any, call: Call) -> Response:
     try:
         fresh = Settings(app.settings.options, app.settings.directory)
     except SettingError as error:
-        fresh, bad = app.settings, note(str(error), "bad")
+        fresh, bad = app.settings, note(str(error), BAD)
     texts = app.settings.texts
     rows = [{"name": row.name, "value": "***" if row.secret and texts[row.name] else getattr(app.settings, row.name),
              "source": app.settings.sources[row.name], "restart": fresh.texts[row.name] != texts[row.name], "help": row.help}
             for row in SETTINGS_TABLE]
     if wants_json(call):
         return as_json({"settings": rows})
-    columns = {"name": None, "value": "break", "source": "soft", "help": "soft"}
-    waits = tag("div", t("waits"), class_="bad")
-    shown = table(t, columns, "none", ((
+    columns = {"Name": None, "Value": "break", "Source": "soft", "What for": "soft"}
+    waits = tag("div.bad", t("waits"))
+    shown = table(t, columns, ((
         row["name"], join("***" if row["value"] == "***" else texts[row["name"]], waits if row["restart"] else None),
-        t(row["source"]) if row["source"] in TEXTS else row["source"], t(row["name"])) for row in rows))
+        t(row["source"]), t(row["name"])) for row in rows))
     saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
-                 tag("p", tag("button", t("backup"))))
-    return page(call, t("settings"), bad, tag("p", t("restart")), shown,
-                card(tag("h2", t("backup")), tag("p", t("backup_help")), saved))
+                 tag("p", tag("button", t("Download a backup"))))
+    return page(call, t("Settings"), bad, tag("p", t("restart")), shown,
+                tag("div.card", tag("h2", t("Download a backup")), tag("p", t("backup_help")), saved))
 
 
 def view_backup(app: Any, call: Call) -> Response:
@@ -7378,14 +7347,14 @@ def view_docs(app: Any, call: Call) -> Response:
         names = "&".join(f"{quote(name)}=..." for name, item in row["parameters"].items() if item.get("in") != "body")
         token = " -H 'Authorization: Bearer ...'" if row["auth"] != "public" else ""
         method = "" if "GET" in row["methods"] else row["methods"][0]
-        asked = [tag("label", name, tag("input", name=name), soft(item.get("description", ""), name="span"))
+        asked = [tag("label", name, tag("input", name=name), tag("span.soft", item.get("description", "")))
                  for name, item in row["parameters"].items()]
-        cards.append(card(
+        cards.append(tag("div.card", 
             tag("h2", row["name"]), tag("p", row["summary"]), tag("pre", row["description"]) if row["description"] else None,
             tag("pre", f"curl{token}{method and ' -X ' + method} '{url}{'?' + names if names else ''}'"),
-            tag("form", *asked, tag("p", tag("button", t("run"), class_="plain")), method=method or "get", action=url,
+            tag("form", *asked, tag("p", tag("button.plain", t("Run"))), method=method or "get", action=url,
                 target="_blank") if method in ("", "POST") else None))  # all a form can send
-    return page(call, t("docs"), *cards, menu=app.signer.is_login(call.session.get("_login"), call.started))
+    return page(call, t("API"), *cards, menu=app.signer.is_login(call.session.get("_login"), call.started))
 
 
 def view_asset(app: Any, call: Call) -> Response:
