@@ -5721,7 +5721,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "Go on": "繼續", "Data": "資料", "Rows": "列數", "Add a row": "新增一列", "Create a table": "新增資料表", "Columns": "欄位",
     "Drop this table": "刪除資料表", "Schema": "結構", "Settings": "設定", "API": "API 說明", "Value": "值", "Source": "來源",
     "What for": "說明", "default": "預設", "option": "命令列選項", "environment": "環境變數", "Download a backup": "下載備份",
-    "Monitoring": "監控", "Memory": "記憶體", "Memory %": "記憶體 %", "Threads": "執行緒", "Uptime": "運行時間",
+    "Monitoring": "監控", "Memory": "記憶體", "Threads": "執行緒", "Uptime": "運行時間",
     "Processes": "行程", "Requests/s": "請求/秒", "Error rate": "錯誤率", "Endpoint": "端點",
     "Slowest": "最慢", "Last errors": "最近錯誤", "one day": "一天", "Stop": "停止更新", "Go live": "即時更新",
     "Filter": "篩選", "Text": "文字", "Follow": "持續更新", "Jobs": "排程", "Queue": "佇列", "Schedule": "時間規則",
@@ -5908,11 +5908,17 @@ def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[
                preserveAspectRatio="none")
 
 
-def chart_card(label: str, values: list[Any], edges: list[int], shape: str, over: Iterable[Any] = (), kind: str = "") -> Markup:
+def chart_card(label: str, values: list[Any], edges: Iterable[int], shape: str, over: Iterable[Any] = (),
+               kind: str = "div.card") -> Markup:
     """Make the box of one chart: what it shows and its maximum, the bars, the times of the minutes where it begins and ends."""
     names = [strftime(shape, localtime(minute * 60)) for minute in edges]
-    return tag("div", tag("div.soft", f"{label} · max {round(max(values), 1):,}"), bars(values, 300, 60, label, over, names),
-               tag("div.ends.soft", tag("span", names[0]), tag("span", names[-1])), class_=f"card {kind}")
+    return tag(kind, tag("div.soft", f"{label} · max {round(max(values), 1):,}"), bars(values, 300, 60, label, over, names),
+               tag("div.ends.soft", tag("span", names[0]), tag("span", names[-1])))
+
+
+def last_line(text: Optional[str]) -> str:
+    """Return the last line of a traceback, which says what went wrong."""
+    return (text or "").strip().rpartition("\n")[2]
 
 
 def local_time(moment: Optional[float]) -> str:
@@ -6036,7 +6042,7 @@ def function_rows(app: Any) -> list[dict[str, Any]]:
     app.folder.fold()
     calls = dict(app.store.read("SELECT func_name, call_count FROM call_stats"))
     known = {row[0]: row[1:] for row in app.store.read("SELECT func_name, errors, last_call FROM fn_functions")}
-    failed = {row[0]: (row[1] or "").strip().rpartition("\n")[2] for row in app.store.read(
+    failed = {row[0]: last_line(row[1]) for row in app.store.read(
         "SELECT function, error, max(number) FROM fn_calls WHERE status >= 500 GROUP BY function")}
     broken, rows = app.functions.versions.broken(), []
     for name in app.functions.names():
@@ -6436,16 +6442,37 @@ def view_delete(app: Any, call: Call) -> Response:
     return done(call, "deleted", LIST + "?done=deleted", module_name=name)
 
 
+def sum_buckets(texts: str) -> list[int]:
+    """Add up latency buckets, lists in JSON with commas between."""
+    return [sum(column) for column in zip(*json.loads(f"[{texts}]"))]
+
+
+def endpoint_buckets(app: Any, since: int) -> dict[str, list[int]]:
+    """Return the latency buckets of each endpoint since a minute, but of streams, which last as long as somebody looks."""
+    return {endpoint: sum_buckets(texts) for endpoint, texts in app.store.read(
+        "SELECT endpoint, group_concat(buckets) FROM fn_minutes WHERE minute >= ? AND endpoint <> '/monitoring/stream'"
+        " GROUP BY endpoint", since)}
+
+
+def sum_minutes(app: Any, span: range, endpoints: str) -> list[Any]:
+    """Return calls, errors and latency buckets of each step of a range of minutes, of functions that the pattern (GLOB)
+    names, or with * of all that is served."""
+    found: list[Any] = [(0, 0, [0]) for _ in span]
+    for at, calls, errors, texts in app.store.read(
+            "SELECT (minute - ?1) / ?2, sum(calls), sum(errors), group_concat(buckets) FROM fn_minutes WHERE minute >= ?1"
+            " AND minute < ?3 AND endpoint GLOB ?4 AND endpoint <> '/monitoring/stream' AND (?4 = '*' OR endpoint IN"
+            " (SELECT '/function/' || func_name FROM fn_functions)) GROUP BY 1", span.start, span.step, span.stop, endpoints):
+        found[at] = calls, errors, sum_buckets(texts)
+    return found
+
+
 def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
     """Gather counts, errors and latencies of every function that was called."""
     app.folder.fold()
     errors = dict(app.store.read("SELECT func_name, errors FROM fn_functions"))
-    buckets: dict[str, list[int]] = {}
-    for endpoint, text in app.store.read("SELECT endpoint, buckets FROM fn_minutes WHERE minute >= ?", int(now) // 60 - 1439):
-        old = buckets.setdefault(endpoint[10:], [0] * 15)
-        old[:] = [a + b for a, b in zip(old, json.loads(text))]
-    return [{"name": name, "calls": count, "errors": errors.get(name, 0), "p50": quantile(buckets.get(name, [0]), .5),
-             "p95": quantile(buckets.get(name, [0]), .95)}
+    buckets = endpoint_buckets(app, int(now) // 60 - 1439)
+    return [{"name": name, "calls": count, "errors": errors.get(name, 0),
+             **{key: quantile(buckets.get("/function/" + name, [0]), q) for key, q in (("p50", .5), ("p95", .95))}}
             for name, count in app.store.read("SELECT func_name, call_count FROM call_stats ORDER BY call_count DESC")]
 
 
@@ -6475,25 +6502,12 @@ def stats_charts(app: Any, t: Texts, now: float, one: Optional[str], days: list[
     """Draw calls by day and by hour with errors over them, and p95 with p50 over it, of one function or all."""
     rows = [row for name, row in history.items() if one in (None, name)]
     calls, errors = ([sum(column) for column in zip([0] * len(days), *(row[kind] for row in rows))] for kind in (0, 1))
-    hours = [(int(now) // 3600 - back) * 60 for back in range(23, -1, -1)]
+    hours = range((int(now) // 3600 - 23) * 60, (int(now) // 3600 + 1) * 60, 60)
     hourly = sum_minutes(app, hours, f"/function/{one or '*'}")
     high, low = ([round(quantile(row[2], q) * 1000, 1) for row in hourly] for q in (.95, .5))
     return tag("div.charts", chart_card(t("by_day"), calls, days, "%m-%d", errors), chart_card(
         t("Calls by hour, one day"), [row[0] for row in hourly], hours, "%H:%M", [row[1] for row in hourly]),
-               chart_card(t("latency"), high, hours, "%H:%M", low, "calm"))
-
-
-def sum_minutes(app: Any, edges: list[int], endpoints: str) -> list[Any]:
-    """Return calls, errors and latency buckets since each of the minutes `edges`, of what the pattern (GLOB) names."""
-    found: list[Any] = [(0, 0, [0] * (len(BUCKETS) + 1)) for _ in edges]
-    for minute, endpoint, calls, errors, text in app.store.read(
-            "SELECT minute, endpoint, calls, errors, buckets FROM fn_minutes WHERE minute >= ? AND endpoint GLOB ?",
-            edges[0], endpoints):
-        if endpoints == "*" or endpoint not in app.routes:
-            at = bisect_right(edges, minute) - 1
-            row = found[at]
-            found[at] = (row[0] + calls, row[1] + errors, [a + b for a, b in zip(row[2], json.loads(text))])
-    return found
+               chart_card(t("latency"), high, hours, "%H:%M", low, "div.card.calm"))
 
 
 def view_clear(app: Any, call: Call) -> Response:
@@ -6656,54 +6670,49 @@ def view_monitoring(app: Any, call: Call) -> Response:
 def recent_figures(app: Any, now: float) -> dict[str, Any]:
     """Gather the rates and latency of the last five minutes, the slowest endpoints of the hour, the last errors."""
     app.folder.fold()
-    first, calls, errors, ends = int(now) // 60 - 59, 0, 0, {}  # type: int, int, int, dict[str, list[int]]
-    recent = [0] * (len(BUCKETS) + 1)
-    for minute, endpoint, count, failed, text in app.store.read(
-            "SELECT minute, endpoint, calls, errors, buckets FROM fn_minutes WHERE minute >= ? AND endpoint <> ?", first,
-            "/monitoring/stream"):  # which lasts as long as somebody looks
-        buckets = json.loads(text)
-        ends[endpoint] = [a + b for a, b in zip(ends.get(endpoint, [0] * len(buckets)), buckets)]
-        if minute >= first + 55:
-            calls, errors, recent = calls + count, errors + failed, [a + b for a, b in zip(recent, buckets)]
-    slow = sorted(((quantile(buckets, .95), name) for name, buckets in ends.items()), reverse=True)[:5]
+    minute = int(now) // 60
+    calls, errors, buckets = sum_minutes(app, range(minute - 4, minute + 1, 5), "*")[0]
+    hour = endpoint_buckets(app, minute - 59)
+    slow = sorted(((quantile(found, .95), name) for name, found in hour.items()), reverse=True)[:5]
     last = app.store.read("SELECT id, time, function, status, error FROM fn_calls WHERE status >= 500"
                           " AND function <> '/monitoring/stream' ORDER BY number DESC LIMIT 5")
     return {"requests_per_second": round(calls / (240 + now % 60), 2), "error_rate": round(errors / calls, 4) if calls else 0.0,
-            "p50_ms": round(quantile(recent, .5) * 1000, 1), "p95_ms": round(quantile(recent, .95) * 1000, 1),
+            "p50_ms": round(quantile(buckets, .5) * 1000, 1), "p95_ms": round(quantile(buckets, .95) * 1000, 1),
             "slowest": [{"endpoint": name, "p95_ms": round(value * 1000, 1)} for value, name in slow],
             "last_errors": [dict(row) for row in last]}
 
 
+FIGURES = {  # what the dashboard shows of `figures` and `recent_figures`: its name and unit
+    "status": ("Status", ""), "cpu_percent": ("CPU", " %"), "memory_rss_mb": ("Memory", " MB"), "memory_percent": ("Memory", " %"),
+    "threads": ("Threads", ""), "uptime_seconds": ("Uptime", " s"), "workers": ("Processes", ""),
+    "requests_per_second": ("Requests/s", ""), "error_rate": ("Error rate", ""), "p50_ms": ("p50", " ms"), "p95_ms": ("p95", " ms")}
+
+
 def dashboard(app: Any, t: Texts) -> Markup:
     """Make what the dashboard shows and its stream sends anew: figures, charts of the hour and the day, slow and failing."""
-    now, found = app.clock(), app.load.figures(app.clock())
+    now, minute = app.clock(), int(app.clock()) // 60
     recent = recent_figures(app, now)
-    recent["error_rate"] = f"{recent['error_rate']:.2%}"
-    units = {"cpu_percent": " %", "memory_rss_mb": " MB", "uptime_seconds": " s", "p50_ms": " ms", "p95_ms": " ms"}
     wrong = ", ".join(f"{name}: {value}" for name, value in check_health(app).items() if value != "ok")
-    boxes = (tag("div.card", tag("div.soft", t(name)), tag("b", bad_if(wrong and name == "status", f"{value}{units.get(name, '')}")))
-             for name, value in {"status": wrong or t("fine"), **found, **recent}.items() if not isinstance(value, list))
-    minute = int(now) // 60
-    charts = [drawn for first, step, span in ((minute - 59, 1, "hour"), (minute - 1439, 24, "one_day"))
-              for drawn in dashboard_charts(app, t, list(range(first, first + 60 * step, step)), t(span))]
+    found = {"status": wrong or t("fine"), **app.load.figures(now), **recent, "error_rate": f"{recent['error_rate']:.2%}"}
+    boxes = (tag("div.card", tag("div.soft", t(label)), tag("b", bad_if(wrong and name == "status", f"{found[name]}{unit}")))
+             for name, (label, unit) in FIGURES.items())
     slow = table(t, {"Endpoint": None, "p95": "n"}, (row.values() for row in recent["slowest"]))
     last = table(t, {"Time": "soft time", "Function": None, "Error": "break"}, (
-        (local_time(row["time"]), row["function"], (row["error"] or "").strip().rpartition("\n")[2])
-        for row in recent["last_errors"]))
+        (local_time(row["time"]), row["function"], last_line(row["error"])) for row in recent["last_errors"]))
+    charts = (*dashboard_charts(app, t, range(minute - 59, minute + 1), t("Last hour")),
+              *dashboard_charts(app, t, range(minute - 1439, minute + 1, 24), t("one day")))
     return join(tag("div.row.figures", *boxes), tag("div.charts", *charts), tag("h2", t("Slowest")), slow,
                 tag("h2", t("Last errors")), last)
 
 
-def dashboard_charts(app: Any, t: Texts, edges: list[int], span: str) -> Iterator[Markup]:
-    """Draw calls, errors, p95, memory and CPU since each of the minutes `edges`."""
-    rows, samples = sum_minutes(app, edges, "*"), [(0.0, 0.0)] * len(edges)
-    for minute, memory, cpu in app.store.read("SELECT minute, memory_rss_mb, cpu_percent FROM fn_samples WHERE minute >= ?",
-                                              edges[0]):
-        at = bisect_right(edges, minute) - 1
-        samples[at] = (max(samples[at][0], memory), max(samples[at][1], cpu))
-    columns = zip(*((row[0], row[1], round(quantile(row[2], .95) * 1000, 1), *more) for row, more in zip(rows, samples)))
-    for name, values in zip(("calls", "errors", "p95_ms", "memory_rss_mb", "cpu_percent"), columns):
-        yield chart_card(f"{t(name)}, {span}", list(values), edges, "%H:%M")
+def dashboard_charts(app: Any, t: Texts, span: range, title: str) -> Iterator[Markup]:
+    """Draw calls, errors, p95, memory and CPU of each step of a range of minutes."""
+    samples = {at: more for at, *more in app.store.read("SELECT (minute - ?1) / ?2, max(memory_rss_mb), max(cpu_percent)"
+                                                        " FROM fn_samples WHERE minute >= ?1 GROUP BY 1", span.start, span.step)}
+    rows = ((calls, errors, round(quantile(buckets, .95) * 1000, 1), *samples.get(at, (0.0, 0.0)))
+            for at, (calls, errors, buckets) in enumerate(sum_minutes(app, span, "*")))
+    for name, values in zip(("Calls", "Errors", "p95 (ms)", "Memory", "CPU"), zip(*rows)):
+        yield chart_card(f"{t(name)}, {title}", list(values), span, "%H:%M")
 
 
 def view_dashboard(app: Any, call: Call) -> Response:
@@ -6851,7 +6860,7 @@ def view_queue(app: Any, call: Call) -> Response:
     shown = table(t, columns, ((
         join(link(row["function"], "/admin/queue", id=row["id"]), tag("div.soft", row["id"])),
         bad_if(row["state"] == "dead", t(row["state"])), row["attempts"], local_time(row["due"]),
-        row["status"], (row["error"] or "").strip().rpartition("\n")[2], queue_buttons(t, row, args.get("state", "")))
+        row["status"], last_line(row["error"]), queue_buttons(t, row, args.get("state", "")))
         for row in data))
     states = tag("p.row", *(link(t(state or "All"), "/admin/queue", "button plain" if state != args.get("state", "") else "button",
                            state=state) for state in ("", *STATES)))
