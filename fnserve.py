@@ -5448,10 +5448,9 @@ td.n{display:inline-block;padding:.1rem 1.2rem .1rem 0} td.n::before{position:st
 
 JS = r"""
 const find = selector => document.querySelector(selector), code = find("textarea.code"), panel = find("#try");
+const live = find("#live"), board = find("#dashboard");
 const recall = key => { try { return JSON.parse(localStorage.getItem(key)); } catch { return null; } };
-const keep = (key, value) => {
-  try { value ? localStorage.setItem(key, JSON.stringify(value)) : localStorage.removeItem(key); } catch { /* full */ }
-};
+const keep = (key, value) => { try { localStorage.setItem(key, JSON.stringify(value)); } catch { /* full */ } };
 const post = async (url, data) => {
   try {
     const answer = await fetch(url, {method: "POST", body: JSON.stringify(data),
@@ -5460,27 +5459,18 @@ const post = async (url, data) => {
   } catch { return [0, {message: find("#edit").dataset.offline}]; }
 };
 if (code) {
-  const form = code.form, gutter = find(".gutter"), news = find("#news"), draft = find("#draft");
-  const fields = form.elements;
+  const form = code.form, fields = form.elements, gutter = find(".gutter"), news = find("#news"), draft = find("#draft");
   const name = () => "draft:" + fields.original_name.value;
-  let height = 0, lines = 0, saved = code.value, wrong = Number(code.dataset.line), many = false, timer = 0;
-  let sending = Promise.resolve();
+  let height = 0, saved = code.value, wrong = Number(code.dataset.line), timer = 0, sending = Promise.resolve();
   const draw = () => {  // only the numbers in sight are there, so a long file costs no more than a short one
-    const first = Math.floor(code.scrollTop / height);
-    const last = Math.min(lines, first + Math.ceil(code.clientHeight / height) + 1);
+    const lines = code.value.split("\n").length, first = Math.floor(code.scrollTop / height);
     gutter.replaceChildren();
-    for (let i = first + 1; i <= last; i++) {
+    for (let i = first + 1; i <= Math.min(lines, first + code.clientHeight / height + 2); i++) {
       const line = document.createElement(i === wrong ? "i" : "span");
       line.textContent = i;
       gutter.append(line);
     }
     gutter.style.transform = `translateY(${first * height - code.scrollTop}px)`;
-  };
-  const count = () => {
-    const text = code.value;
-    let found = 1;
-    for (let at = text.indexOf("\n"); at >= 0; at = text.indexOf("\n", at + 1)) found++;
-    if (found !== lines) { lines = found; draw(); }
   };
   const fit = () => {
     height = parseFloat(getComputedStyle(code).lineHeight);
@@ -5497,48 +5487,40 @@ if (code) {
     code.setSelectionRange(at, at);
     code.scrollTop = Math.max(0, (line - 5) * height);
   };
-  const say = (text, bad) => {
-    find("#done")?.remove();
-    news.textContent = text;
-    news.hidden = !text;
-    news.classList.toggle("bad", Boolean(bad));
-  };
-  const put = text => document.execCommand("insertText", false, text)
-    || code.setRangeText(text, code.selectionStart, code.selectionEnd, "end");
+  const put = text => document.execCommand(text ? "insertText" : "delete", false, text);  // which can be undone
   const lineStart = () => code.value.lastIndexOf("\n", code.selectionStart - 1) + 1;
+  const before = () => code.value.slice(lineStart(), code.selectionStart);
   const indent = back => {
     const start = lineStart(), rows = code.value.slice(start, code.selectionEnd).split("\n");
     const fresh = rows.map(row => back ? row.replace(/^(\t| {1,4})/, "") : row && "    " + row).join("\n");
     code.setSelectionRange(start, code.selectionEnd);
-    if (fresh) put(fresh); else document.execCommand("delete");
+    put(fresh);
     code.setSelectionRange(rows.length > 1 ? start : start + fresh.length, start + fresh.length);
   };
   const step = back => {
     if (back || code.value.slice(code.selectionStart, code.selectionEnd).includes("\n")) indent(back);
-    else put(" ".repeat(4 - (code.selectionStart - lineStart()) % 4));
+    else put(" ".repeat(4 - before().length % 4));
   };
   const store = () => {
     timer = clearTimeout(timer);
-    const text = code.value;
-    if (!draft.hidden && text === saved) return;
-    keep(name(), text !== saved && {code: text, version: fields.version.value, at: Date.now()});
+    const changed = code.value !== saved;
+    if (changed || draft.hidden) keep(name(), changed && {code: code.value, version: fields.version.value, at: Date.now()});
   };
   const send = async more => {
-    const text = code.value, fresh = !form.action.endsWith("update_function"), sent = {...more, code: text};
-    for (const key of ["module_name", "original_name", "version"]) sent[key] = fields[key].value;
-    if (fields.force.checked) sent.force = true;
-    const [status, found] = await post(form.action, sent), good = status === 200 || status === 201;
+    const sent = {...Object.fromEntries(new FormData(form)), ...more}, [status, found] = await post(form.action, sent);
+    const good = status === 200 || status === 201;
     find("#anyway").hidden = !found.can_force;
     find("#replace").hidden = find("#theirs").hidden = status !== 409 || !found.version;
+    find("#replace").value = found.version;
+    find("#theirs").search = new URLSearchParams({module_name: sent.module_name, version: found.version});
     fields.force.checked = false;
-    say(found.message || found.error, !good);
+    find("#done")?.remove();
+    news.textContent = found.message || found.error;
+    news.hidden = false;
+    news.classList.toggle("bad", !good);
     mark(good ? 0 : found.line || 0);
-    if (status === 409 && found.version) {
-      find("#replace").value = found.version;
-      find("#theirs").search = new URLSearchParams({module_name: sent.module_name, version: found.version});
-    }
     if (!good) return;
-    saved = text;
+    saved = sent.code.replaceAll("\r\n", "\n");
     store();
     fields.version.value = found.version;
     if (status === 201) {
@@ -5548,33 +5530,25 @@ if (code) {
   };
   const save = more => { sending = sending.then(() => send(more)); };  // one after another: each needs the version before
   code.addEventListener("keydown", event => {
-    const at = code.selectionStart;
-    if (event.key === "Tab" && !event.ctrlKey && !event.altKey) {
+    const deletes = event.key === "Backspace" && code.selectionStart === code.selectionEnd && /^( {4})+$/.test(before());
+    if ((event.key === "Tab" || deletes) && !event.ctrlKey && !event.altKey) {
       event.preventDefault();
-      step(event.shiftKey);
-    } else if (event.key === "Backspace" && at === code.selectionEnd && !event.ctrlKey && !event.altKey) {
-      const before = code.value.slice(lineStart(), at);
-      if (!/^( {4})+$/.test(before)) return;
-      event.preventDefault();
-      code.setSelectionRange(at - 4, at);
-      document.execCommand("delete");
+      step(deletes || event.shiftKey);
     } else if (event.key === "Escape") form.querySelector("button").focus();
   });
   code.addEventListener("beforeinput", event => {
-    many = code.selectionStart !== code.selectionEnd;
     if (event.inputType !== "insertLineBreak" || event.isComposing) return;
     event.preventDefault();
-    const before = code.value.slice(lineStart(), code.selectionStart), space = before.match(/^[ \t]*/)[0];
-    const ends = /^\s*(return|pass|break|continue|raise)\b/.test(before);
-    put("\n" + (/:\s*(#.*)?$/.test(before) ? space + "    " : ends ? space.replace(/(\t| {1,4})$/, "") : space));
+    const text = before(), space = text.match(/^[ \t]*/)[0], ends = /^\s*(return|pass|break|continue|raise)\b/.test(text);
+    put("\n" + (/:\s*(#.*)?$/.test(text) ? space + "    " : ends ? space.replace(/(\t| {1,4})$/, "") : space));
   });
-  code.addEventListener("input", event => {  // nothing that takes longer in a longer file, at an ordinary key
-    if (event.inputType !== "insertText" || many || !event.data || event.data.includes("\n")) count();
+  code.addEventListener("input", () => {
+    draw();
     timer = timer || setTimeout(store, 1500);
   });
   code.addEventListener("scroll", draw);
   for (const key of form.querySelectorAll("[data-key]")) {
-    key.addEventListener("click", () => { code.focus(); step(key.dataset.key === "Unindent"); });
+    key.addEventListener("click", () => { code.focus(); step(key.dataset.key === "outdent"); });
   }
   document.addEventListener("keydown", event => {
     if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
@@ -5583,7 +5557,7 @@ if (code) {
   });
   form.addEventListener("submit", event => {
     event.preventDefault();
-    save(event.submitter && event.submitter.id === "replace" ? {replaces: event.submitter.value} : {});
+    save(event.submitter?.id === "replace" ? {replaces: event.submitter.value} : {});
   });
   addEventListener("resize", fit);
   addEventListener("pagehide", store);
@@ -5593,28 +5567,23 @@ if (code) {
     event.preventDefault();
     event.returnValue = "";
   });
-  const left = recall(name());
+  const left = recall(name()), [take, discard] = draft.querySelectorAll("button");
   if (left && left.code !== code.value) {
-    const [take, discard] = draft.querySelectorAll("button");
     draft.hidden = false;
     draft.querySelector("span").textContent = new Date(left.at).toLocaleString();
     take.addEventListener("click", () => {
-      code.focus();
       code.value = left.code;
       fields.version.value = left.version;
       draft.hidden = true;
-      count();
-      timer = timer || setTimeout(store, 1500);
+      code.focus();
+      code.dispatchEvent(new Event("input"));
     });
     discard.addEventListener("click", () => { draft.hidden = true; keep(name()); });
   }
-  fit();
-  count();
-  if (wrong) mark(wrong);
+  mark(wrong);
 }
 if (panel) {
-  const fields = panel.elements, outcome = find("#outcome");
-  const simple = ["method", "subpath", "query", "headers", "kind", "content"];
+  const fields = panel.elements, outcome = find("#outcome"), image = find("#a_image");
   const key = () => "requests:" + code.form.elements.module_name.value;
   const show = () => {
     fields.content.parentNode.hidden = ["none", "file"].includes(fields.kind.value);
@@ -5626,15 +5595,12 @@ if (panel) {
     fields.past.replaceChildren(new Option(""), ...past.map((row, at) => new Option(
       `${row.method} /${row.subpath}${row.query && "?" + row.query} ${row.content.slice(0, 40)}`, at)));
   };
-  const packed = async kind => {
-    const types = {json: "application/json", form: "application/x-www-form-urlencoded", raw: "text/plain"};
-    const data = new FormData();
-    if (kind !== "file") return kind === "none" ? {} : {body: fields.content.value, type: types[kind]};
+  const pack = async (kind, content) => {
+    const types = {json: "application/json", form: "application/x-www-form-urlencoded", raw: "text/plain"}, data = new FormData();
     for (const file of fields.file.files) data.append("file", file);
-    const made = new Response(data), bytes = new Uint8Array(await made.arrayBuffer());
-    let text = "";
-    for (let at = 0; at < bytes.length; at += 8192) text += String.fromCharCode(...bytes.subarray(at, at + 8192));
-    return {body_base64: btoa(text), type: made.headers.get("content-type")};
+    const body = new Response(kind === "file" ? data : kind === "none" ? null : new Blob([content], {type: types[kind]}));
+    const bytes = Array.from(new Uint8Array(await body.arrayBuffer()), byte => String.fromCharCode(byte));
+    return [btoa(bytes.join("")), body.headers.get("content-type")];
   };
   const pretty = (found, type) => {
     if (found.body_base64) return `${atob(found.body_base64).length} bytes, ${type}`;
@@ -5642,41 +5608,33 @@ if (panel) {
   };
   panel.addEventListener("submit", async event => {
     event.preventDefault();
-    const {type, ...body} = await packed(fields.kind.value);
-    const sent = {...body, module_name: code.form.elements.module_name.value};
-    for (const name of ["method", "subpath", "query"]) sent[name] = fields[name].value;
-    sent.headers = type ? {"Content-Type": type} : {};
-    for (const line of fields.headers.value.split("\n")) {
-      const at = line.indexOf(":");
-      if (at > 0) sent.headers[line.slice(0, at).trim()] = line.slice(at + 1).trim();
-    }
-    if (fields.which.value === "editor") sent.code = code.value;
-    const row = Object.fromEntries(simple.map(name => [name, fields[name].value])), button = panel.querySelector("button");
+    const {past, file, which, ...row} = Object.fromEntries(new FormData(panel)), button = panel.querySelector("button");
+    const [body_base64, sent_type] = await pack(row.kind, row.content), headers = sent_type ? {"Content-Type": sent_type} : {};
+    for (const [, name, value] of row.headers.matchAll(/^\s*([^:\n]+?)\s*:(.*)$/gm)) headers[name] = value.trim();
+    const sent = {...row, headers, body_base64, module_name: code.form.elements.module_name.value};
+    if (which === "editor") sent.code = code.value;
     keep(key(), [row, ...(recall(key()) || []).filter(old => JSON.stringify(old) !== JSON.stringify(row))].slice(0, 8));
     button.disabled = true;
     outcome.textContent = "…";
-    const [status, found] = await post("/admin/try", sent), ran = status === 200;
-    const type_ = ran && (found.headers.find(pair => pair[0].toLowerCase() === "content-type") || [])[1] || "";
+    const [status, found] = await post("/admin/try", sent), ran = status === 200, parts = ran ? found : {headers: []};
+    const type = (parts.headers.find(pair => pair[0].toLowerCase() === "content-type") || [])[1] || "";
     button.disabled = false;
     outcome.textContent = ran ? [found.status, found.ms && found.ms + " ms"].filter(Boolean).join(" · ")
       : found.message || found.error;
     outcome.className = ran && found.status && found.status < 500 ? "good" : "bad";
-    const parts = ran ? {...found, body: pretty(found, type_)} : {headers: []};
-    parts.headers = parts.headers.map(pair => pair.join(": ")).join("\n");
+    const texts = {...parts, body: pretty(parts, type), headers: parts.headers.map(pair => pair.join(": ")).join("\n")};
     for (const name of ["error", "body", "output", "headers"]) {
       const box = find("#a_" + name);
-      box.textContent = parts[name] || "";
-      box.parentNode.hidden = !parts[name];
+      box.textContent = texts[name] || "";
+      box.parentNode.hidden = !texts[name];
     }
-    const image = find("#a_image"), shown = found.body_base64 && type_.startsWith("image/");
-    image.hidden = !shown;
-    if (shown) image.src = `data:${type_};base64,${found.body_base64}`;
+    image.hidden = !parts.body_base64 || !type.startsWith("image/");
+    if (!image.hidden) image.src = `data:${type};base64,${parts.body_base64}`;
     outcome.scrollIntoView({block: innerWidth < 640 ? "start" : "nearest"});
     list();
   });
   fields.past.addEventListener("change", () => {
-    const row = (recall(key()) || [])[fields.past.value];
-    for (const name of row ? simple : []) fields[name].value = row[name];
+    for (const [name, value] of Object.entries((recall(key()) || [])[fields.past.value] || {})) fields[name].value = value;
     show();
   });
   fields.kind.addEventListener("change", show);
@@ -5686,29 +5644,27 @@ if (panel) {
   show();
   list();
 }
-document.querySelector("header [aria-current]")?.scrollIntoView({block: "nearest", inline: "center"});
-const live = document.querySelector("#live"), board = document.querySelector("#dashboard");
 if (live) {
   let source, timer;
   const poll = async () => { board.innerHTML = await (await fetch("/monitoring/dashboard?part=1")).text(); };
-  const stop = () => {
-    if (source) source.close();
-    clearInterval(timer);
-    source = timer = null;
-    live.textContent = live.dataset.start;
-  };
   const start = () => {
     live.textContent = live.dataset.stop;
     source = new EventSource("/monitoring/stream");
     source.onmessage = event => { board.innerHTML = JSON.parse(event.data).html; };
     source.onerror = () => {  // viewers enough, or the server restarts: ask now and then
       source.close();
-      if (!timer) timer = setInterval(poll, 5000);
+      timer = setInterval(poll, 5000);
     };
+  };
+  const stop = () => {
+    source = source.close();
+    clearInterval(timer);
+    live.textContent = live.dataset.start;
   };
   live.addEventListener("click", () => source ? stop() : start());
   start();
 }
+find("header [aria-current]")?.scrollIntoView({block: "nearest", inline: "center"});
 """
 
 TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, or (Chinese, English)
@@ -5729,7 +5685,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "Missed": "錯過", "paused": "已暫停", "never": "不再執行", "Pause": "暫停", "Resume": "恢復", "All": "全部", "Runs": "次數",
     "Due": "到期", "Error": "錯誤", "Answer": "回應", "waiting": "等待中", "running": "執行中", "done": "完成", "dead": "失敗",
     "Version": "版本", "Take the draft": "取用草稿", "See theirs": "看看新版本", "Save anyway": "仍要儲存", "Indent": "縮排",
-    "Unindent": "取消縮排", "Try": "測試", "Earlier requests": "之前的請求", "Method": "方法", "in the editor": "編輯器裡的",
+    "Outdent": "取消縮排", "Try": "測試", "Earlier requests": "之前的請求", "Method": "方法", "in the editor": "編輯器裡的",
     "as saved": "已儲存的", "Subpath": "子路徑", "Query": "查詢字串", "Headers": "標頭", "Body": "主體", "none": "無",
     "form": "表單", "raw": "原文", "File": "檔案", "Content": "主體內容", "Output": "輸出",
     "failed, rolled back": "失敗，已退回", "Retry": "重試", "Replay": "重新執行", "Discard": "捨棄",
@@ -6062,14 +6018,15 @@ def describe_row(app: Any, row: dict[str, Any]) -> dict[str, Any]:
 
 def literal_methods(settings: Mapping[str, Any], default: Iterable[str]) -> list[str]:
     """Return the methods that a file's SETTINGS name, else the default."""
-    with contextlib.suppress(ValueError):
-        return list(SETTINGS_CASTS["methods"](settings["methods"])) if "methods" in settings else list(default)
+    with contextlib.suppress(ValueError, KeyError):
+        return list(SETTINGS_CASTS["methods"](settings["methods"]))
     return list(default)
 
 
 LIST_ORDERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
-    "name": ("Name", lambda row: 0), "calls": ("Calls", lambda row: -row["calls"]), "errors": ("Errors", lambda row: -row["errors"]),
-    "last": ("Last call", lambda row: -(row["last_call"] or 0)), "broken": ("broken", lambda row: not row["reason"])}
+    "name": ("Name", lambda row: 0), "calls": ("Calls", lambda row: -row["calls"]),
+    "errors": ("Errors", lambda row: -row["errors"]), "last": ("Last call", lambda row: -(row["last_call"] or 0)),
+    "broken": ("broken", lambda row: not row["reason"])}
 LIST_ROWS, GROUP_ROWS = 300, 100  # of one page, of one group on it: 10,000 functions are a page of 250 kB
 
 
@@ -6089,27 +6046,24 @@ def view_list(app: Any, call: Call) -> Response:
         shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
         left, end = left - len(shown), first + len(shown)
         more = link(t("Go on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": end})
-        parts.append(list_group(t, name, len(members), shown, sparks, bool(text or group),
-                                more if len(members) > end else None))
-    return page(call, t("Functions"), list_form(t, args, order), *(parts or [note(t("nothing"))]))
+        part = join(list_table(t, shown, sparks), tag("p", more) if len(members) > end else None)
+        head, wrong = tag("summary", f"{name}/ ", tag("span.soft", f"{len(members):,}")), any(row["reason"] for row in shown)
+        parts.append(tag("details", head, part, open=bool(text or group or wrong)) if name else part)
+    return page(call, t("Functions"), list_form(t, args.get("q", ""), order), *(parts or [note(t("nothing"))]))
 
 
-def list_form(t: Texts, args: Mapping[str, str], order: str) -> Markup:
+def list_form(t: Texts, text: str, order: str) -> Markup:
     """Make the box that searches and sorts, beside the button for a new function."""
-    found = tag("input", type="search", name="q", value=args.get("q", ""), aria_label=t("Search"), placeholder=t("Search"))
+    found = tag("input", type="search", name="q", value=text, aria_label=t("Search"), placeholder=t("Search"))
     orders = (tag("option", t(label), value=key, selected=key == order) for key, (label, _) in LIST_ORDERS.items())
-    return tag("form.row", link(t("Add function"), "/function/add_function", "button"), found,
-               tag("label", t("Sort by"), tag("select", *orders, name="sort")), tag("button.plain", t("Filter")), method="get", action=LIST)
+    return tag("form.row", link(t("Add function"), MENU["Add function"], "button"), found, tag("label", t("Sort by"), tag(
+        "select", *orders, name="sort")), tag("button.plain", t("Filter")), method="get", action=LIST)
 
 
-def list_group(t: Texts, name: str, count: int, rows: list[dict[str, Any]], sparks: Mapping[str, list[int]], unfolded: bool,
-               more: Any) -> Markup:
-    """Show the functions of one group, folded unless it is the top one or asked for."""
+def list_table(t: Texts, rows: list[dict[str, Any]], sparks: Mapping[str, list[int]]) -> Optional[Markup]:
+    """Show functions, where there is room for any."""
     columns = {"Name": None, "Calls": "n", "Errors": "n", "Last call": "n soft wide", "Last hour": "wide", "Status": None}
-    shown = table(t, columns, (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
-    content = join(shown, tag("p", more) if more else None)
-    head = tag("summary", f"{name}/ ", tag("span.soft", f"{count:,}"))
-    return tag("details", head, content, open=unfolded or any(row["reason"] for row in rows)) if name else content
+    return table(t, columns, (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
 
 
 def list_row(t: Texts, row: dict[str, Any], spark: list[int]) -> tuple[Any, ...]:
@@ -6236,10 +6190,9 @@ def check_code(app: Any, t: Texts, name: str, source: bytes) -> dict[str, Any]:
         error = t("lost_main")
     if error:
         raise HTTPException(400, error, line=line, column=0, output=found["output"], can_force=True)
-    warnings = [t(key) for key, holds in (
-        ("unchecked", not found), ("no_main", found.get("entries") == []), ("admin_only", is_protected(name, app.protected)),
-        ("slow_load", found.get("ms", 0) > 1000)) if holds]
-    return {**UNCHECKED, **found, "warnings": warnings}
+    warnings = {"unchecked": not found, "no_main": found.get("entries") == [], "admin_only": is_protected(name, app.protected),
+                "slow_load": found.get("ms", 0) > 1000}
+    return {**found, "warnings": [t(key) for key, holds in warnings.items() if holds]}
 
 
 def read_code(app: Any, t: Texts, name: str, code: str) -> bytes:
@@ -6277,14 +6230,14 @@ def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str
     raise HTTPException(409, t("stale"), version=newest)
 
 
-UNCHECKED: dict[str, Any] = {"entries": [], "settings": {}, "output": "", "warnings": []}
-
-
-def describe_check(t: Texts, version: int, found: Mapping[str, Any]) -> str:
-    """Say in a few words what was saved and what it serves."""
+def save_code(app: Any, t: Texts, name: str, source: bytes, fresh: bool, force: Any, seen: str = "") -> dict[str, Any]:
+    """Check code, unless it is to be saved by `force`, make it the file of a function, and say in a few words what it serves."""
+    unchecked = {"entries": [], "settings": {}, "output": "", "warnings": [t("forced")]}
+    found = unchecked if force else {**unchecked, **check_code(app, t, name, source)}
+    version = swap_in(app, t, name, source, fresh, seen)
     entries, settings = (", ".join(map(str, found[key])) for key in ("entries", "settings"))
-    return " ".join([t("saved_as", version), *([t("serves", entries)] if entries else []),
-                     *([f"SETTINGS: {settings}."] if settings else []), *found["warnings"]])
+    said = (t("saved_as", version), entries and t("serves", entries), settings and f"SETTINGS: {settings}.", *found["warnings"])
+    return {"message": " ".join(filter(None, said)), "module_name": name, "version": version, "check": found}
 
 
 def field(label: str, name: str, control: str = "input", *children: Any, **attributes: Any) -> Markup:
@@ -6294,41 +6247,38 @@ def field(label: str, name: str, control: str = "input", *children: Any, **attri
 
 def editor_page(call: Call, name: str, code: str, original: Optional[str] = None, version: Any = "",
                 error: Optional[HTTPException] = None) -> Response:
-    """Show the editor: of a new function where there is no `original`, with an error and the text that caused it."""
+    """Show the editor: of a new function where there is no `original`, with an error and the text that caused it.
+
+    The draft, and the buttons that only an error calls for, are hidden, for the script to show.
+    """
     t, wrong = Texts(call), error.body if error else {}
-    text = tag("textarea.code", "\n" + code, id="code", name="code", spellcheck="false", wrap="off",
-               autocapitalize="off", autocomplete="off", aria_describedby="keys", data_line=wrong.get("line") or None)
-    news = tag("div.card.note.bad", error_text(t, error) if error else None, id="news", role="status",
-               hidden=not error)
+    draft = tag("div.card.note", t("draft"), " ", tag("span"), tag("p.row", tag("button", t("Take the draft"), type="button"), tag(
+        "button.plain", t("Discard"), type="button")), id="draft", hidden=True)
+    text = tag("textarea.code", "\n" + code, id="code", name="code", spellcheck="false", wrap="off", autocapitalize="off",
+               autocomplete="off", aria_describedby="keys", data_line=wrong.get("line") or None)
     shown = form("/function/save_function" if original is None else "/function/update_function",
                  field(t("Name"), "module_name", value=name, required=True, autocapitalize="off", autofocus=not name,
                        placeholder="hello"), tag("label", t("Code"), for_="code"),
-                 tag("div.editor", tag("pre.gutter", aria_hidden="true"), text), news,
+                 tag("div.editor", tag("pre.gutter", aria_hidden="true"), text),
+                 note(error_text(t, error) if error else "", BAD, id="news", hidden=not error),
                  editor_buttons(t, name, wrong), tag("p.soft", t("keys"), id="keys"),
                  function_links(t, original) if original else None, original_name=original or "", version=version)
-    return page(call, t("Add function" if original is None else "edit"), offer_draft(t), tag(
+    return page(call, t("Add function" if original is None else "Edit"), draft, tag(
         "div.beside", tag("div.card", shown), try_panel(t), id="edit", data_offline=t("offline")),
         status=error.code if error else 200)
 
 
 def editor_buttons(t: Texts, name: str, wrong: Mapping[str, Any]) -> Markup:
-    """Make the buttons below the code; those that only an error calls for are hidden, for the script to show."""
+    """Make the buttons below the code."""
     theirs = wrong.get("version")
     see = tag("a.button.plain", t("See theirs"), id="theirs", target="_blank", hidden=not theirs,
               href=f"/admin/versions?module_name={quote(name)}&version={theirs}")
     replaces = tag("button.danger", t("replace"), id="replace", name="replaces", value=theirs, hidden=not theirs)
     anyway = tag("label", tag("input", type="checkbox", name="force", value="1"), " ", t("Save anyway"), id="anyway",
                  hidden=not wrong.get("can_force"))
-    steps = (tag("button.plain", sign, type="button", data_key=key, aria_label=t(key), title=t(key))
-             for key, sign in (("Unindent", "⇤"), ("Indent", "⇥")))
+    steps = (tag("button.plain", sign, type="button", data_key=key.lower(), aria_label=t(key), title=t(key))
+             for key, sign in (("Outdent", "⇤"), ("Indent", "⇥")))
     return tag("p.row", tag("button", t("Save")), anyway, see, replaces, *steps, link(t("Cancel"), LIST, "button plain"))
-
-
-def offer_draft(t: Texts) -> Markup:
-    """Make the note that offers what was typed and never saved; the script fills and shows it."""
-    choose = (tag("button", t("Take the draft"), type="button"), tag("button.plain", t("Discard"), type="button"))
-    return tag("div.card.note", t("draft"), " ", tag("span"), tag("p.row", *choose), id="draft",
-               hidden=True)
 
 
 def error_text(t: Texts, error: HTTPException) -> str:
@@ -6377,15 +6327,14 @@ def view_save(app: Any, call: Call) -> Response:
         source = read_code(app, t, name, code)
         if name != original and app.functions.exists(name):
             raise HTTPException(409, t("exists"))
-        found = {**UNCHECKED, "warnings": [t("forced")]} if sent.get("force") else check_code(app, t, name, source)
-        version = swap_in(app, t, name, source, name != original, seen)
+        saved = save_code(app, t, name, source, name != original, sent.get("force"), seen)
     except HTTPException as error:
         if wants_json(call):
             return as_json({"line": 0, "column": 0, **error.body, "message": error_text(t, error),
                             "request_id": call.id}, error.code)
         return editor_page(call, name, code, original, seen, error)
-    return done(call, describe_check(t, version, found), f"/function/edit_function?module_name={quote(name)}&done=saved",
-                201 if name != original else 200, module_name=name, version=version, check=found)
+    return done(call, url=f"/function/edit_function?module_name={quote(name)}&done=saved",
+                status=201 if name != original else 200, **saved)
 
 
 def view_try(app: Any, call: Call) -> Response:
@@ -6633,14 +6582,12 @@ def view_restore(app: Any, call: Call) -> Response:
     if call.request.method in ("GET", "HEAD"):
         return ask(call, t("Restore"), title, module_name=name, version=number)
     try:
-        found = {**UNCHECKED, "warnings": [t("forced")]} if sent.get("force") else check_code(app, t, name, source)
+        saved = save_code(app, t, name, source, False, sent.get("force"))
     except HTTPException as error:
-        if wants_json(call):
+        if wants_json(call) or "can_force" not in error.body:
             raise
         return ask(call, t("Save anyway"), f"{error_text(t, error)} {title}", module_name=name, version=number, force="1")
-    version = swap_in(app, t, name, source, False)
-    return done(call, describe_check(t, version, found), f"/admin/versions?module_name={quote(name)}&done=restored",
-                module_name=name, version=version, check=found)
+    return done(call, url=f"/admin/versions?module_name={quote(name)}&done=restored", **saved)
 
 
 def view_health(app: Any, call: Call) -> Response:
