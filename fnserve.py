@@ -6074,7 +6074,7 @@ def list_row(t: Texts, row: dict[str, Any], spark: list[int]) -> tuple[Any, ...]
                  None if failed == row["reason"] else last, function_links(t, name))
     status = tag("div.bad" if row["reason"] else "div.good", t(row["status"]), tag("div.soft", row["reason"]))
     return (about, f"{row['calls']:,}", bad_if(row["errors"], f"{row['errors']:,}"),
-            local_time(row["last_call"]), bars(spark, 120, 24, f"{t('hour')}: {sum(spark)}"), status)
+            local_time(row["last_call"]), bars(spark, 120, 24, f"{t('Last hour')}: {sum(spark)}"), status)
 
 
 def function_links(t: Texts, name: str) -> Markup:
@@ -6441,7 +6441,7 @@ def view_stats(app: Any, call: Call) -> Response:
          bars(history[row["name"]][0], 120, 24, t("by_day"), history[row["name"]][1]) if row["name"] in history else None)
         for row in rows[first:first + LIST_ROWS]))
     more = link(t("Go on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
-    return page(call, f"{t('stats')}: {one}" if one else t("Statistics"), stats_charts(app, t, call.started, one, days, history),
+    return page(call, f"{t('Statistics')}: {one}" if one else t("Statistics"), stats_charts(app, t, call.started, one, days, history),
                 shown, tag("p.row", more if len(rows) > first + LIST_ROWS else None,
                               link(t("Clear statistics"), "/function/clear_stats", "button plain")))
 
@@ -6540,7 +6540,7 @@ def view_versions(app: Any, call: Call) -> Response:
         bad_if(True, t("failed, rolled back")) if row["rolled_back"] else "",
         None if row["current"] else link(t("Restore"), "/admin/restore", "button plain", module_name=name,
                                          version=row["version"])) for row in rows))
-    return page(call, f"{t('versions')}: {name}", tag("p", link(
+    return page(call, f"{t('Versions')}: {name}", tag("p", link(
         t("Edit"), "/function/edit_function", "button", module_name=name)) if now is not None else None, shown)
 
 
@@ -6716,31 +6716,32 @@ def view_scheduler(app: Any, call: Call) -> Response:
 
 def view_jobs(app: Any, call: Call) -> Response:
     """/scheduler/jobs, /scheduler/jobs/<id>[/pause, /resume, /run] : Flask-APScheduler's REST API."""
-    schedule, method, number = app.schedule, call.request.method, call.request.path[len("/scheduler/jobs/"):]
-    if not call.request.path.startswith("/scheduler/jobs/" if number else "/scheduler/jobs"):
+    found = re.fullmatch(r"/scheduler/jobs(?:/(.*?)(?:/(pause|resume|run))?)?", call.request.path, re.S)
+    if not found:
         raise HTTPException(404, "Not found")
-    if not number and method in ("PATCH", "DELETE"):
-        raise HTTPException(405, headers=[("Allow", "GET, HEAD, POST")])
-    if method != "POST" and number.endswith(("/pause", "/resume", "/run")):
-        raise HTTPException(405, headers=[("Allow", "POST")])
+    number, action = found.groups()
+    allowed = ("POST",) if action else ("GET", "HEAD", "PATCH", "DELETE") if number else ("GET", "HEAD", "POST")
+    if call.request.method not in allowed:
+        raise HTTPException(405, headers=[("Allow", ", ".join(allowed))])
     try:
-        if not number:
-            if method == "POST":
-                check_func(app, json_fields(call).get("func"))
-                return as_json(schedule.show(schedule.add(json_fields(call))))
-            return as_json([schedule.show(row) for row in schedule.jobs()])
-        if method in ("PATCH", "DELETE") and schedule.get(number)["source"] == "code":
-            raise HTTPException(409, f"This job comes from SETTINGS in {number}.py: change it there, or pause it")
-        if method == "PATCH":
-            check_func(app, json_fields(call).get("func"))
-        if method == "DELETE":
-            schedule.remove(number)
-            return Response(status=204)
-        if method == "PATCH":
-            return as_json(schedule.show(schedule.change(number, json_fields(call))))
-        return act_on_job(app, call, number) if method == "POST" else as_json(schedule.show(schedule.get(number)))
+        return act_on_job(app, call, number, action) if action else answer_job(app, call, number)
     except TriggerError as error:
         raise HTTPException(error.status, str(error), field=error.field) from None
+
+
+def answer_job(app: Any, call: Call, number: str) -> Response:
+    """Show, make, change or delete a job; show all where there is no `number`."""
+    schedule, method = app.schedule, call.request.method
+    if method in ("PATCH", "DELETE") and schedule.get(number)["source"] == "code":
+        raise HTTPException(409, f"This job comes from SETTINGS in {number}.py: change it there, or pause it")
+    if method == "DELETE":
+        schedule.remove(number)
+        return Response(status=204)
+    if method in ("POST", "PATCH"):
+        sent = json_fields(call)
+        check_func(app, sent.get("func"))
+        return as_json(schedule.show(schedule.change(number, sent) if number else schedule.add(sent)))
+    return as_json(schedule.show(schedule.get(number)) if number else [schedule.show(row) for row in schedule.jobs()])
 
 
 def check_func(app: Any, func: Any) -> None:
@@ -6753,11 +6754,8 @@ def check_func(app: Any, func: Any) -> None:
             raise TriggerError("func", f"there is no {func}")
 
 
-def act_on_job(app: Any, call: Call, path: str) -> Response:
+def act_on_job(app: Any, call: Call, number: str, action: str) -> Response:
     """Pause, resume or run a job; a browser's form goes back to the page."""
-    number, _, action = path.rpartition("/")
-    if action not in ("pause", "resume", "run"):
-        raise HTTPException(405, headers=[("Allow", "GET, HEAD, PATCH, DELETE")])
     if action == "run":
         app.put(app.schedule.call(app.schedule.get(number)))
     row = app.schedule.get(number) if action == "run" else app.schedule.pause(number, action == "pause")
@@ -6768,61 +6766,50 @@ def act_on_job(app: Any, call: Call, path: str) -> Response:
 
 def view_admin_jobs(app: Any, call: Call) -> Response:
     """/admin/jobs : the jobs, when they fire next, and what became of their runs."""
-    t, jobs = Texts(call), [app.schedule.show(row) for row in app.schedule.jobs()]
     if wants_json(call):
-        return as_json(jobs)
-    last = {row["job"]: row for row in app.store.read("SELECT job, state, status, max(created) FROM fn_queue"
-                                                      " WHERE job IS NOT NULL GROUP BY job")}
+        return answer_job(app, call, "")
+    t, jobs = Texts(call), [app.schedule.show(row) for row in app.schedule.jobs()]
+    last = {job: f"{t(state)} {status or ''}" for job, state, status, _ in app.store.read(
+        "SELECT job, state, status, max(created) FROM fn_queue WHERE job IS NOT NULL GROUP BY job")}
     columns = {"Name": None, "Schedule": "soft", "Next run": None, "Last run": None,
                **{name.capitalize(): "n" for name in JOB_COUNTS}, "": None}
     shown = table(t, columns, ((
         join(job["id"], tag("div.soft", job["func"])),
         join(job["trigger"], *(tag("div", f"{name} = {job[name]}") for name in job if name in TRIGGER_FIELDS[job["trigger"]])),
         t("paused") if job["paused"] else (job["next_run_time"] or t("never")).replace("T", " ").partition(".")[0],
-        link(f"{t(last[job['id']]['state'])} {last[job['id']]['status'] or ''}", "/admin/queue", job=job["id"])
-        if job["id"] in last else None, *(job[name] for name in JOB_COUNTS),
+        link(last[job["id"]], "/admin/queue", job=job["id"]) if job["id"] in last else None,
+        *(job[name] for name in JOB_COUNTS),
         tag("div.row", *(form(f"/scheduler/jobs/{quote(job['id'])}/{action}", tag("button.plain", t(action.capitalize())))
-                     for action in ("resume" if job["paused"] else "pause", "run")))
-    ) for job in jobs))
+                         for action in ("resume" if job["paused"] else "pause", "run")))) for job in jobs))
     return page(call, t("Jobs"), shown)
+
+
+QUEUE_COLUMNS = "id function state attempts due status error trigger job planned created started finished".split()
+CALL_ACTIONS = {"dead": ("retry", "replay", "discard"), "done": ("replay", "discard"), "waiting": ("discard",), "running": ()}
 
 
 def view_queue(app: Any, call: Call) -> Response:
     """/admin/queue?state=&function=&job=&id=&limit= : the queued calls, newest first; POST {id, action} acts on one."""
     if call.request.method == "POST":
         return act_on_call(app, call)
-    args, where, values = call.request.args, ["1"], []  # type: MultiDict, list[str], list[Any]
-    for name in ("state", "function", "job", "id"):
-        if args.get(name):
-            where, values = where + [f"{name} = ?"], values + [args[name]]
-    limit = max(1, min(1000, args.get("limit", 100, type=int)))
-    rows = app.store.read(f"SELECT {', '.join(QUEUE_COLUMNS)} FROM fn_queue WHERE {' AND '.join(where)} ORDER BY created DESC"
-                          " LIMIT ?", *map(sql_value, values), limit)
-    one = app.queue.get(args["id"]) if rows and args.get("id") else None
-    data = [dict(row) for row in rows]
+    args, t = call.request.args, Texts(call)
+    state, limit = args.get("state", ""), max(1, min(1000, args.get("limit", 100, type=int)))
+    wanted = {f"{name} = ?": sql_value(args[name]) for name in ("state", "function", "job", "id") if args.get(name)}
+    rows = app.store.read(f"SELECT {', '.join(QUEUE_COLUMNS)} FROM fn_queue WHERE {' AND '.join(['1', *wanted])}"
+                          " ORDER BY created DESC LIMIT ?", *wanted.values(), limit)
+    one = whole_call(app.queue.get(args["id"])) if rows and args.get("id") else None
     if wants_json(call):
-        return as_json({"calls": data, **({"call": whole_call(one)} if one else {})})
-    t = Texts(call)
+        return as_json({"calls": [dict(row) for row in rows], **({"call": one} if one else {})})
     columns = {"Function": None, "Status": "time", "Runs": "n", "Due": "soft time", "Answer": "n", "Error": "break", "": None}
     shown = table(t, columns, ((
         join(link(row["function"], "/admin/queue", id=row["id"]), tag("div.soft", row["id"])),
-        bad_if(row["state"] == "dead", t(row["state"])), row["attempts"], local_time(row["due"]),
-        row["status"], last_line(row["error"]), queue_buttons(t, row, args.get("state", "")))
-        for row in data))
-    states = tag("p.row", *(link(t(state or "All"), "/admin/queue", "button plain" if state != args.get("state", "") else "button",
-                           state=state) for state in ("", *STATES)))
-    details = tag("pre", json.dumps(whole_call(one), indent=2, ensure_ascii=False)) if one else None
-    return page(call, t("Queue"), states, shown, details)
-
-
-QUEUE_COLUMNS = "id function state attempts due status error trigger job planned created started finished".split()
-
-
-def queue_buttons(t: Texts, row: Mapping[str, Any], state: str) -> Optional[Markup]:
-    """Offer what can be done with a queued call; the list of one `state` is where it goes back to."""
-    actions = {"dead": ("retry", "replay", "discard"), "done": ("replay", "discard"), "waiting": ("discard",)}
-    return tag("div.row", *(form("/admin/queue", tag("button.plain", t(action.capitalize())), id=row["id"], action=action, state=state)
-                        for action in actions.get(row["state"], ())))
+        bad_if(row["state"] == "dead", t(row["state"])), row["attempts"], local_time(row["due"]), row["status"],
+        last_line(row["error"]), tag("div.row", *(
+            form("/admin/queue", tag("button.plain", t(action.capitalize())), id=row["id"], action=action, state=state)
+            for action in CALL_ACTIONS[row["state"]]))) for row in rows))
+    states = (link(t(name or "All"), "/admin/queue", "button" if name == state else "button plain", state=name)
+              for name in ("", *STATES))
+    return page(call, t("Queue"), tag("p.row", *states), shown, one and tag("pre", json.dumps(one, indent=2, ensure_ascii=False)))
 
 
 def whole_call(row: Any) -> dict[str, Any]:
@@ -6909,30 +6896,79 @@ def refuse_ours(connection: sqlite3.Connection, known: list[Any]) -> None:
 SQL_SECONDS, SQL_ROWS, CSV_BYTES = 5.0, 1000, 16_000  # a spreadsheet's cell holds 32,767 characters
 
 
-class Table(NamedTuple):
-    """A table as the data browser sees it: `key` is what tells its rows apart, names as SQL writes them."""
-    name: str
-    columns: list[dict[str, Any]]
-    key: list[str]
-    sql: str  #: what made it
+class Table:
+    """A table as the data browser sees it, within `user_data`; 404 where there is none."""
 
+    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
+        found = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE",
+                                   (name,)).fetchone()
+        if found is None:
+            raise HTTPException(404, f"There is no table {name[:100]}")
+        self.name, self.sql = found
+        self._run, self._quoted = connection.execute, quote_name(self.name)
+        rows = [row for row in self._run(f"PRAGMA table_xinfo({self._quoted})") if row[6] != 1]  # as SELECT * has them
+        self.columns = [{"name": row[1], "type": row[2], "pk": row[5]} for row in rows]
+        self._key = [quote_name(row[1]) for row in sorted(rows, key=operator.itemgetter(5)) if row[5]]  #: tells its rows apart
+        taken = {row[1].lower() for row in rows}
+        with contextlib.suppress(sqlite3.OperationalError, StopIteration):  # WITHOUT ROWID, or all three are columns
+            rowid = next(word for word in ("rowid", "_rowid_", "oid") if word not in taken)
+            self._run(f"SELECT {rowid} FROM {self._quoted} LIMIT 0")
+            self._key = [rowid]
 
-def read_table(connection: sqlite3.Connection, name: str) -> Table:
-    """Look at a table; 404 where there is none."""
-    made = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE", (name,))
-    found = made.fetchone()
-    if found is None:
-        raise HTTPException(404, f"There is no table {name[:100]}")
-    rows = [row for row in connection.execute(f"PRAGMA table_xinfo({quote_name(name)})") if row[6] != 1]  # as SELECT * has them
-    columns = [{"name": row[1], "type": row[2], "pk": row[5]} for row in rows]
-    taken = {row[1].lower() for row in rows}
-    for rowid in ("rowid", "_rowid_", "oid"):
-        with contextlib.suppress(sqlite3.OperationalError):  # WITHOUT ROWID
-            if rowid not in taken:
-                connection.execute(f"SELECT {rowid} FROM {quote_name(name)} LIMIT 0")
-                return Table(found[0], columns, [rowid], found[1])
-    keys = sorted((row for row in columns if row["pk"]), key=operator.itemgetter("pk"))
-    return Table(found[0], columns, [quote_name(row["name"]) for row in keys], found[1])
+    def rows(self, after: Any, limit: int, shown: Callable[[Any], Any]) -> list[dict[str, Any]]:
+        """Return keys and values of the rows that follow the key `after`: by the key, so as fast in a million as in ten.
+
+        `shown` makes of a value what is kept of it, row by row, since a page of photos would fill the memory.
+        """
+        names, keys, width = [column["name"] for column in self.columns], ", ".join(self._key), len(self._key)
+        begin = [] if after is None else read_key(after)
+        where = "" if after is None else f"WHERE ({keys}) > ({', '.join('?' * width)})"
+        return [{"key": [{"hex": value.hex()} if isinstance(value, bytes) else value for value in row[:width]],
+                 "values": dict(zip(names, map(shown, row[width:])))} for row in self._run(
+            f"SELECT {keys}, * FROM {self._quoted} {where} ORDER BY {keys} LIMIT ?", (*begin, limit))]
+
+    def find(self, key: list[Any]) -> dict[str, Any]:
+        """Return one row by its key; 404 where there is none."""
+        for row in self._run(f"SELECT * FROM {self._quoted} WHERE {self._where(key)}", key):
+            return {column["name"]: value for column, value in zip(self.columns, row)}
+        raise HTTPException(404, "There is no such row")
+
+    def _where(self, key: list[Any]) -> str:
+        if len(key) != len(self._key):
+            raise HTTPException(400, f"key must hold {', '.join(self._key)}")
+        return " AND ".join(f"{name} = ?" for name in self._key)
+
+    def change(self, action: str, sent: Mapping[str, Any]) -> None:
+        """Drop it, or write one row: `key` tells which, `values` (or value_<column> of a form) what."""
+        if action == "drop":
+            self._run(f"DROP TABLE {self._quoted}")
+            return
+        key = read_key(sent.get("key") or [])
+        values = sent["values"] if "values" in sent else self._form_values(key, action, sent)
+        if not isinstance(values, dict) or not values.keys() <= {column["name"] for column in self.columns}:
+            raise HTTPException(400, "values must be an object of the table's columns")
+        names, marks = ", ".join(map(quote_name, values)), ", ".join("?" * len(values))
+        if action == "insert":
+            self._run(f"INSERT INTO {self._quoted} {f'({names}) VALUES ({marks})' if values else 'DEFAULT VALUES'}", [*values.values()])
+        elif action == "delete" or values:
+            begin = f"DELETE FROM {self._quoted}" if action == "delete" else f"UPDATE {self._quoted} SET ({names}) = ({marks})"
+            given = key if action == "delete" else [*values.values(), *key]
+            if self._run(f"{begin} WHERE {self._where(key)}", given).rowcount != 1:
+                raise HTTPException(404, "There is no such row")
+
+    def _form_values(self, key: list[Any], action: str, sent: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a form changed in a row, or gives a new one. A field left as it was shown isn't written, since a blob
+        is shown as its size; a blank one is the column's default or, but for text, NULL."""
+        before = self.find(key) if action == "update" else {}
+        changed: dict[str, Any] = {}
+        for column in self.columns if action != "delete" else ():
+            name, old = column["name"], before.get(column["name"])
+            text = text_field(sent, "value_" + name).replace("\r\n", "\n") if "value_" + name in sent else field_text(old)
+            if text != field_text(old):
+                changed[name] = text if text or "TEXT" in column["type"].upper() else None
+                with contextlib.suppress(ValueError):  # a column without a type would keep a number as text
+                    changed[name] = type(old)(text) if isinstance(old, (int, float)) and text else changed[name]
+        return changed
 
 
 def read_key(given: Any) -> list[Any]:
@@ -6979,38 +7015,23 @@ def sql_form(t: Texts, text: str) -> Markup:
     return tag("div.card", form("/admin/data", tag("label", "SQL", box), tag("p", tag("button", t("Run"))), action="sql"))
 
 
-def fetch_rows(app: Any, name: str, after: Any, limit: int, shown: Callable[[Any], Any]) -> tuple[Table, list[Any], list[Any]]:
-    """Return a table, the keys and the rows that follow the key `after`: by the key, so as fast in a million as in ten.
-
-    `shown` makes of a value what is kept of it, row by row, since a page of photos would fill the memory.
-    """
-    with user_data(app) as connection:
-        found = read_table(connection, name)
-        keys = ", ".join(found.key)
-        where = f"WHERE ({keys}) > ({', '.join('?' * len(found.key))})" if after else ""
-        width = len(found.key)
-        rows = [(list(row[:width]), list(map(shown, row[width:]))) for row in connection.execute(
-            f"SELECT {keys}, * FROM {quote_name(name)} {where} ORDER BY {keys} LIMIT ?", (*(after or ()), limit))]
-    return found, [key for key, _ in rows], [row for _, row in rows]
-
-
 def view_rows(app: Any, call: Call) -> Response:
     """/admin/data/<table>?after=&limit=&format=csv, or ?key= : a page of rows, all of them as CSV, or the form of one."""
     name, args = call.request.path[len("/admin/data/"):], call.request.args
-    if "key" in args:
-        return row_page(app, call, name, read_key(args["key"]))
     limit = max(1, min(SQL_ROWS, args.get("limit", 50, type=int)))
-    found, keys, rows = fetch_rows(app, name, read_key(args["after"]) if "after" in args else None, limit, shown_value)
-    names = [column["name"] for column in found.columns]
+    with user_data(app) as connection:
+        found = Table(connection, name)
+        if "key" in args:
+            return row_page(call, found, found.find(read_key(args["key"])))
+        rows = found.rows(args.get("after"), limit, shown_value)
     if args.get("format") == "csv":
-        return csv_response(name, csv_pages(app, name, names))
-    keys = [[{"hex": value.hex()} if isinstance(value, bytes) else value for value in key] for key in keys]
-    following = keys[-1] if len(rows) == limit else None
-    data = [{"key": key, "values": dict(zip(names, row))} for key, row in zip(keys, rows)]
+        headers = {**PAGE_HEADERS, "Content-Disposition": content_disposition(True, name + ".csv")}
+        return Response(csv_pages(app, name), headers=headers, content_type="text/csv; charset=utf-8")
+    following = rows[-1]["key"] if len(rows) == limit else None
     if wants_json(call):
-        return as_json({"table": found.name, "columns": found.columns, "read_only": is_ours(name), "rows": data,
+        return as_json({"table": found.name, "columns": found.columns, "read_only": is_ours(name), "rows": rows,
                         "next": following})
-    return rows_page(call, found, data, following)
+    return rows_page(call, found, rows, following)
 
 
 def shown_value(value: Any) -> Any:
@@ -7020,18 +7041,19 @@ def shown_value(value: Any) -> Any:
     return f"{len(value)} bytes" if isinstance(value, bytes) else value
 
 
-def csv_pages(app: Any, name: str, columns: list[str]) -> Iterator[str]:
+def csv_pages(app: Any, name: str) -> Iterator[str]:
     """Yield a table as CSV, page by page, with the byte order mark by which Excel knows UTF-8."""
     import csv
-    after, rows = None, [columns]  # type: Any, list[Any]
-    mark = "\ufeff"
+    after, mark, out, rows = None, "\ufeff", io.StringIO(), [{}]  # type: Any, str, io.StringIO, list[dict[str, Any]]
     while rows:
+        with user_data(app) as connection:
+            found = Table(connection, name)
+            rows = found.rows(after, SQL_ROWS, csv_value)
+        heads = [[column["name"] for column in found.columns]] if mark else []
         out = io.StringIO()
-        csv.writer(out).writerows(rows)
+        csv.writer(out).writerows(heads + [list(row["values"].values()) for row in rows])
         yield mark + out.getvalue()
-        mark = ""
-        _, keys, rows = fetch_rows(app, name, after, SQL_ROWS, csv_value)
-        after = keys[-1] if keys else None
+        after, mark = rows[-1]["key"] if rows else None, ""
 
 
 def csv_value(value: Any) -> Any:
@@ -7041,21 +7063,14 @@ def csv_value(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and re.match(r"[=@\t\r]|[+-](?![0-9.]+$)", value) else value
 
 
-def csv_response(name: str, pages: Iterator[str]) -> Response:
-    """Answer CSV as a file to save."""
-    response = Response(pages, headers=PAGE_HEADERS, content_type="text/csv; charset=utf-8")
-    response.headers["Content-Disposition"] = content_disposition(True, name + ".csv")
-    return response
-
-
-def rows_page(call: Call, found: Table, data: list[dict[str, Any]], following: Optional[list[Any]]) -> Response:
+def rows_page(call: Call, found: Table, rows: list[dict[str, Any]], following: Optional[list[Any]]) -> Response:
     """Show rows, and what can be done with them where the table may be written to."""
     t, url, ours = Texts(call), "/admin/data/" + found.name, is_ours(found.name)
     columns: dict[str, Optional[str]] = {**{column["name"]: None for column in found.columns}, "": None}
     shown = table(t, columns, ((
         *(tag("i.soft", "NULL") if value is None else str(value)[:200] + "…" * (len(str(value)) > 200)
           for value in row["values"].values()),
-        None if ours else link(t("Edit"), url, key=json.dumps(row["key"]))) for row in data), False)
+        None if ours else link(t("Edit"), url, key=json.dumps(row["key"]))) for row in rows), False)
     more = link(t("Go on"), url, "button plain", after=json.dumps(following)) if following else None
     added = folded(t("Add a row"), row_form(t, found, {}, t("Save"), action="insert"))
     gone = folded(t("Drop this table"), form("/admin/data", tag("button.danger", t("Drop this table")), action="drop", table=found.name))
@@ -7076,22 +7091,12 @@ def field_text(value: Any) -> str:
     return "" if value is None else str(shown_value(value)).replace("\r\n", "\n")
 
 
-def find_row(connection: sqlite3.Connection, found: Table, key: list[Any]) -> dict[str, Any]:
-    """Return one row by its key; 404 where there is none."""
-    where = " AND ".join(f"{name} = ?" for name in found.key)
-    for row in connection.execute(f"SELECT * FROM {quote_name(found.name)} WHERE {where}", key):
-        return {column["name"]: value for column, value in zip(found.columns, row)}
-    raise HTTPException(404, "There is no such row")
-
-
-def row_page(app: Any, call: Call, name: str, key: list[Any]) -> Response:
+def row_page(call: Call, found: Table, row: Mapping[str, Any]) -> Response:
     """Show the form of one row, and what deletes it."""
-    with user_data(app) as connection:
-        found = read_table(connection, name)
-        row = find_row(connection, found, key)
     t, kept = Texts(call), call.request.args["key"]
     gone = form("/admin/data", tag("button.danger", t("Delete")), action="delete", table=found.name, key=kept)
-    return page(call, f"{found.name}: {t('edit')}", tag("div.card", row_form(t, found, row, t("Save"), action="update", key=kept), gone))
+    return page(call, f"{found.name}: {t('Edit')}", tag(
+        "div.card", row_form(t, found, row, t("Save"), action="update", key=kept), gone))
 
 
 def change_data(app: Any, call: Call) -> Response:
@@ -7100,52 +7105,14 @@ def change_data(app: Any, call: Call) -> Response:
     action, name = text_field(sent, "action"), text_field(sent, "table")
     if action == "sql":
         return run_sql(app, call, text_field(sent, "sql"))
+    if action not in ("create", "drop", "insert", "update", "delete") or not name:
+        raise HTTPException(400, "action must be create, drop, insert, update, delete or sql, table the name of one")
     with user_data(app, writes=True) as connection:
-        if action == "create" and name:
+        if action == "create":
             connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
-        elif action == "drop":
-            connection.execute(f"DROP TABLE {quote_name(read_table(connection, name).name)}")
-        elif action in ("insert", "update", "delete"):
-            change_row(connection, read_table(connection, name), action, sent)
         else:
-            raise HTTPException(400, "action must be create, drop, insert, update, delete or sql")
+            Table(connection, name).change(action, sent)
     return done(call, action, "/admin/data" + ("/" + quote(name, safe="") if action not in ("create", "drop") else ""))
-
-
-def change_row(connection: sqlite3.Connection, found: Table, action: str, sent: Mapping[str, Any]) -> None:
-    """Write one row: `key` tells which, `values` (or value_<column> of a form) what."""
-    key, table_name = read_key(sent.get("key") or []), quote_name(found.name)
-    where = " AND ".join(f"{name} = ?" for name in found.key)
-    values = form_values(connection, found, key, action, sent) if "values" not in sent else sent["values"]
-    if not isinstance(values, dict) or not values.keys() <= {column["name"] for column in found.columns}:
-        raise HTTPException(400, "values must be an object of the table's columns")
-    if action == "insert":
-        marks = f"({', '.join(map(quote_name, values))}) VALUES ({', '.join('?' * len(values))})"
-        connection.execute(f"INSERT INTO {table_name} {marks if values else 'DEFAULT VALUES'}", (*values.values(),))
-    elif len(key) != len(found.key):
-        raise HTTPException(400, f"key must hold {', '.join(found.key)}")
-    elif action == "delete" or values:
-        sets = ", ".join(f"{quote_name(name)} = ?" for name in values)
-        begin = f"DELETE FROM {table_name}" if action == "delete" else f"UPDATE {table_name} SET {sets}"
-        given = (*key,) if action == "delete" else (*values.values(), *key)
-        if connection.execute(f"{begin} WHERE {where}", given).rowcount != 1:
-            raise HTTPException(404, "There is no such row")
-
-
-def form_values(connection: sqlite3.Connection, found: Table, key: list[Any], action: str,
-                sent: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a form changed in a row, or gives a new one. A field left as it was shown isn't written, since a blob is
-    shown as its size; a blank one is the column's default or, but for text, NULL."""
-    before = find_row(connection, found, key) if action == "update" else {}
-    changed: dict[str, Any] = {}
-    for column in found.columns if action != "delete" else ():
-        name, old = column["name"], before.get(column["name"])
-        text = text_field(sent, "value_" + name).replace("\r\n", "\n") if "value_" + name in sent else field_text(old)
-        if text != field_text(old):
-            changed[name] = text if text or "TEXT" in column["type"].upper() else None
-            with contextlib.suppress(ValueError):  # a column without a type would keep a number as text
-                changed[name] = type(old)(text) if isinstance(old, (int, float)) and text else changed[name]
-    return changed
 
 
 def run_sql(app: Any, call: Call, text: str) -> Response:
@@ -7164,7 +7131,7 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
         return page(call, t("Data"), sql_form(t, text), note(error.description, BAD), status=error.code)
     if wants_json(call):
         return as_json({"columns": columns, "rows": rows} if columns else {"rowcount": max(0, changed)})
-    result = table(t, dict.fromkeys(columns), rows, False) if columns else note(f"{t('rows')}: {changed}")
+    result = table(t, dict.fromkeys(columns), rows, False) if columns else note(f"{t('Rows')}: {changed}")
     return page(call, t("Data"), sql_form(t, text), note(t("first_rows", SQL_ROWS)) if len(rows) == SQL_ROWS else None, result)
 
 
