@@ -52,7 +52,7 @@ import traceback
 import types
 from binascii import a2b_base64, b2a_base64
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from json.encoder import encode_basestring_ascii as quote_json
 from time import asctime, gmtime, localtime, mktime, monotonic, perf_counter, sleep, strftime, struct_time, time, time_ns
 from typing import Any, Callable, NamedTuple, Optional, Union
@@ -5596,7 +5596,8 @@ if (panel) {
       `${row.method} /${row.subpath}${row.query && "?" + row.query} ${row.content.slice(0, 40)}`, at)));
   };
   const pack = async (kind, content) => {
-    const types = {json: "application/json", form: "application/x-www-form-urlencoded", raw: "text/plain"}, data = new FormData();
+    const types = {json: "application/json", form: "application/x-www-form-urlencoded", raw: "text/plain"};
+    const data = new FormData();
     for (const file of fields.file.files) data.append("file", file);
     const body = new Response(kind === "file" ? data : kind === "none" ? null : new Blob([content], {type: types[kind]}));
     const bytes = Array.from(new Uint8Array(await body.arrayBuffer()), byte => String.fromCharCode(byte));
@@ -5784,8 +5785,8 @@ PAGE_HEADERS = {  # of every page: no foreign or injected script runs, no foreig
     "X-Frame-Options": "DENY", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin"}
 LIST = "/function/list_functions"
-MENU = {"Functions": LIST, "Add function": "/function/add_function", "Statistics": "/function/show_stats", "Logs": "/admin/logs",
-        "Jobs": "/admin/jobs", "Queue": "/admin/queue", "Monitoring": "/monitoring/dashboard",
+MENU = {"Functions": LIST, "Add function": "/function/add_function", "Statistics": "/function/show_stats",
+        "Logs": "/admin/logs", "Jobs": "/admin/jobs", "Queue": "/admin/queue", "Monitoring": "/monitoring/dashboard",
         "Data": "/admin/data", "Settings": "/admin/settings", "API": "/docs", "Log out": "/logout"}
 _VOID, NOTE, BAD = ("input", "meta", "link"), "div.card.note", "div.card.note.bad"
 
@@ -5853,18 +5854,19 @@ def table(t: Texts, columns: Mapping[str, Optional[str]], rows: Iterable[Iterabl
     return tag("div.card.scroll", shown, tabindex="0") if body else note(t("nothing"))  # by key, who has no pointer
 
 
-def bars(values: list[Any], width: int, height: int, label: str, over: Iterable[Any] = (), names: Iterable[str] = ()) -> Markup:
+def bars(values: Sequence[Any], width: int, height: int, label: str, over: Iterable[Any] = (),
+         names: Sequence[str] = ()) -> Markup:
     """Draw numbers as a small bar chart, others `over` them; `names` say what each stands for."""
-    top, step, names = max(values + [1]), width / len(values), list(names) or [""] * len(values)
+    top, step = max(1, *values), width / len(values)
     drawn = [(kind, index, value) for kind, series in ((None, values), ("over", over)) for index, value in enumerate(series)]
-    rects = [tag("rect", tag("title", f"{names[index]}: {value:,}") if names[index] else None, x=f"{index * step:.1f}",
+    rects = [tag("rect", tag("title", f"{names[index]}: {value:,}") if names else None, x=f"{index * step:.1f}",
                  y=f"{height - value / top * height:.1f}", width=f"{step * .8:.1f}", height=f"{value / top * height:.1f}",
                  class_=kind) for kind, index, value in drawn if value]
     return tag("svg", tag("title", label), *rects, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img",
                preserveAspectRatio="none")
 
 
-def chart_card(label: str, values: list[Any], edges: Iterable[int], shape: str, over: Iterable[Any] = (),
+def chart_card(label: str, values: Sequence[Any], edges: Iterable[int], shape: str, over: Iterable[Any] = (),
                kind: str = "div.card") -> Markup:
     """Make the box of one chart: what it shows and its maximum, the bars, the times of the minutes where it begins and ends."""
     names = [strftime(shape, localtime(minute * 60)) for minute in edges]
@@ -6012,15 +6014,15 @@ def describe_row(app: Any, row: dict[str, Any]) -> dict[str, Any]:
     """Add what a function's file says, of which nothing is run."""
     said, modified = app.functions.describe(row["name"])
     reason = str(said.error or row["reason"])
-    return {**row, "summary": said.summary, "methods": literal_methods(said.settings, METHODS), "modified": modified,
+    return {**row, "summary": said.summary, "methods": literal_methods(said.settings) or METHODS, "modified": modified,
             "status": "broken" if reason else "fine", "reason": reason}
 
 
-def literal_methods(settings: Mapping[str, Any], default: Iterable[str]) -> list[str]:
-    """Return the methods that a file's SETTINGS name, else the default."""
+def literal_methods(settings: Mapping[str, Any]) -> list[str]:
+    """Return the methods that a file's SETTINGS name, if any."""
     with contextlib.suppress(ValueError, KeyError):
         return list(SETTINGS_CASTS["methods"](settings["methods"]))
-    return list(default)
+    return []
 
 
 LIST_ORDERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
@@ -6038,7 +6040,8 @@ def view_list(app: Any, call: Call) -> Response:
         rows = [row for row in (describe_row(app, row) for row in rows) if text in f"{row['name']}\n{row['summary']}".lower()]
     if wants_json(call):
         return as_json({"functions": rows})
-    rows.sort(key=lambda row: (row["name"].rpartition("/")[0], LIST_ORDERS.get(order, LIST_ORDERS["name"])[1](row), row["name"]))
+    _, rank = LIST_ORDERS.get(order, LIST_ORDERS["name"])
+    rows.sort(key=lambda row: (row["name"].rpartition("/")[0], rank(row), row["name"]))
     groups = itertools.groupby(rows, lambda row: row["name"].rpartition("/")[0])
     parts, left, first, minute = [], LIST_ROWS, args.get("start", 0, type=whole(0, 1 << 53)), int(call.started) // 60
     sparks = {name: row[0] for name, row in call_history(app, list(range(minute - 59, minute, 3))).items()}
@@ -6046,7 +6049,7 @@ def view_list(app: Any, call: Call) -> Response:
         shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
         left, end = left - len(shown), first + len(shown)
         more = link(t("Go on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": end})
-        part = join(list_table(t, shown, sparks), tag("p", more) if len(members) > end else None)
+        part = join(list_table(t, shown, sparks) if shown else None, tag("p", more) if len(members) > end else None)
         head, wrong = tag("summary", f"{name}/ ", tag("span.soft", f"{len(members):,}")), any(row["reason"] for row in shown)
         parts.append(tag("details", head, part, open=bool(text or group or wrong)) if name else part)
     return page(call, t("Functions"), list_form(t, args.get("q", ""), order), *(parts or [note(t("nothing"))]))
@@ -6060,21 +6063,19 @@ def list_form(t: Texts, text: str, order: str) -> Markup:
         "select", *orders, name="sort")), tag("button.plain", t("Filter")), method="get", action=LIST)
 
 
-def list_table(t: Texts, rows: list[dict[str, Any]], sparks: Mapping[str, list[int]]) -> Optional[Markup]:
-    """Show functions, where there is room for any."""
+def list_table(t: Texts, rows: list[dict[str, Any]], sparks: Mapping[str, list[int]]) -> Markup:
+    """Show functions: what is said and was counted of each, and what can be done with it."""
     columns = {"Name": None, "Calls": "n", "Errors": "n", "Last call": "n soft wide", "Last hour": "wide", "Status": None}
-    return table(t, columns, (list_row(t, row, sparks.get(row["name"], [0])) for row in rows)) if rows else None
-
-
-def list_row(t: Texts, row: dict[str, Any], spark: list[int]) -> tuple[Any, ...]:
-    """Make the cells of one function."""
-    name, failed = row["name"], row["last_error"]
-    last = tag("div.soft", link(failed[:200], "/admin/logs", "bad", function=name, status="5xx")) if failed else None
-    about = join(link(name, "/function/edit_function", module_name=name), tag("div.soft", row["summary"]),
-                 None if failed == row["reason"] else last, function_links(t, name))
-    status = tag("div.bad" if row["reason"] else "div.good", t(row["status"]), tag("div.soft", row["reason"]))
-    return (about, f"{row['calls']:,}", bad_if(row["errors"], f"{row['errors']:,}"),
-            local_time(row["last_call"]), bars(spark, 120, 24, f"{t('Last hour')}: {sum(spark)}"), status)
+    cells = []
+    for row in rows:
+        name, failed, spark = row["name"], row["last_error"], sparks.get(row["name"], [0])
+        last = link((failed or "")[:200], "/admin/logs", "bad", function=name, status="5xx")
+        about = join(link(name, "/function/edit_function", module_name=name), tag("div.soft", row["summary"]),
+                     tag("div.soft", last) if failed and failed != row["reason"] else None, function_links(t, name))
+        status = tag("div.bad" if row["reason"] else "div.good", t(row["status"]), tag("div.soft", row["reason"]))
+        cells.append((about, f"{row['calls']:,}", bad_if(row["errors"], f"{row['errors']:,}"),
+                      local_time(row["last_call"]), bars(spark, 120, 24, f"{t('Last hour')}: {sum(spark)}"), status))
+    return table(t, columns, cells)
 
 
 def function_links(t: Texts, name: str) -> Markup:
@@ -6088,12 +6089,11 @@ def function_links(t: Texts, name: str) -> Markup:
 def call_history(app: Any, edges: list[int], grain: int = 1) -> dict[str, tuple[list[int], list[int]]]:
     """Return each function's calls and errors since each of the minutes `edges`, which are multiples of `grain`."""
     found: dict[str, tuple[list[int], list[int]]] = {}
-    for minute, endpoint, calls, errors in app.store.read(
-            "SELECT minute / ?1 * ?1, endpoint, sum(calls), sum(errors) FROM fn_minutes WHERE minute >= ?2"
-            " AND endpoint LIKE '/function/%' GROUP BY 1, 2", grain, edges[0]):
-        if endpoint not in app.routes:
-            row, at = found.setdefault(endpoint[10:], ([0] * len(edges), [0] * len(edges))), bisect_right(edges, minute) - 1
-            row[0][at], row[1][at] = row[0][at] + calls, row[1][at] + errors
+    for minute, name, calls, errors in app.store.read(
+            "SELECT minute / ?1 * ?1, func_name, sum(calls), sum(m.errors) FROM fn_minutes m JOIN fn_functions"
+            " ON endpoint = '/function/' || func_name WHERE minute >= ?2 GROUP BY 1, 2", grain, edges[0]):
+        row, at = found.setdefault(name, ([0] * len(edges), [0] * len(edges))), bisect_right(edges, minute) - 1
+        row[0][at], row[1][at] = row[0][at] + calls, row[1][at] + errors
     return found
 
 
@@ -6124,20 +6124,13 @@ def try_out(app: Any, t: Texts, name: str, source: bytes, seconds: float,
     Returns what `try_in_child` found and "output", or "error" and "line" where the process did not live to tell; blank
     where none can be started.
     """
-    import tempfile
     if not app.trials.acquire(timeout=1):  # no longer: who waits has a thread
         raise HTTPException(503, "There are trials enough under way", [("Retry-After", "5")])
     job = {"name": name, "source": source.decode("utf-8", "surrogateescape"), "seconds": seconds, "request": request,
            "options": app.settings.options, "directory": app.settings.directory}
     app.config.current()  # os.environ is the child's too
     try:
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as output:
-            given.write(json.dumps(job).encode())
-            given.seek(0)
-            status = run_child(given, answer, output, seconds + START_SECONDS)
-            answer.seek(0)
-            output.seek(0)
-            return read_trial(t, status, answer.read(), output.read(MOST_PRINTED), app.functions.path(name))
+        return read_trial(t, app.functions.path(name), *run_child(json.dumps(job).encode(), seconds + START_SECONDS))
     except OSError as error:
         log.warning("%s: no process to try it in could be started: %s", name, error)
         return {}
@@ -6145,24 +6138,31 @@ def try_out(app: Any, t: Texts, name: str, source: bytes, seconds: float,
         app.trials.release()
 
 
-def run_child(given: Any, answer: Any, output: Any, seconds: float) -> int:
-    """Run `try_in_child` between files, which unlike pipes nobody it leaves behind can hold open; return its status."""
+def run_child(job: bytes, seconds: float) -> tuple[int, bytes, bytes]:
+    """Run `try_in_child` between files, which unlike pipes nobody it leaves behind can hold open; return its status, its
+    answer, and what it printed."""
     import subprocess
+    from tempfile import TemporaryFile
     if "python" not in os.path.basename(sys.executable or "").lower():  # uWSGI says that it is the interpreter
         raise OSError("this Python does not know its own program")
-    process = subprocess.Popen(python_command("try_in_child()"), stdin=given, stdout=answer, stderr=output,
-                               start_new_session=True)
-    until = monotonic() + seconds
-    while process.poll() is None:
-        if monotonic() > until or os.fstat(output.fileno()).st_size > MOST_PRINTED:
-            process.kill()
-        sleep(.005)
-    with contextlib.suppress(OSError, AttributeError):
-        os.killpg(process.pid, signal.SIGKILL)  # what it started ends with it
-    return process.returncode
+    with TemporaryFile() as given, TemporaryFile() as answer, TemporaryFile() as output:
+        given.write(job)
+        given.seek(0)
+        process = subprocess.Popen(python_command("try_in_child()"), stdin=given, stdout=answer, stderr=output,
+                                   start_new_session=True)
+        until = monotonic() + seconds
+        while process.poll() is None:
+            if monotonic() > until or os.fstat(output.fileno()).st_size > MOST_PRINTED:
+                process.kill()
+            sleep(.005)
+        with contextlib.suppress(OSError, AttributeError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started ends with it
+        answer.seek(0)
+        output.seek(0)
+        return process.returncode, answer.read(), output.read(MOST_PRINTED)
 
 
-def read_trial(t: Texts, status: int, answer: bytes, output: bytes, path: str) -> dict[str, Any]:
+def read_trial(t: Texts, path: str, status: int, answer: bytes, output: bytes) -> dict[str, Any]:
     """Make of a child's answer, or of its end without one, what `try_out` returns."""
     text, crash = output.decode("utf-8", "replace"), None  # type: str, Optional[re.Match[str]]
     if not answer:  # not even the blank that says it is there
@@ -6195,18 +6195,6 @@ def check_code(app: Any, t: Texts, name: str, source: bytes) -> dict[str, Any]:
     return {**found, "warnings": [t(key) for key, holds in warnings.items() if holds]}
 
 
-def read_code(app: Any, t: Texts, name: str, code: str) -> bytes:
-    """Return the bytes of code that was sent; HTTPException 400 with line and column where it does not compile."""
-    source = encode_source(code.replace("\r\n", "\n"))
-    if not source.strip():
-        raise HTTPException(400, t("no_code"))
-    try:
-        compile_source(source, app.functions.path(name))
-    except LoadError as error:
-        raise HTTPException(400, error.message, line=error.line, column=error.column) from None
-    return source
-
-
 def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str = "") -> int:
     """Make `source` the file of a function, all at once whoever else saves; return the number of the version.
 
@@ -6231,7 +6219,11 @@ def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str
 
 
 def save_code(app: Any, t: Texts, name: str, source: bytes, fresh: bool, force: Any, seen: str = "") -> dict[str, Any]:
-    """Check code, unless it is to be saved by `force`, make it the file of a function, and say in a few words what it serves."""
+    """Check code, unless by `force`, make it the file of a function, and say in a few words what it serves."""
+    try:
+        compile_source(source, app.functions.path(name))  # what is no Python is never saved
+    except LoadError as error:
+        raise HTTPException(400, error.message, line=error.line, column=error.column) from None
     unchecked = {"entries": [], "settings": {}, "output": "", "warnings": [t("forced")]}
     found = unchecked if force else {**unchecked, **check_code(app, t, name, source)}
     version = swap_in(app, t, name, source, fresh, seen)
@@ -6252,8 +6244,8 @@ def editor_page(call: Call, name: str, code: str, original: Optional[str] = None
     The draft, and the buttons that only an error calls for, are hidden, for the script to show.
     """
     t, wrong = Texts(call), error.body if error else {}
-    draft = tag("div.card.note", t("draft"), " ", tag("span"), tag("p.row", tag("button", t("Take the draft"), type="button"), tag(
-        "button.plain", t("Discard"), type="button")), id="draft", hidden=True)
+    choose = (tag("button", t("Take the draft"), type="button"), tag("button.plain", t("Discard"), type="button"))
+    draft = tag("div.card.note", t("draft"), " ", tag("span"), tag("p.row", *choose), id="draft", hidden=True)
     text = tag("textarea.code", "\n" + code, id="code", name="code", spellcheck="false", wrap="off", autocapitalize="off",
                autocomplete="off", aria_describedby="keys", data_line=wrong.get("line") or None)
     shown = form("/function/save_function" if original is None else "/function/update_function",
@@ -6324,7 +6316,9 @@ def view_save(app: Any, call: Call) -> Response:
             raise HTTPException(400, t("bad_name"))
         if name == original:
             read_current(app, name)
-        source = read_code(app, t, name, code)
+        source = encode_source(code.replace("\r\n", "\n"))
+        if not source.strip():
+            raise HTTPException(400, t("no_code"))
         if name != original and app.functions.exists(name):
             raise HTTPException(409, t("exists"))
         saved = save_code(app, t, name, source, name != original, sent.get("force"), seen)
@@ -6371,7 +6365,7 @@ def view_edit(app: Any, call: Call) -> Response:
     return editor_page(call, name, code, name, version, HTTPException(200, reason) if reason else None)
 
 
-def ask(call: Call, title: str, text: str, **hidden: str) -> Response:
+def ask(call: Call, title: str, text: str, **hidden: Any) -> Response:
     """Show a page that asks before something is done."""
     if wants_json(call):
         return as_json({"message": text, **hidden})
@@ -6441,21 +6435,22 @@ def view_stats(app: Any, call: Call) -> Response:
          bars(history[row["name"]][0], 120, 24, t("by_day"), history[row["name"]][1]) if row["name"] in history else None)
         for row in rows[first:first + LIST_ROWS]))
     more = link(t("Go on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
-    return page(call, f"{t('Statistics')}: {one}" if one else t("Statistics"), stats_charts(app, t, call.started, one, days, history),
-                shown, tag("p.row", more if len(rows) > first + LIST_ROWS else None,
-                              link(t("Clear statistics"), "/function/clear_stats", "button plain")))
+    charts = stats_charts(app, t, int(call.started) // 3600, one, days, history)
+    return page(call, t("Statistics") + (f": {one}" if one else ""), charts, shown, tag(
+        "p.row", more if len(rows) > first + LIST_ROWS else None,
+        link(t("Clear statistics"), "/function/clear_stats", "button plain")))
 
 
-def stats_charts(app: Any, t: Texts, now: float, one: Optional[str], days: list[int],
+def stats_charts(app: Any, t: Texts, hour: int, one: Optional[str], days: list[int],
                  history: Mapping[str, tuple[list[int], list[int]]]) -> Markup:
     """Draw calls by day and by hour with errors over them, and p95 with p50 over it, of one function or all."""
     rows = [row for name, row in history.items() if one in (None, name)]
     calls, errors = ([sum(column) for column in zip([0] * len(days), *(row[kind] for row in rows))] for kind in (0, 1))
-    hours = range((int(now) // 3600 - 23) * 60, (int(now) // 3600 + 1) * 60, 60)
-    hourly = sum_minutes(app, hours, f"/function/{one or '*'}")
-    high, low = ([round(quantile(row[2], q) * 1000, 1) for row in hourly] for q in (.95, .5))
-    return tag("div.charts", chart_card(t("by_day"), calls, days, "%m-%d", errors), chart_card(
-        t("Calls by hour, one day"), [row[0] for row in hourly], hours, "%H:%M", [row[1] for row in hourly]),
+    hours = range((hour - 23) * 60, (hour + 1) * 60, 60)
+    hourly, hourly_errors, buckets = zip(*sum_minutes(app, hours, f"/function/{one or '*'}"))
+    high, low = ([round(quantile(row, q) * 1000, 1) for row in buckets] for q in (.95, .5))
+    return tag("div.charts", chart_card(t("by_day"), calls, days, "%m-%d", errors),
+               chart_card(t("Calls by hour, one day"), hourly, hours, "%H:%M", hourly_errors),
                chart_card(t("latency"), high, hours, "%H:%M", low, "div.card.calm"))
 
 
@@ -6512,11 +6507,14 @@ def view_logs(app: Any, call: Call) -> Response:
     return response
 
 
-def read_version(app: Any, name: str, version: int) -> bytes:
-    """Return the source of one version; 404 where it isn't kept."""
-    if rows := app.store.read("SELECT source FROM fn_versions WHERE func_name = ? AND version = ?", name, version):
-        return bytes(rows[0][0])
-    raise HTTPException(404, f'Version {version} of "{name[:100]}" not found')
+def read_version(app: Any, name: str, number: str) -> tuple[bytes, bytes, bytes]:
+    """Return the source of a version, that of the one before and of the newest; 404 where it isn't kept."""
+    kept = {str(version): bytes(source) for version, source in app.store.read(
+        "SELECT version, source FROM fn_versions WHERE func_name = ? ORDER BY version DESC", name)}
+    if number not in kept:
+        raise HTTPException(404, f'Version {number[:20]} of "{name[:100]}" not found')
+    older = [source for version, source in kept.items() if int(version) < int(number)]
+    return kept[number], older[0] if older else b"", next(iter(kept.values()))
 
 
 def view_versions(app: Any, call: Call) -> Response:
@@ -6525,19 +6523,17 @@ def view_versions(app: Any, call: Call) -> Response:
         return view_version(app, call)
     t, name = Texts(call), call.request.args["module_name"]
     now = read_source(app.functions.path(name)) if app.functions.exists(name) else None
-    rows = [{"version": version, "saved_at": moment, "size": size, "current": False, "rolled_back": loaded < 0}
-            for version, moment, size, loaded in app.store.read(
-                "SELECT version, saved_at, length(source), loaded FROM fn_versions WHERE func_name = ?"
-                " ORDER BY version DESC LIMIT ?", name, KEEP_VERSIONS)]
-    for row in rows[:1]:
-        row["current"] = now == read_version(app, name, row["version"])
+    rows = [{"version": version, "saved_at": moment, "size": size, "current": bool(same) and not at, "rolled_back": loaded < 0}
+            for at, (version, moment, size, loaded, same) in enumerate(app.store.read(
+                "SELECT version, saved_at, length(source), loaded, source = ? FROM fn_versions WHERE func_name = ?"
+                " ORDER BY version DESC LIMIT ?", now, name, KEEP_VERSIONS))]
     if wants_json(call):
         return as_json({"versions": rows})
     columns = {"Version": None, "Time": None, "Size": "n", "Status": None, "": None}
     shown = table(t, columns, ((
         link(f"#{row['version']}", "/admin/versions", module_name=name, version=row["version"]), local_time(row["saved_at"]),
         row["size"], tag("span.good", t("current")) if row["current"] else
-        bad_if(True, t("failed, rolled back")) if row["rolled_back"] else "",
+        tag("span.bad", t("failed, rolled back")) if row["rolled_back"] else "",
         None if row["current"] else link(t("Restore"), "/admin/restore", "button plain", module_name=name,
                                          version=row["version"])) for row in rows))
     return page(call, f"{t('Versions')}: {name}", tag("p", link(
@@ -6546,21 +6542,15 @@ def view_versions(app: Any, call: Call) -> Response:
 
 def view_version(app: Any, call: Call) -> Response:
     """Show one version, its difference to the one before and to what is current."""
-    t, name, number = Texts(call), call.request.args["module_name"], call.request.args.get("version", 0, type=whole(0, 1 << 53))
-    code = decode_source(read_version(app, name, number))
+    t, name, number = Texts(call), call.request.args["module_name"], call.request.args["version"]
+    code, before, newest = map(decode_source, read_version(app, name, number))
     if wants_json(call):
-        return as_json({"module_name": name, "version": number, "code": code})
-    others = app.store.read(
-        "SELECT source FROM fn_versions WHERE func_name = ?1 AND version IN ((SELECT max(version) FROM fn_versions WHERE"
-        " func_name = ?1 AND version < ?2), (SELECT max(version) FROM fn_versions WHERE func_name = ?1)) ORDER BY version",
-        name, number)
-    before, newest = (decode_source(bytes(others[at][0])) for at in (0, -1))
-    if len(others) == 1:  # it is the first, or the only one
-        before = ""
-    links = tag("p.row", link(t("Versions"), "/admin/versions", "button plain", module_name=name), None if newest == code else link(
-        t("Restore"), "/admin/restore", "button", module_name=name, version=number))
-    return page(call, f"{name} #{number}", links, show_diff(t("diff"), before, code), None if newest == code else show_diff(
-        t("changes"), code, newest), tag("div.card", tag("h2", t("Code")), tag("pre", code, tabindex="0")))
+        return as_json({"module_name": name, "version": int(number), "code": code})
+    restore = link(t("Restore"), "/admin/restore", "button", module_name=name, version=number)
+    return page(call, f"{name} #{number}", tag("p.row", link(t("Versions"), "/admin/versions", "button plain", module_name=name),
+                                               restore if newest != code else None),
+                show_diff(t("diff"), before, code), show_diff(t("changes"), code, newest) if newest != code else None,
+                tag("div.card", tag("h2", t("Code")), tag("pre", code, tabindex="0")))
 
 
 def show_diff(title: str, old: str, new: str) -> Markup:
@@ -6576,9 +6566,9 @@ def view_restore(app: Any, call: Call) -> Response:
     """/admin/restore : GET asks, POST makes an old version the file again, checked as a save is; it becomes the newest."""
     t, sent = Texts(call), fields(call)
     name, number = text_field(sent, "module_name"), str(sent.get("version", ""))
-    if not valid_name(name) or not re.fullmatch(r"\d{1,15}", number, re.A):
+    if not valid_name(name) or not number:
         raise HTTPException(400, "module_name and version are needed")
-    source, title = read_version(app, name, int(number)), t("ask_restore", name, number)
+    source, title = read_version(app, name, number)[0], t("ask_restore", name, number)
     if call.request.method in ("GET", "HEAD"):
         return ask(call, t("Restore"), title, module_name=name, version=number)
     try:
@@ -6630,9 +6620,10 @@ def recent_figures(app: Any, now: float) -> dict[str, Any]:
 
 
 FIGURES = {  # what the dashboard shows of `figures` and `recent_figures`: its name and unit
-    "status": ("Status", ""), "cpu_percent": ("CPU", " %"), "memory_rss_mb": ("Memory", " MB"), "memory_percent": ("Memory", " %"),
-    "threads": ("Threads", ""), "uptime_seconds": ("Uptime", " s"), "workers": ("Processes", ""),
-    "requests_per_second": ("Requests/s", ""), "error_rate": ("Error rate", ""), "p50_ms": ("p50", " ms"), "p95_ms": ("p95", " ms")}
+    "status": ("Status", ""), "cpu_percent": ("CPU", " %"), "memory_rss_mb": ("Memory", " MB"),
+    "memory_percent": ("Memory", " %"), "threads": ("Threads", ""), "uptime_seconds": ("Uptime", " s"),
+    "workers": ("Processes", ""), "requests_per_second": ("Requests/s", ""), "error_rate": ("Error rate", ""),
+    "p50_ms": ("p50", " ms"), "p95_ms": ("p95", " ms")}
 
 
 def dashboard(app: Any, t: Texts) -> Markup:
@@ -6654,12 +6645,13 @@ def dashboard(app: Any, t: Texts) -> Markup:
 
 def dashboard_charts(app: Any, t: Texts, span: range, title: str) -> Iterator[Markup]:
     """Draw calls, errors, p95, memory and CPU of each step of a range of minutes."""
-    samples = {at: more for at, *more in app.store.read("SELECT (minute - ?1) / ?2, max(memory_rss_mb), max(cpu_percent)"
-                                                        " FROM fn_samples WHERE minute >= ?1 GROUP BY 1", span.start, span.step)}
+    samples = {at: more for at, *more in app.store.read(
+        "SELECT (minute - ?1) / ?2, max(memory_rss_mb), max(cpu_percent) FROM fn_samples WHERE minute >= ?1 GROUP BY 1",
+        span.start, span.step)}
     rows = ((calls, errors, round(quantile(buckets, .95) * 1000, 1), *samples.get(at, (0.0, 0.0)))
             for at, (calls, errors, buckets) in enumerate(sum_minutes(app, span, "*")))
     for name, values in zip(("Calls", "Errors", "p95 (ms)", "Memory", "CPU"), zip(*rows)):
-        yield chart_card(f"{t(name)}, {title}", list(values), span, "%H:%M")
+        yield chart_card(f"{t(name)}, {title}", values, span, "%H:%M")
 
 
 def view_dashboard(app: Any, call: Call) -> Response:
@@ -6809,7 +6801,8 @@ def view_queue(app: Any, call: Call) -> Response:
             for action in CALL_ACTIONS[row["state"]]))) for row in rows))
     states = (link(t(name or "All"), "/admin/queue", "button" if name == state else "button plain", state=name)
               for name in ("", *STATES))
-    return page(call, t("Queue"), tag("p.row", *states), shown, one and tag("pre", json.dumps(one, indent=2, ensure_ascii=False)))
+    details = tag("pre", json.dumps(one, indent=2, ensure_ascii=False)) if one else None
+    return page(call, t("Queue"), tag("p.row", *states), shown, details)
 
 
 def whole_call(row: Any) -> dict[str, Any]:
@@ -6879,18 +6872,13 @@ def user_data(app: Any, writes: bool = False) -> Iterator[sqlite3.Connection]:
         try:
             connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
             yield connection
-            refuse_ours(connection, known)
+            for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall():
+                if (sql,) not in known and (is_ours(name) or kind == "trigger" and re.search(r"(?i)\b(fn_|call_stats\b)", sql)):
+                    raise sqlite3.DatabaseError(f"{name}: not authorized")  # made just now: it would write to our tables later
             connection.execute("COMMIT")
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:  # a second statement was a Warning once
             text = "the statement took longer than 5 s" if "interrupted" in str(error) else str(error)
             raise HTTPException(403 if "prohibited" in text or "authorized" in text else 400, text) from None
-
-
-def refuse_ours(connection: sqlite3.Connection, known: list[Any]) -> None:
-    """Refuse what was just made under a name of ours, or as a trigger that would write to our tables when it fires."""
-    for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall():
-        if (sql,) not in known and (is_ours(name) or kind == "trigger" and re.search(r"(?i)\b(fn_|call_stats\b)", sql)):
-            raise sqlite3.DatabaseError(f"{name}: not authorized")
 
 
 SQL_SECONDS, SQL_ROWS, CSV_BYTES = 5.0, 1000, 16_000  # a spreadsheet's cell holds 32,767 characters
@@ -6939,22 +6927,20 @@ class Table:
         return " AND ".join(f"{name} = ?" for name in self._key)
 
     def change(self, action: str, sent: Mapping[str, Any]) -> None:
-        """Drop it, or write one row: `key` tells which, `values` (or value_<column> of a form) what."""
-        if action == "drop":
-            self._run(f"DROP TABLE {self._quoted}")
-            return
+        """Write one row: `key` tells which, `values` (or value_<column> of a form) what; 404 where there is none."""
         key = read_key(sent.get("key") or [])
         values = sent["values"] if "values" in sent else self._form_values(key, action, sent)
         if not isinstance(values, dict) or not values.keys() <= {column["name"] for column in self.columns}:
             raise HTTPException(400, "values must be an object of the table's columns")
-        names, marks = ", ".join(map(quote_name, values)), ", ".join("?" * len(values))
+        names, marks, given = ", ".join(map(quote_name, values)), ", ".join("?" * len(values)), list(values.values())
         if action == "insert":
-            self._run(f"INSERT INTO {self._quoted} {f'({names}) VALUES ({marks})' if values else 'DEFAULT VALUES'}", [*values.values()])
-        elif action == "delete" or values:
-            begin = f"DELETE FROM {self._quoted}" if action == "delete" else f"UPDATE {self._quoted} SET ({names}) = ({marks})"
-            given = key if action == "delete" else [*values.values(), *key]
-            if self._run(f"{begin} WHERE {self._where(key)}", given).rowcount != 1:
-                raise HTTPException(404, "There is no such row")
+            self._run(f"INSERT INTO {self._quoted} " + (f"({names}) VALUES ({marks})" if values else "DEFAULT VALUES"), given)
+            return
+        self.find(key)
+        if action == "delete":
+            self._run(f"DELETE FROM {self._quoted} WHERE {self._where(key)}", key)
+        elif values:
+            self._run(f"UPDATE {self._quoted} SET ({names}) = ({marks}) WHERE {self._where(key)}", given + key)
 
     def _form_values(self, key: list[Any], action: str, sent: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a form changed in a row, or gives a new one. A field left as it was shown isn't written, since a blob
@@ -7001,9 +6987,8 @@ def view_data(app: Any, call: Call) -> Response:
     theirs, ours = (table(t, {"Name": None, "Rows": "n"}, (
         (link(row["name"], "/admin/data/" + row["name"]), "?" if row["rows"] is None else f"{row['rows']:,}")
         for row in data if row["read_only"] is kind)) for kind in (False, True))
-    asked = form("/admin/data", *(tag("label", t(label), tag("input", name=name, required=True, placeholder=example))
-                                  for name, label, example in (("table", "Name", "notes"), (
-                                      "columns", "Columns", "id INTEGER PRIMARY KEY, text TEXT"))),
+    asked = form("/admin/data", field(t("Name"), "table", required=True, placeholder="notes"),
+                 field(t("Columns"), "columns", required=True, placeholder="id INTEGER PRIMARY KEY, text TEXT"),
                  tag("p", tag("button", t("Create a table"))), action="create")
     return page(call, t("Data"), theirs, folded(t("Create a table"), asked), sql_form(t, ""),
                 tag("details", tag("summary", t("read_only")), ours))
@@ -7073,7 +7058,8 @@ def rows_page(call: Call, found: Table, rows: list[dict[str, Any]], following: O
         None if ours else link(t("Edit"), url, key=json.dumps(row["key"]))) for row in rows), False)
     more = link(t("Go on"), url, "button plain", after=json.dumps(following)) if following else None
     added = folded(t("Add a row"), row_form(t, found, {}, t("Save"), action="insert"))
-    gone = folded(t("Drop this table"), form("/admin/data", tag("button.danger", t("Drop this table")), action="drop", table=found.name))
+    drop = tag("button.danger", t("Drop this table"))
+    gone = folded(t("Drop this table"), form("/admin/data", drop, action="drop", table=found.name))
     return page(call, found.name, tag("p.row", more, link("CSV", url, "button plain", format="csv")), shown,
                 folded(t("Schema"), tag("pre", found.sql)), *(() if ours else (added, gone)))
 
@@ -7110,6 +7096,8 @@ def change_data(app: Any, call: Call) -> Response:
     with user_data(app, writes=True) as connection:
         if action == "create":
             connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
+        elif action == "drop":
+            connection.execute(f"DROP TABLE {quote_name(Table(connection, name).name)}")
         else:
             Table(connection, name).change(action, sent)
     return done(call, action, "/admin/data" + ("/" + quote(name, safe="") if action not in ("create", "drop") else ""))
@@ -7201,16 +7189,15 @@ def describe_functions(app: Any) -> list[dict[str, Any]]:
     rows = []
     for name in app.functions.names():
         said, settings = (found := app.functions.describe(name)[0]), found.settings
-        public = settings.get("auth") != "internal" and not is_protected(name, app.protected)
-        if said.serves and not said.error and public:
+        if said.serves and not said.error and settings.get("auth") != "internal" and not is_protected(name, app.protected):
             text = textwrap.dedent(said.docstring.partition("\n")[2]).strip()
             parameters, given = read_parameters(text), settings.get("parameters")
             for key, item in given.items() if isinstance(given, dict) else ():
                 more = item if isinstance(item, dict) else {"description": str(item)}
                 parameters[str(key)] = {**parameters.get(str(key), {}), **more}
             rows.append({"name": name, "summary": said.summary, "description": text, "answers": ANSWERS.get(said.returns),
-                         "methods": literal_methods(settings, ("GET", "POST")), "auth": settings.get("auth", "public"),
-                         "parameters": parameters})
+                         "methods": literal_methods(settings) or ["GET", "POST"], "auth": settings.get("auth", "public"),
+                         "parameters": [describe_parameter(key, item) for key, item in parameters.items()]})
     return rows
 
 
@@ -7237,29 +7224,27 @@ def view_openapi(app: Any, call: Call) -> Response:
                     "components": {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}})
 
 
+def describe_parameter(name: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a Parameter Object (OpenAPI 3.1 4.8.12); a word that OpenAPI doesn't know becomes the most usual one."""
+    kinds, places = ("string", *KINDS.values()), ("query", "header", "cookie", "body")
+    return {"name": name, "in": item["in"] if item.get("in") in places else "query",
+            "schema": {"type": item["type"] if item.get("type") in kinds else "string"},
+            "description": str(item.get("description", "")), "required": bool(item.get("required", False))}
+
+
 def describe_operation(row: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Make an Operation Object (OpenAPI 3.1 4.8.10); parameters that are ``in`` the body become its JSON schema."""
-    shown: dict[str, dict[str, Any]] = {key: {"schema": {"type": one_of(item.get("type"), " ".join(KINDS.values()))},
-                   "description": str(item.get("description", "")), "required": bool(item.get("required", False))}
-             for key, item in row["parameters"].items()}
-    places = {key: one_of(item.get("in"), "query header cookie body") for key, item in row["parameters"].items()}
     operation: dict[str, Any] = {
         "operationId": f"{method.lower()}_{row['name'].replace('/', '.')}", "summary": row["summary"],
-        "description": row["description"],
-        "parameters": [{"name": key, "in": places[key], **item} for key, item in shown.items() if places[key] != "body"],
+        "description": row["description"], "parameters": [item for item in row["parameters"] if item["in"] != "body"],
         "responses": {"default": {"description": "What the function answers",
                                   **({"content": {row["answers"]: {}}} if row["answers"] else {})}}}
     if method in ("POST", "PUT", "PATCH"):
-        body = {key: item for key, item in shown.items() if places[key] == "body"}
-        schema = {"type": "object", "required": [key for key, item in body.items() if item["required"]], "properties": {
-            key: {**item["schema"], "description": item["description"]} for key, item in body.items()}} if body else {}
+        body = [item for item in row["parameters"] if item["in"] == "body"]
+        schema = {"type": "object", "required": [item["name"] for item in body if item["required"]], "properties": {
+            item["name"]: {**item["schema"], "description": item["description"]} for item in body}} if body else {}
         operation["requestBody"] = {"content": {"application/json": {"schema": schema}}}
     return {**operation, "security": [{"bearer": []}]} if row["auth"] != "public" else operation
-
-
-def one_of(value: Any, allowed: str) -> str:
-    """Return a word that OpenAPI knows, the first of them where a function's SETTINGS say something else."""
-    return value if value in allowed.split() else allowed.split()[0]
 
 
 def view_docs(app: Any, call: Call) -> Response:
@@ -7267,13 +7252,14 @@ def view_docs(app: Any, call: Call) -> Response:
     t, cards = Texts(call), []
     for row in describe_functions(app):
         url = call.request.host_url + "function/" + quote(row["name"])
-        names = "&".join(f"{quote(name)}=..." for name, item in row["parameters"].items() if item.get("in") != "body")
+        names = "&".join(f"{quote(item['name'])}=..." for item in row["parameters"] if item["in"] != "body")
         token = " -H 'Authorization: Bearer ...'" if row["auth"] != "public" else ""
         method = "" if "GET" in row["methods"] else row["methods"][0]
-        asked = [tag("label", name, tag("input", name=name), tag("span.soft", item.get("description", "")))
-                 for name, item in row["parameters"].items()]
-        cards.append(tag("div.card", 
-            tag("h2", row["name"]), tag("p", row["summary"]), tag("pre", row["description"]) if row["description"] else None,
+        asked = (tag("label", item["name"], tag("input", name=item["name"]), tag("span.soft", item["description"]))
+                 for item in row["parameters"])
+        cards.append(tag(
+            "div.card", tag("h2", row["name"]), tag("p", row["summary"]),
+            tag("pre", row["description"]) if row["description"] else None,
             tag("pre", f"curl{token}{method and ' -X ' + method} '{url}{'?' + names if names else ''}'"),
             tag("form", *asked, tag("p", tag("button.plain", t("Run"))), method=method or "get", action=url,
                 target="_blank") if method in ("", "POST") else None))  # all a form can send
