@@ -5424,7 +5424,7 @@ min-width:3rem;border-radius:0} .gutter *{display:block}
 textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:8px .6rem}
 textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
 .beside{display:grid;grid-template-columns:minmax(0,1fr);gap:1rem;align-items:start}
-#try .row>*{flex:1} #try img{max-width:100%}
+#try .row>*{flex:1}
 #try h2{margin:0} #try h3{font-size:.9rem;margin:.7rem 0 0} #try pre{max-height:20rem} [hidden]{display:none!important}
 #anyway{margin:0;font-weight:400} ins,del{text-decoration:none;display:block;background:var(--plus)} del{background:var(--mark)}
 #news{position:sticky;bottom:.5rem;margin:.6rem 0}
@@ -5528,7 +5528,6 @@ if (code) {
       location = "/function/edit_function?" + new URLSearchParams({module_name: found.module_name, done: "saved"});
     }
   };
-  const save = more => { sending = sending.then(() => send(more)); };  // one after another: each needs the version before
   code.addEventListener("keydown", event => {
     const deletes = event.key === "Backspace" && code.selectionStart === code.selectionEnd && /^( {4})+$/.test(before());
     if ((event.key === "Tab" || deletes) && !event.ctrlKey && !event.altKey) {
@@ -5551,13 +5550,15 @@ if (code) {
     key.addEventListener("click", () => { code.focus(); step(key.dataset.key === "outdent"); });
   }
   document.addEventListener("keydown", event => {
-    if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
+    const wanted = {s: form, Enter: panel}[event.key];
+    if (!wanted || !(event.ctrlKey || event.metaKey)) return;
     event.preventDefault();
-    if (form.reportValidity()) save();
+    wanted.requestSubmit();
   });
   form.addEventListener("submit", event => {
     event.preventDefault();
-    save(event.submitter?.id === "replace" ? {replaces: event.submitter.value} : {});
+    const more = event.submitter?.id === "replace" ? {replaces: event.submitter.value} : {};
+    sending = sending.then(() => send(more));  // one after another: each needs the version before
   });
   addEventListener("resize", fit);
   addEventListener("pagehide", store);
@@ -5583,7 +5584,7 @@ if (code) {
   mark(wrong);
 }
 if (panel) {
-  const fields = panel.elements, outcome = find("#outcome"), image = find("#a_image");
+  const fields = panel.elements, outcome = find("#outcome");
   const key = () => "requests:" + code.form.elements.module_name.value;
   const show = () => {
     fields.content.parentNode.hidden = ["none", "file"].includes(fields.kind.value);
@@ -5629,8 +5630,6 @@ if (panel) {
       box.textContent = texts[name] || "";
       box.parentNode.hidden = !texts[name];
     }
-    image.hidden = !parts.body_base64 || !type.startsWith("image/");
-    if (!image.hidden) image.src = `data:${type};base64,${parts.body_base64}`;
     outcome.scrollIntoView({block: innerWidth < 640 ? "start" : "nearest"});
     list();
   });
@@ -5639,9 +5638,6 @@ if (panel) {
     show();
   });
   fields.kind.addEventListener("change", show);
-  document.addEventListener("keydown", event => {
-    if ((event.ctrlKey || event.metaKey) && event.key === "Enter") panel.requestSubmit();
-  });
   show();
   list();
 }
@@ -5815,16 +5811,6 @@ def form(action: str, /, *parts: Any, **hidden: Any) -> Markup:
     """Make a form that posts its parts and the hidden values."""
     kept = (tag("input", type="hidden", name=name, value=value) for name, value in hidden.items())
     return tag("form", *kept, *parts, method="post", action=action)
-
-
-def folded(title: str, *parts: Any) -> Markup:
-    """Make a box of which only the title is seen until it is unfolded."""
-    return tag("details.card", tag("summary", title), *parts)
-
-
-def bad_if(wrong: Any, text: Any) -> Markup:
-    """Make a piece that stands out where something is wrong."""
-    return tag("span.bad" if wrong else "span", text)
 
 
 def note(text: str, kind: str = NOTE, **attributes: Any) -> Markup:
@@ -6073,7 +6059,7 @@ def list_table(t: Texts, rows: list[dict[str, Any]], sparks: Mapping[str, list[i
         about = join(link(name, "/function/edit_function", module_name=name), tag("div.soft", row["summary"]),
                      tag("div.soft", last) if failed and failed != row["reason"] else None, function_links(t, name))
         status = tag("div.bad" if row["reason"] else "div.good", t(row["status"]), tag("div.soft", row["reason"]))
-        cells.append((about, f"{row['calls']:,}", bad_if(row["errors"], f"{row['errors']:,}"),
+        cells.append((about, f"{row['calls']:,}", tag("span.bad" if row["errors"] else "span", f"{row['errors']:,}"),
                       local_time(row["last_call"]), bars(spark, 120, 24, f"{t('Last hour')}: {sum(spark)}"), status))
     return table(t, columns, cells)
 
@@ -6295,40 +6281,36 @@ def try_panel(t: Texts) -> Markup:
         select(t("Body"), "kind", none=t("none"), json="JSON", form=t("form"), raw=t("raw"), file=t("File")),
         field(t("Content"), "content", "textarea", rows="3", spellcheck="false"), field(t("File"), "file", type="file"),
         tag("p", tag("button", t("Run")), " ", tag("span", id="outcome", role="status")),
-        tag("img", id="a_image", alt=t("Body"), hidden=True), *shown, id="try")
-
-
-def view_add(app: Any, call: Call) -> Response:
-    """/function/add_function : the empty form; POST is save_function."""
-    if call.request.method == "POST":
-        return view_save(app, call)
-    return as_json({"module_name": "", "code": NEW_FUNCTION}) if wants_json(call) else editor_page(call, "", NEW_FUNCTION)
+        *shown, id="try")
 
 
 def view_save(app: Any, call: Call) -> Response:
-    """/function/save_function, update_function : makes or changes module_name; a new one where original_name differs."""
+    """/function/add_function, save_function, update_function : the empty form; POST makes or changes module_name, a new one
+    where original_name differs."""
+    if call.request.method != "POST":
+        return as_json({"module_name": "", "code": NEW_FUNCTION}) if wants_json(call) else editor_page(call, "", NEW_FUNCTION)
     t, sent = Texts(call), fields(call)
     name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
     seen = str(sent.get("replaces") or sent.get("version") or "")
     original = (text_field(sent, "original_name") or name) if call.request.path == "/function/update_function" else None
+    fresh = name != original
     try:
-        if name != original and (not valid_name(name) or name in app.reserved):
+        if fresh and (not valid_name(name) or name in app.reserved):
             raise HTTPException(400, t("bad_name"))
-        if name == original:
-            read_current(app, name)
-        source = encode_source(code.replace("\r\n", "\n"))
-        if not source.strip():
-            raise HTTPException(400, t("no_code"))
-        if name != original and app.functions.exists(name):
+        if fresh and app.functions.exists(name):
             raise HTTPException(409, t("exists"))
-        saved = save_code(app, t, name, source, name != original, sent.get("force"), seen)
+        if not fresh:
+            read_current(app, name)
+        if not code.strip():
+            raise HTTPException(400, t("no_code"))
+        saved = save_code(app, t, name, encode_source(code.replace("\r\n", "\n")), fresh, sent.get("force"), seen)
     except HTTPException as error:
         if wants_json(call):
             return as_json({"line": 0, "column": 0, **error.body, "message": error_text(t, error),
                             "request_id": call.id}, error.code)
         return editor_page(call, name, code, original, seen, error)
-    return done(call, url=f"/function/edit_function?module_name={quote(name)}&done=saved",
-                status=201 if name != original else 200, **saved)
+    url = f"/function/edit_function?module_name={quote(name)}&done=saved"
+    return done(call, url=url, status=201 if fresh else 200, **saved)
 
 
 def view_try(app: Any, call: Call) -> Response:
@@ -6494,14 +6476,16 @@ def view_logs(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"invocations": rows})
     t, columns = Texts(call), {"Time": "soft time", "Function": None, "Request": "break", "Status": None, "Took": "n"}
-    asked = [tag("label", t(label), tag("input", name=name, value=args.get(name, ""))) for name, label in (
-        ("function", "Function"), ("status", "Status"), ("q", "Text"))]
+    asked = (tag("label", t(label), tag("input", name=name, value=args.get(name, ""))) for name, label in (
+        ("function", "Function"), ("status", "Status"), ("q", "Text")))
     follow = tag("label", tag("input", type="checkbox", name="follow", value="1", checked="follow" in args), t("Follow"))
     filters = tag("form.card.row", *asked, follow, tag("button", t("Filter")), method="get", action="/admin/logs")
-    response = page(call, t("Logs"), filters, table(t, columns, ((
-        local_time(row["time"]), row["function"],
-        join(f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
-             tag("div.soft", row["id"])), bad_if(row["status"] >= 500, row["status"]), f"{row['ms']:.1f} ms") for row in rows)))
+    shown = table(t, columns, ((
+        local_time(row["time"]), row["function"], join(
+            f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
+            tag("div.soft", row["id"])),
+        tag("span.bad" if row["status"] >= 500 else "span", row["status"]), f"{row['ms']:.1f} ms") for row in rows))
+    response = page(call, t("Logs"), filters, shown)
     if "follow" in args:
         response.headers["Refresh"] = "3"
     return response
@@ -6546,9 +6530,9 @@ def view_version(app: Any, call: Call) -> Response:
     code, before, newest = map(decode_source, read_version(app, name, number))
     if wants_json(call):
         return as_json({"module_name": name, "version": int(number), "code": code})
+    every = link(t("Versions"), "/admin/versions", "button plain", module_name=name)
     restore = link(t("Restore"), "/admin/restore", "button", module_name=name, version=number)
-    return page(call, f"{name} #{number}", tag("p.row", link(t("Versions"), "/admin/versions", "button plain", module_name=name),
-                                               restore if newest != code else None),
+    return page(call, f"{name} #{number}", tag("p.row", every, restore if newest != code else None),
                 show_diff(t("diff"), before, code), show_diff(t("changes"), code, newest) if newest != code else None,
                 tag("div.card", tag("h2", t("Code")), tag("pre", code, tabindex="0")))
 
@@ -6632,7 +6616,8 @@ def dashboard(app: Any, t: Texts) -> Markup:
     recent = recent_figures(app, now)
     wrong = ", ".join(f"{name}: {value}" for name, value in check_health(app).items() if value != "ok")
     found = {"status": wrong or t("fine"), **app.load.figures(now), **recent, "error_rate": f"{recent['error_rate']:.2%}"}
-    boxes = (tag("div.card", tag("div.soft", t(label)), tag("b", bad_if(wrong and name == "status", f"{found[name]}{unit}")))
+    boxes = (tag("div.card", tag("div.soft", t(label)),
+                 tag("b.bad" if wrong and name == "status" else "b", f"{found[name]}{unit}"))
              for name, (label, unit) in FIGURES.items())
     slow = table(t, {"Endpoint": None, "p95": "n"}, (row.values() for row in recent["slowest"]))
     last = table(t, {"Time": "soft time", "Function": None, "Error": "break"}, (
@@ -6722,28 +6707,22 @@ def view_jobs(app: Any, call: Call) -> Response:
 
 
 def answer_job(app: Any, call: Call, number: str) -> Response:
-    """Show, make, change or delete a job; show all where there is no `number`."""
+    """Show, make, change or delete a job, whose function or callable must be there; show all where there is no `number`."""
     schedule, method = app.schedule, call.request.method
     if method in ("PATCH", "DELETE") and schedule.get(number)["source"] == "code":
         raise HTTPException(409, f"This job comes from SETTINGS in {number}.py: change it there, or pause it")
     if method == "DELETE":
         schedule.remove(number)
         return Response(status=204)
-    if method in ("POST", "PATCH"):
-        sent = json_fields(call)
-        check_func(app, sent.get("func"))
-        return as_json(schedule.show(schedule.change(number, sent) if number else schedule.add(sent)))
-    return as_json(schedule.show(schedule.get(number)) if number else [schedule.show(row) for row in schedule.jobs()])
-
-
-def check_func(app: Any, func: Any) -> None:
-    """Refuse a job whose function or callable isn't there."""
-    found = FUNC.fullmatch(func) if isinstance(func, str) else None
-    if found:  # the form is checked by Schedule
+    if method in ("GET", "HEAD"):
+        return as_json(schedule.show(schedule.get(number)) if number else [schedule.show(row) for row in schedule.jobs()])
+    sent = json_fields(call)
+    if found := FUNC.fullmatch(sent["func"]) if isinstance(sent.get("func"), str) else None:  # the form Schedule checks
         function = app.functions.get(found[1])
         module = function.code.module if function is not None and function.code is not None else None
         if function is None or found[2] and not callable(getattr(module, found[2], None)):
-            raise TriggerError("func", f"there is no {func}")
+            raise TriggerError("func", f"there is no {found[0]}")
+    return as_json(schedule.show(schedule.change(number, sent) if number else schedule.add(sent)))
 
 
 def act_on_job(app: Any, call: Call, number: str, action: str) -> Response:
@@ -6795,8 +6774,8 @@ def view_queue(app: Any, call: Call) -> Response:
     columns = {"Function": None, "Status": "time", "Runs": "n", "Due": "soft time", "Answer": "n", "Error": "break", "": None}
     shown = table(t, columns, ((
         join(link(row["function"], "/admin/queue", id=row["id"]), tag("div.soft", row["id"])),
-        bad_if(row["state"] == "dead", t(row["state"])), row["attempts"], local_time(row["due"]), row["status"],
-        last_line(row["error"]), tag("div.row", *(
+        tag("span.bad" if row["state"] == "dead" else "span", t(row["state"])), row["attempts"], local_time(row["due"]),
+        row["status"], last_line(row["error"]), tag("div.row", *(
             form("/admin/queue", tag("button.plain", t(action.capitalize())), id=row["id"], action=action, state=state)
             for action in CALL_ACTIONS[row["state"]]))) for row in rows))
     states = (link(t(name or "All"), "/admin/queue", "button" if name == state else "button plain", state=name)
@@ -6990,7 +6969,7 @@ def view_data(app: Any, call: Call) -> Response:
     asked = form("/admin/data", field(t("Name"), "table", required=True, placeholder="notes"),
                  field(t("Columns"), "columns", required=True, placeholder="id INTEGER PRIMARY KEY, text TEXT"),
                  tag("p", tag("button", t("Create a table"))), action="create")
-    return page(call, t("Data"), theirs, folded(t("Create a table"), asked), sql_form(t, ""),
+    return page(call, t("Data"), theirs, tag("details.card", tag("summary", t("Create a table")), asked), sql_form(t, ""),
                 tag("details", tag("summary", t("read_only")), ours))
 
 
@@ -7007,7 +6986,10 @@ def view_rows(app: Any, call: Call) -> Response:
     with user_data(app) as connection:
         found = Table(connection, name)
         if "key" in args:
-            return row_page(call, found, found.find(read_key(args["key"])))
+            t, row, key = Texts(call), found.find(read_key(args["key"])), args["key"]
+            gone = form("/admin/data", tag("button.danger", t("Delete")), action="delete", table=found.name, key=key)
+            return page(call, f"{found.name}: {t('Edit')}", tag(
+                "div.card", row_form(t, found, row, t("Save"), action="update", key=key), gone))
         rows = found.rows(args.get("after"), limit, shown_value)
     if args.get("format") == "csv":
         headers = {**PAGE_HEADERS, "Content-Disposition": content_disposition(True, name + ".csv")}
@@ -7057,11 +7039,11 @@ def rows_page(call: Call, found: Table, rows: list[dict[str, Any]], following: O
           for value in row["values"].values()),
         None if ours else link(t("Edit"), url, key=json.dumps(row["key"]))) for row in rows), False)
     more = link(t("Go on"), url, "button plain", after=json.dumps(following)) if following else None
-    added = folded(t("Add a row"), row_form(t, found, {}, t("Save"), action="insert"))
-    drop = tag("button.danger", t("Drop this table"))
-    gone = folded(t("Drop this table"), form("/admin/data", drop, action="drop", table=found.name))
-    return page(call, found.name, tag("p.row", more, link("CSV", url, "button plain", format="csv")), shown,
-                folded(t("Schema"), tag("pre", found.sql)), *(() if ours else (added, gone)))
+    drop = form("/admin/data", tag("button.danger", t("Drop this table")), action="drop", table=found.name)
+    parts = {"Schema": tag("pre", found.sql), "Add a row": row_form(t, found, {}, t("Save"), action="insert"),
+             "Drop this table": drop}
+    folded = (tag("details.card", tag("summary", t(key)), part) for key, part in parts.items() if not ours or key == "Schema")
+    return page(call, found.name, tag("p.row", more, link("CSV", url, "button plain", format="csv")), shown, *folded)
 
 
 def row_form(t: Texts, found: Table, values: Mapping[str, Any], button: str, **hidden: str) -> Markup:
@@ -7075,14 +7057,6 @@ def row_form(t: Texts, found: Table, values: Mapping[str, Any], button: str, **h
 def field_text(value: Any) -> str:
     """Return a value as the form of a row shows it."""
     return "" if value is None else str(shown_value(value)).replace("\r\n", "\n")
-
-
-def row_page(call: Call, found: Table, row: Mapping[str, Any]) -> Response:
-    """Show the form of one row, and what deletes it."""
-    t, kept = Texts(call), call.request.args["key"]
-    gone = form("/admin/data", tag("button.danger", t("Delete")), action="delete", table=found.name, key=kept)
-    return page(call, f"{found.name}: {t('Edit')}", tag(
-        "div.card", row_form(t, found, row, t("Save"), action="update", key=kept), gone))
 
 
 def change_data(app: Any, call: Call) -> Response:
@@ -7286,7 +7260,7 @@ ROUTES = {
     "/admin/queue": Route(view_queue, True, GET_POST),
     "/admin/assets/fnserve.css": Route(view_asset, False), "/admin/assets/fnserve.js": Route(view_asset, False),
     "/login": Route(view_login, False, GET_POST), "/logout": Route(view_logout, False, GET_POST),
-    "/function/add_function": Route(view_add, True, GET_POST), "/function/save_function": Route(view_save, True, POST),
+    "/function/add_function": Route(view_save, True, GET_POST), "/function/save_function": Route(view_save, True, POST),
     "/function/edit_function": Route(view_edit), "/function/update_function": Route(view_save, True, POST),
     "/function/delete_function": Route(view_delete, True, (*GET_POST, "DELETE")), "/admin/logs": Route(view_logs),
     "/function/clear_stats": Route(view_clear, True, GET_POST), "/admin/versions": Route(view_versions),
