@@ -5674,14 +5674,14 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "Go on": "繼續", "Data": "資料", "Rows": "列數", "Add a row": "新增一列", "Create a table": "新增資料表", "Columns": "欄位",
     "Drop this table": "刪除資料表", "Schema": "結構", "Settings": "設定", "API": "API 說明", "Value": "值", "Source": "來源",
     "What for": "說明", "default": "預設", "option": "命令列選項", "environment": "環境變數", "Download a backup": "下載備份",
-    "Monitoring": "監控", "Memory": "記憶體", "Threads": "執行緒", "Uptime": "運行時間",
-    "Processes": "行程", "Requests/s": "請求/秒", "Error rate": "錯誤率", "Endpoint": "端點",
-    "Slowest": "最慢", "Last errors": "最近錯誤", "one day": "一天", "Stop": "停止更新", "Go live": "即時更新",
-    "Filter": "篩選", "Text": "文字", "Follow": "持續更新", "Jobs": "排程", "Queue": "佇列", "Schedule": "時間規則",
-    "Next run": "下次執行", "Last run": "最近執行", "Planned": "已排定", "Started": "已開始", "Late": "延遲", "Skipped": "略過",
-    "Missed": "錯過", "paused": "已暫停", "never": "不再執行", "Pause": "暫停", "Resume": "恢復", "All": "全部", "Runs": "次數",
-    "Due": "到期", "Error": "錯誤", "Answer": "回應", "waiting": "等待中", "running": "執行中", "done": "完成", "dead": "失敗",
-    "Version": "版本", "Take the draft": "取用草稿", "See theirs": "看看新版本", "Save anyway": "仍要儲存", "Indent": "縮排",
+    "Monitoring": "監控", "Memory": "記憶體", "Threads": "執行緒", "Uptime": "運行時間", "Processes": "行程",
+    "Requests/s": "請求/秒", "Error rate": "錯誤率", "Endpoint": "端點", "Slowest": "最慢", "Last errors": "最近錯誤",
+    "one day": "一天", "Stop": "停止更新", "Go live": "即時更新", "Filter": "篩選", "Text": "文字", "Follow": "持續更新",
+    "Jobs": "排程", "Queue": "佇列", "Schedule": "時間規則", "Next run": "下次執行", "Last run": "最近執行",
+    "Planned": "已排定", "Started": "已開始", "Late": "延遲", "Skipped": "略過", "Missed": "錯過", "paused": "已暫停",
+    "never": "不再執行", "Pause": "暫停", "Resume": "恢復", "All": "全部", "Runs": "次數", "Due": "到期", "Error": "錯誤",
+    "Answer": "回應", "waiting": "等待中", "running": "執行中", "done": "完成", "dead": "失敗", "Version": "版本",
+    "Take the draft": "取用草稿", "See theirs": "看看新版本", "Save anyway": "仍要儲存", "Indent": "縮排",
     "Outdent": "取消縮排", "Try": "測試", "Earlier requests": "之前的請求", "Method": "方法", "in the editor": "編輯器裡的",
     "as saved": "已儲存的", "Subpath": "子路徑", "Query": "查詢字串", "Headers": "標頭", "Body": "主體", "none": "無",
     "form": "表單", "raw": "原文", "File": "檔案", "Content": "主體內容", "Output": "輸出",
@@ -5696,7 +5696,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "latency": ("延遲 p95（綠色：p50）ms", "Latency p95 (green: p50), ms"), "restored": ("已還原。", "Restored."),
     "line": ("第 {} 行", "Line {}"), "cross": ("這個請求來自其他網站。", "This request came from another site."),
     "exists": ("這個名稱已經存在。", "A function of this name exists already."),
-    "no_code": ("程式碼是空的。", "The code is empty."), "failed": ("請求無法完成。", "The request could not be completed."),
+    "failed": ("請求無法完成。", "The request could not be completed."),
     "diff": ("與前一版的差異", "Difference to the one before"),
     "read_only": ("fnserve 的資料表（唯讀）", "fnserve's own tables (read only)"),
     "first_rows": ("只顯示前 {} 列。", "Only the first {} rows are shown."),
@@ -5788,8 +5788,7 @@ _VOID, NOTE, BAD = ("input", "meta", "link"), "div.card.note", "div.card.note.ba
 
 
 def tag(kind: str, /, *children: Any, **attributes: Any) -> Markup:
-    """Make one HTML element, escaping what isn't Markup: ``p.soft`` has a class, ``data_x=`` is data-x, False and None leave
-    an attribute out, True makes a bare one."""
+    """Make an HTML element, escaping what isn't Markup: ``p.soft`` has a class, ``data_x=`` is data-x, False is left out."""
     name, _, classes = kind.partition(".")
     attributes = {"class": classes.replace(".", " ") or None, **attributes}
     shown = "".join(f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
@@ -5985,15 +5984,13 @@ def function_rows(app: Any) -> list[dict[str, Any]]:
     """Gather what was counted of every function; what stands in its file is for `describe_row` to add."""
     app.folder.fold()
     calls = dict(app.store.read("SELECT func_name, call_count FROM call_stats"))
-    known = {row[0]: row[1:] for row in app.store.read("SELECT func_name, errors, last_call FROM fn_functions")}
+    known = {name: {"errors": errors, "last_call": last} for name, errors, last in app.store.read(
+        "SELECT func_name, errors, last_call FROM fn_functions")}
     failed = {row[0]: last_line(row[1]) for row in app.store.read(
         "SELECT function, error, max(number) FROM fn_calls WHERE status >= 500 GROUP BY function")}
-    broken, rows = app.functions.versions.broken(), []
-    for name in app.functions.names():
-        errors, last_call = known.get(name, (0, None))
-        rows.append({"name": name, "calls": calls.get(name, 0), "errors": errors, "last_call": last_call,
-                     "last_error": failed.get(name), "reason": broken.get(name, "")})
-    return rows
+    broken, unknown = app.functions.versions.broken(), {"errors": 0, "last_call": None}
+    return [{"name": name, "calls": calls.get(name, 0), **known.get(name, unknown), "last_error": failed.get(name),
+             "reason": broken.get(name, "")} for name in app.functions.names()]
 
 
 def describe_row(app: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -6105,11 +6102,8 @@ LOAD_SECONDS, START_SECONDS, MOST_PRINTED = 5.0, 20.0, 1024 * 1024
 
 def try_out(app: Any, t: Texts, name: str, source: bytes, seconds: float,
             request: Optional[dict[str, Any]] = None) -> dict[str, Any]:
-    """Load code in a process of its own, `request` makes a call of it; whatever the code does, only that process ends.
-
-    Returns what `try_in_child` found and "output", or "error" and "line" where the process did not live to tell; blank
-    where none can be started.
-    """
+    """Load code in a process of its own, `request` makes a call of it; whatever the code does, only that process ends. Return
+    what `try_in_child` found and "output", or "error" and "line" where it did not live to tell; {} where none can start."""
     if not app.trials.acquire(timeout=1):  # no longer: who waits has a thread
         raise HTTPException(503, "There are trials enough under way", [("Retry-After", "5")])
     job = {"name": name, "source": source.decode("utf-8", "surrogateescape"), "seconds": seconds, "request": request,
@@ -6125,8 +6119,7 @@ def try_out(app: Any, t: Texts, name: str, source: bytes, seconds: float,
 
 
 def run_child(job: bytes, seconds: float) -> tuple[int, bytes, bytes]:
-    """Run `try_in_child` between files, which unlike pipes nobody it leaves behind can hold open; return its status, its
-    answer, and what it printed."""
+    """Return status, answer and output of `try_in_child`, run between files, which unlike pipes none it leaves holds open."""
     import subprocess
     from tempfile import TemporaryFile
     if "python" not in os.path.basename(sys.executable or "").lower():  # uWSGI says that it is the interpreter
@@ -6182,10 +6175,8 @@ def check_code(app: Any, t: Texts, name: str, source: bytes) -> dict[str, Any]:
 
 
 def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str = "") -> int:
-    """Make `source` the file of a function, all at once whoever else saves; return the number of the version.
-
-    HTTPException 409 where it exists and is meant to be `fresh`, or where somebody has saved since the version `seen`.
-    """
+    """Make `source` the file of a function, all at once whoever else saves; return the number of the version. HTTPException
+    409 where it exists and is meant to be `fresh`, or where somebody has saved since the version `seen`."""
     path, versions = app.functions.path(name), app.functions.versions
     try:
         with app.store.write() as connection:
@@ -6225,10 +6216,8 @@ def field(label: str, name: str, control: str = "input", *children: Any, **attri
 
 def editor_page(call: Call, name: str, code: str, original: Optional[str] = None, version: Any = "",
                 error: Optional[HTTPException] = None) -> Response:
-    """Show the editor: of a new function where there is no `original`, with an error and the text that caused it.
-
-    The draft, and the buttons that only an error calls for, are hidden, for the script to show.
-    """
+    """Show the editor: of a new function where there is no `original`, with an error and the text that caused it. The draft,
+    and the buttons that only an error calls for, are hidden, for the script to show."""
     t, wrong = Texts(call), error.body if error else {}
     choose = (tag("button", t("Take the draft"), type="button"), tag("button.plain", t("Discard"), type="button"))
     draft = tag("div.card.note", t("draft"), " ", tag("span"), tag("p.row", *choose), id="draft", hidden=True)
@@ -6285,8 +6274,7 @@ def try_panel(t: Texts) -> Markup:
 
 
 def view_save(app: Any, call: Call) -> Response:
-    """/function/add_function, save_function, update_function : the empty form; POST makes or changes module_name, a new one
-    where original_name differs."""
+    """/function/add_function, save_function, update_function : an empty form; POST saves, as new by another original_name."""
     if call.request.method != "POST":
         return as_json({"module_name": "", "code": NEW_FUNCTION}) if wants_json(call) else editor_page(call, "", NEW_FUNCTION)
     t, sent = Texts(call), fields(call)
@@ -6301,8 +6289,6 @@ def view_save(app: Any, call: Call) -> Response:
             raise HTTPException(409, t("exists"))
         if not fresh:
             read_current(app, name)
-        if not code.strip():
-            raise HTTPException(400, t("no_code"))
         saved = save_code(app, t, name, encode_source(code.replace("\r\n", "\n")), fresh, sent.get("force"), seen)
     except HTTPException as error:
         if wants_json(call):
@@ -6380,8 +6366,7 @@ def endpoint_buckets(app: Any, since: int) -> dict[str, list[int]]:
 
 
 def sum_minutes(app: Any, span: range, endpoints: str) -> list[Any]:
-    """Return calls, errors and latency buckets of each step of a range of minutes, of functions that the pattern (GLOB)
-    names, or with * of all that is served."""
+    """Return calls, errors and latency buckets of each step of minutes, of functions by a pattern (GLOB), * is all there is."""
     found: list[Any] = [(0, 0, [0]) for _ in span]
     for at, calls, errors, texts in app.store.read(
             "SELECT (minute - ?1) / ?2, sum(calls), sum(errors), group_concat(buckets) FROM fn_minutes WHERE minute >= ?1"
@@ -6402,11 +6387,11 @@ def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
 
 
 def view_stats(app: Any, call: Call) -> Response:
-    """/function/show_stats?function=&start= : how often each function was called, exactly, and charts of all or of one."""
+    """/function/show_stats?function= : how often each function was called, exactly, and charts of all or of one."""
     rows, args = stats_rows(app, call.started), call.request.args
     if wants_json(call):
         return as_json({"stats": {row["name"]: row["calls"] for row in rows}})
-    t, first, one = Texts(call), args.get("start", 0, type=whole(0, 1 << 53)), args.get("function")
+    t, one = Texts(call), args.get("function")
     year, month, today = localtime(call.started)[:3]
     days = [int(mktime((year, month, today - back, 0, 0, 0, 0, 0, -1))) // 60
             for back in range(min(app.settings.KEEP_DAYS, 31), -1, -1)]
@@ -6415,12 +6400,11 @@ def view_stats(app: Any, call: Call) -> Response:
         (link(row["name"], "/function/show_stats", function=row["name"]), f"{row['calls']:,}", f"{row['errors']:,}",
          *(milliseconds(row[key]) for key in ("p50", "p95")),
          bars(history[row["name"]][0], 120, 24, t("by_day"), history[row["name"]][1]) if row["name"] in history else None)
-        for row in rows[first:first + LIST_ROWS]))
-    more = link(t("Go on"), "/function/show_stats", "button plain", start=first + LIST_ROWS)
+        for row in rows[:LIST_ROWS]))
     charts = stats_charts(app, t, int(call.started) // 3600, one, days, history)
-    return page(call, t("Statistics") + (f": {one}" if one else ""), charts, shown, tag(
-        "p.row", more if len(rows) > first + LIST_ROWS else None,
-        link(t("Clear statistics"), "/function/clear_stats", "button plain")))
+    more = note(t("first_rows", LIST_ROWS)) if len(rows) > LIST_ROWS else None
+    return page(call, t("Statistics") + (f": {one}" if one else ""), charts, shown, more,
+                tag("p", link(t("Clear statistics"), "/function/clear_stats", "button plain")))
 
 
 def stats_charts(app: Any, t: Texts, hour: int, one: Optional[str], days: list[int],
@@ -6701,9 +6685,16 @@ def view_jobs(app: Any, call: Call) -> Response:
     if call.request.method not in allowed:
         raise HTTPException(405, headers=[("Allow", ", ".join(allowed))])
     try:
-        return act_on_job(app, call, number, action) if action else answer_job(app, call, number)
+        if not action:
+            return answer_job(app, call, number)
+        if action == "run":
+            app.put(app.schedule.call(app.schedule.get(number)))
+        row = app.schedule.get(number) if action == "run" else app.schedule.pause(number, action == "pause")
     except TriggerError as error:
         raise HTTPException(error.status, str(error), field=error.field) from None
+    if "html" in call.request.headers.get("Accept", ""):  # a form of the page
+        return redirect("/admin/jobs?done=accepted", 303)
+    return as_json(app.schedule.show(row))
 
 
 def answer_job(app: Any, call: Call, number: str) -> Response:
@@ -6723,16 +6714,6 @@ def answer_job(app: Any, call: Call, number: str) -> Response:
         if function is None or found[2] and not callable(getattr(module, found[2], None)):
             raise TriggerError("func", f"there is no {found[0]}")
     return as_json(schedule.show(schedule.change(number, sent) if number else schedule.add(sent)))
-
-
-def act_on_job(app: Any, call: Call, number: str, action: str) -> Response:
-    """Pause, resume or run a job; a browser's form goes back to the page."""
-    if action == "run":
-        app.put(app.schedule.call(app.schedule.get(number)))
-    row = app.schedule.get(number) if action == "run" else app.schedule.pause(number, action == "pause")
-    if "html" in call.request.headers.get("Accept", ""):
-        return redirect("/admin/jobs?done=accepted", 303)
-    return as_json(app.schedule.show(row))
 
 
 def view_admin_jobs(app: Any, call: Call) -> Response:
@@ -6837,10 +6818,8 @@ def _authorize(done: set[int], action: int, first: Optional[str], second: Option
 
 @contextlib.contextmanager
 def user_data(app: Any, writes: bool = False) -> Iterator[sqlite3.Connection]:
-    """Open the database for the data browser: fnserve's tables can't be written to, and nothing takes longer than 5 s.
-
-    What `writes` waits for the lock first: what reads before it would be told at once that the database is locked.
-    """
+    """Open the database for the data browser: fnserve's tables can't be written to, and nothing takes longer than 5 s. What
+    `writes` waits for the lock first: what reads before it would be told at once that the database is locked."""
     until = monotonic() + SQL_SECONDS
     make_private(app.settings.DB_PATH)
     with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5, isolation_level=None)) as connection:
@@ -6884,9 +6863,7 @@ class Table:
 
     def rows(self, after: Any, limit: int, shown: Callable[[Any], Any]) -> list[dict[str, Any]]:
         """Return keys and values of the rows that follow the key `after`: by the key, so as fast in a million as in ten.
-
-        `shown` makes of a value what is kept of it, row by row, since a page of photos would fill the memory.
-        """
+        `shown` makes of a value what is kept of it, row by row, since a page of photos would fill the memory."""
         names, keys, width = [column["name"] for column in self.columns], ", ".join(self._key), len(self._key)
         begin = [] if after is None else read_key(after)
         where = "" if after is None else f"WHERE ({keys}) > ({', '.join('?' * width)})"
@@ -7011,14 +6988,14 @@ def shown_value(value: Any) -> Any:
 def csv_pages(app: Any, name: str) -> Iterator[str]:
     """Yield a table as CSV, page by page, with the byte order mark by which Excel knows UTF-8."""
     import csv
-    after, mark, out, rows = None, "\ufeff", io.StringIO(), [{}]  # type: Any, str, io.StringIO, list[dict[str, Any]]
+    after, mark, rows = None, "\ufeff", [{}]  # type: Any, str, list[dict[str, Any]]
     while rows:
         with user_data(app) as connection:
             found = Table(connection, name)
             rows = found.rows(after, SQL_ROWS, csv_value)
-        heads = [[column["name"] for column in found.columns]] if mark else []
         out = io.StringIO()
-        csv.writer(out).writerows(heads + [list(row["values"].values()) for row in rows])
+        csv.writer(out).writerows([[column["name"] for column in found.columns]] * bool(mark))
+        csv.writer(out).writerows(row["values"].values() for row in rows)
         yield mark + out.getvalue()
         after, mark = rows[-1]["key"] if rows else None, ""
 
@@ -7098,8 +7075,7 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
 
 
 def view_settings(app: Any, call: Call) -> Response:
-    """/admin/settings : every setting, its value (secrets masked), where it comes from, and whether a change waits for a
-    restart; a button that downloads a backup."""
+    """/admin/settings : every setting, its value (secrets masked), its source, and whether a change waits for a restart."""
     t, bad = Texts(call), None
     try:
         fresh = Settings(app.settings.options, app.settings.directory)
