@@ -6035,15 +6035,11 @@ def view_list(app: Any, call: Call) -> Response:
         part = join(list_table(t, shown, sparks) if shown else None, tag("p", more) if len(members) > end else None)
         head, wrong = tag("summary", f"{name}/ ", tag("span.soft", f"{len(members):,}")), any(row["reason"] for row in shown)
         parts.append(tag("details", head, part, open=bool(text or group or wrong)) if name else part)
-    return page(call, t("Functions"), list_form(t, args.get("q", ""), order), *(parts or [note(t("nothing"))]))
-
-
-def list_form(t: Texts, text: str, order: str) -> Markup:
-    """Make the box that searches and sorts, beside the button for a new function."""
-    found = tag("input", type="search", name="q", value=text, aria_label=t("Search"), placeholder=t("Search"))
+    found = tag("input", type="search", name="q", value=args.get("q", ""), aria_label=t("Search"), placeholder=t("Search"))
     orders = (tag("option", t(label), value=key, selected=key == order) for key, (label, _) in LIST_ORDERS.items())
-    return tag("form.row", link(t("Add function"), MENU["Add function"], "button"), found, tag("label", t("Sort by"), tag(
+    asked = tag("form.row", link(t("Add function"), MENU["Add function"], "button"), found, tag("label", t("Sort by"), tag(
         "select", *orders, name="sort")), tag("button.plain", t("Filter")), method="get", action=LIST)
+    return page(call, t("Functions"), asked, *(parts or [note(t("nothing"))]))
 
 
 def list_table(t: Texts, rows: list[dict[str, Any]], sparks: Mapping[str, list[int]]) -> Markup:
@@ -6161,19 +6157,6 @@ def read_trial(t: Texts, path: str, status: int, answer: bytes, output: bytes) -
     return {**found, "output": printed[:OUTPUT_BYTES] + (f"\n... {dropped} more characters" if dropped > 0 else "")}
 
 
-def check_code(app: Any, t: Texts, name: str, source: bytes) -> dict[str, Any]:
-    """Load code on trial: what it would serve, and warnings; HTTPException 400 where it can't be served."""
-    found = try_out(app, t, name, source, LOAD_SECONDS)
-    error, line = found.pop("error", ""), found.pop("line", 0)
-    if not error and found and not found["entries"] and app.functions.versions.last_good(name):
-        error = t("lost_main")
-    if error:
-        raise HTTPException(400, error, line=line, column=0, output=found["output"], can_force=True)
-    warnings = {"unchecked": not found, "no_main": found.get("entries") == [], "admin_only": is_protected(name, app.protected),
-                "slow_load": found.get("ms", 0) > 1000}
-    return {**found, "warnings": [t(key) for key, holds in warnings.items() if holds]}
-
-
 def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str = "") -> int:
     """Make `source` the file of a function, all at once whoever else saves; return the number of the version. HTTPException
     409 where it exists and is meant to be `fresh`, or where somebody has saved since the version `seen`."""
@@ -6196,17 +6179,26 @@ def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str
 
 
 def save_code(app: Any, t: Texts, name: str, source: bytes, fresh: bool, force: Any, seen: str = "") -> dict[str, Any]:
-    """Check code, unless by `force`, make it the file of a function, and say in a few words what it serves."""
+    """Load code on trial, unless by `force`, make it the file of a function, and say in a few words what it serves, with
+    warnings; HTTPException 400 where it can't be served, and what is no Python is never saved."""
     try:
-        compile_source(source, app.functions.path(name))  # what is no Python is never saved
+        compile_source(source, app.functions.path(name))
     except LoadError as error:
         raise HTTPException(400, error.message, line=error.line, column=error.column) from None
-    unchecked = {"entries": [], "settings": {}, "output": "", "warnings": [t("forced")]}
-    found = unchecked if force else {**unchecked, **check_code(app, t, name, source)}
+    found = {} if force else try_out(app, t, name, source, LOAD_SECONDS)
+    wrong, line = found.pop("error", ""), found.pop("line", 0)
+    if not wrong and found and not found["entries"] and app.functions.versions.last_good(name):
+        wrong = t("lost_main")
+    if wrong:
+        raise HTTPException(400, wrong, line=line, column=0, output=found["output"], can_force=True)
+    warnings = {"forced": force, "unchecked": not found and not force, "no_main": found.get("entries") == [],
+                "admin_only": is_protected(name, app.protected), "slow_load": found.get("ms", 0) > 1000}
+    check = {"entries": [], "settings": {}, "output": "", **found}
+    check["warnings"] = [t(key) for key, holds in warnings.items() if holds]
     version = swap_in(app, t, name, source, fresh, seen)
-    entries, settings = (", ".join(map(str, found[key])) for key in ("entries", "settings"))
-    said = (t("saved_as", version), entries and t("serves", entries), settings and f"SETTINGS: {settings}.", *found["warnings"])
-    return {"message": " ".join(filter(None, said)), "module_name": name, "version": version, "check": found}
+    entries, settings = (", ".join(map(str, check[key])) for key in ("entries", "settings"))
+    said = (t("saved_as", version), entries and t("serves", entries), settings and f"SETTINGS: {settings}.", *check["warnings"])
+    return {"message": " ".join(filter(None, said)), "module_name": name, "version": version, "check": check}
 
 
 def field(label: str, name: str, control: str = "input", *children: Any, **attributes: Any) -> Markup:
@@ -7143,7 +7135,7 @@ def describe_functions(app: Any) -> list[dict[str, Any]]:
             text = textwrap.dedent(said.docstring.partition("\n")[2]).strip()
             parameters, given = read_parameters(text), settings.get("parameters")
             for key, item in given.items() if isinstance(given, dict) else ():
-                more = item if isinstance(item, dict) else {"description": str(item)}
+                more = item if isinstance(item, dict) else {"description": item}
                 parameters[str(key)] = {**parameters.get(str(key), {}), **more}
             rows.append({"name": name, "summary": said.summary, "description": text, "answers": ANSWERS.get(said.returns),
                          "methods": literal_methods(settings) or ["GET", "POST"], "auth": settings.get("auth", "public"),
