@@ -6069,8 +6069,8 @@ def call_history(app: Any, edges: list[int], grain: int = 1) -> dict[str, tuple[
     """Return each function's calls and errors since each of the minutes `edges`, which are multiples of `grain`."""
     found: dict[str, tuple[list[int], list[int]]] = {}
     for minute, name, calls, errors in app.store.read(
-            "SELECT minute / ?1 * ?1, func_name, sum(calls), sum(m.errors) FROM fn_minutes m JOIN fn_functions"
-            " ON endpoint = '/function/' || func_name WHERE minute >= ?2 GROUP BY 1, 2", grain, edges[0]):
+            "SELECT minute / ?1 * ?1, func_name, sum(calls), sum(m.errors) FROM fn_minutes m JOIN fn_functions ON func_name ="
+            " substr(endpoint, 11) WHERE minute >= ?2 AND endpoint LIKE '/function/%' GROUP BY 1, 2", grain, edges[0]):
         row, at = found.setdefault(name, ([0] * len(edges), [0] * len(edges))), bisect_right(edges, minute) - 1
         row[0][at], row[1][at] = row[0][at] + calls, row[1][at] + errors
     return found
@@ -6834,6 +6834,27 @@ def user_data(app: Any, writes: bool = False) -> Iterator[sqlite3.Connection]:
 SQL_SECONDS, SQL_ROWS, CSV_BYTES = 5.0, 1000, 16_000  # a spreadsheet's cell holds 32,767 characters
 
 
+def shown_value(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return str(value)
+    return f"{len(value)} bytes" if isinstance(value, bytes) else value
+
+
+def field_text(value: Any) -> str:
+    """Return a value as the form of a row shows it."""
+    return "" if value is None else str(shown_value(value)).replace("\r\n", "\n")
+
+
+def read_key(given: Any) -> list[Any]:
+    """Return the values of a row's key from JSON, or from its text; ``{"hex": ...}`` is a blob. 400 where it is none."""
+    try:
+        key = json.loads(given) if isinstance(given, str) else list(given)
+        return [bytes.fromhex(item["hex"]) if isinstance(item, dict) else item for item in key]
+    except (ValueError, TypeError, KeyError):
+        raise HTTPException(400, "a key must be a list of values") from None
+
+
 class Table:
     """A table as the data browser sees it, within `user_data`; 404 where there is none."""
 
@@ -6905,15 +6926,6 @@ class Table:
         return changed
 
 
-def read_key(given: Any) -> list[Any]:
-    """Return the values of a row's key from JSON, or from its text; ``{"hex": ...}`` is a blob. 400 where it is none."""
-    try:
-        key = json.loads(given) if isinstance(given, str) else list(given)
-        return [bytes.fromhex(item["hex"]) if isinstance(item, dict) else item for item in key]
-    except (ValueError, TypeError, KeyError):
-        raise HTTPException(400, "a key must be a list of values") from None
-
-
 def count_rows(connection: sqlite3.Connection, name: str) -> Optional[int]:
     """Count a table's rows; None where that takes too long. A plain count(*) is one step that can't be interrupted."""
     with contextlib.suppress(sqlite3.OperationalError):
@@ -6970,13 +6982,6 @@ def view_rows(app: Any, call: Call) -> Response:
     return rows_page(call, found, rows, following)
 
 
-def shown_value(value: Any) -> Any:
-    """Return a value as JSON can hold it."""
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return str(value)
-    return f"{len(value)} bytes" if isinstance(value, bytes) else value
-
-
 def csv_pages(app: Any, name: str) -> Iterator[str]:
     """Yield a table as CSV, page by page, with the byte order mark by which Excel knows UTF-8."""
     import csv
@@ -7021,11 +7026,6 @@ def row_form(t: Texts, found: Table, values: Mapping[str, Any], button: str, **h
         "textarea", "\n" + field_text(values.get(column["name"])), name="value_" + column["name"], spellcheck="false",
         rows=str(min(12, field_text(values.get(column["name"])).count("\n") + 1)))) for column in found.columns)
     return form("/admin/data", *boxes, tag("p", tag("button", button)), table=found.name, **hidden)
-
-
-def field_text(value: Any) -> str:
-    """Return a value as the form of a row shows it."""
-    return "" if value is None else str(shown_value(value)).replace("\r\n", "\n")
 
 
 def change_data(app: Any, call: Call) -> Response:
