@@ -5812,6 +5812,11 @@ def form(action: str, /, *parts: Any, **hidden: Any) -> Markup:
     return tag("form", *kept, *parts, method="post", action=action)
 
 
+def field(label: str, name: str, control: str = "input", *children: Any, **attributes: Any) -> Markup:
+    """Make a labelled field of a form."""
+    return tag("div", tag("label", label, for_=name), tag(control, *children, id=name, name=name, **attributes))
+
+
 def note(text: str, kind: str = NOTE, **attributes: Any) -> Markup:
     """Make the box that says what has happened."""
     return tag(kind, text, role="status", **attributes)
@@ -5933,11 +5938,9 @@ def view_index(app: Any, call: Call) -> Response:
 def login_page(call: Call, going_to: str, status: int, news: Optional[Markup] = None) -> Response:
     """Show the form that asks for the token."""
     t = Texts(call)
-    asked = tag("input", id="token", name="token", type="password", autocomplete="current-password", autofocus=True,
-                required=True)
+    asked = field(t("token"), "token", type="password", autocomplete="current-password", autofocus=True, required=True)
     user = tag("input", name="user", value="admin", autocomplete="username", hidden=True)  # for password managers
-    shown = form("/login", user, tag("label", t("token"), for_="token"), asked, tag("p", tag("button", t("Log in"))),
-                 next=going_to)
+    shown = form("/login", user, asked, tag("p", tag("button", t("Log in"))), next=going_to)
     return page(call, t("Log in"), news, tag("div.card.narrow", shown), menu=False, status=status)
 
 
@@ -6201,11 +6204,6 @@ def save_code(app: Any, t: Texts, name: str, source: bytes, fresh: bool, force: 
     return {"message": " ".join(filter(None, said)), "module_name": name, "version": version, "check": check}
 
 
-def field(label: str, name: str, control: str = "input", *children: Any, **attributes: Any) -> Markup:
-    """Make a labelled field of a form."""
-    return tag("div", tag("label", label, for_=name), tag(control, *children, id=name, name=name, **attributes))
-
-
 def editor_page(call: Call, name: str, code: str, original: Optional[str] = None, version: Any = "",
                 error: Optional[HTTPException] = None) -> Response:
     """Show the editor: of a new function where there is no `original`, with an error and the text that caused it. The draft,
@@ -6424,9 +6422,6 @@ def view_clear(app: Any, call: Call) -> Response:
     return done(call, "cleared", "/function/show_stats?done=cleared")
 
 
-LOG_COLUMNS = "id time function method path status ms trigger attempt output error number".split()
-
-
 def read_calls(app: Any, function: str = "", status: str = "", text: str = "", limit: int = 100,
                after: int = 0) -> list[dict[str, Any]]:
     """Return the last calls, newest first, or those that follow number `after`; `status` is 404 or 4xx, `text` occurs in
@@ -6436,10 +6431,10 @@ def read_calls(app: Any, function: str = "", status: str = "", text: str = "", l
         ("function = ?", function), ("status LIKE ?", status.lower().replace("x", "_")),
         ("instr(path || char(10) || ifnull(output, '') || char(10) || ifnull(error, '') || id, ?)", text)) if value}}
     rows = app.store.read(
-        "SELECT id, time, function, method, path, status, us / 1000.0, trigger, attempt, output, error, number"
+        "SELECT id, time, function, method, path, status, us / 1000.0 AS ms, trigger, attempt, output, error, number"
         f" FROM fn_calls WHERE {' AND '.join(wanted)} ORDER BY number {'' if after else 'DESC'} LIMIT ?",
         *wanted.values(), limit)
-    return [dict(zip(LOG_COLUMNS, row)) for row in (reversed(rows) if after else rows)]
+    return [dict(row) for row in (reversed(rows) if after else rows)]
 
 
 def view_logs(app: Any, call: Call) -> Response:
