@@ -5461,9 +5461,10 @@ const post = async (url, data) => {
 if (code) {
   const form = code.form, fields = form.elements, gutter = find(".gutter"), news = find("#news"), draft = find("#draft");
   const name = () => "draft:" + fields.original_name.value;
-  let height = 0, saved = code.value, wrong = Number(code.dataset.line), timer = 0, sending = Promise.resolve();
+  let height = 0, lines = 0, saved = code.value, wrong = Number(code.dataset.line), many = false, timer = 0;
+  let sending = Promise.resolve();
   const draw = () => {  // only the numbers in sight are there, so a long file costs no more than a short one
-    const lines = code.value.split("\n").length, first = Math.floor(code.scrollTop / height);
+    const first = Math.floor(code.scrollTop / height);
     gutter.replaceChildren();
     for (let i = first + 1; i <= Math.min(lines, first + code.clientHeight / height + 2); i++) {
       const line = document.createElement(i === wrong ? "i" : "span");
@@ -5471,6 +5472,12 @@ if (code) {
       gutter.append(line);
     }
     gutter.style.transform = `translateY(${first * height - code.scrollTop}px)`;
+  };
+  const count = () => {
+    const found = code.value.split("\n").length;
+    if (found === lines) return;
+    lines = found;
+    draw();
   };
   const fit = () => {
     height = parseFloat(getComputedStyle(code).lineHeight);
@@ -5536,13 +5543,14 @@ if (code) {
     } else if (event.key === "Escape") form.querySelector("button").focus();
   });
   code.addEventListener("beforeinput", event => {
+    many = code.selectionStart !== code.selectionEnd;
     if (event.inputType !== "insertLineBreak" || event.isComposing) return;
     event.preventDefault();
     const text = before(), space = text.match(/^[ \t]*/)[0], ends = /^\s*(return|pass|break|continue|raise)\b/.test(text);
     put("\n" + (/:\s*(#.*)?$/.test(text) ? space + "    " : ends ? space.replace(/(\t| {1,4})$/, "") : space));
   });
-  code.addEventListener("input", () => {
-    draw();
+  code.addEventListener("input", event => {  // nothing that takes longer in a longer file, at an ordinary key
+    if (event.inputType !== "insertText" || many || !event.data || event.data.includes("\n")) count();
     timer = timer || setTimeout(store, 1500);
   });
   code.addEventListener("scroll", draw);
@@ -5582,6 +5590,7 @@ if (code) {
     discard.addEventListener("click", () => { draft.hidden = true; keep(name()); });
   }
   mark(wrong);
+  count();
 }
 if (panel) {
   const fields = panel.elements, outcome = find("#outcome");
