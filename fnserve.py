@@ -2020,59 +2020,49 @@ def compile_source(source: bytes, path: str, flags: int = 0) -> Any:
         raise LoadError(f"{type(error).__name__}: {error}") from None
 
 
-def read_docstring(source: bytes, path: str) -> tuple[str, str]:
-    """Return a file's docstring, else main's, and the hint of what main returns; LoadError where it does not compile."""
-    tree = compile_source(source, path, 0x400)  # ast.PyCF_ONLY_AST; ast itself costs 500 kB
-    mains = [node for node in tree.body if getattr(node, "name", "") == "main" and hasattr(node, "body")]
-    hint = getattr(getattr(mains[-1], "returns", None), "id", "") if mains else ""
-    for node in [tree, *mains]:
-        first = node.body[0] if node.body and type(node.body[0]).__name__ == "Expr" else None  # ast isn't imported
-        value = getattr(getattr(first, "value", None), "value", None)
-        if isinstance(value, str) and value.strip():
-            return value.strip(), hint
-    return "", hint
-
-
-UNREADABLE = object()
-
-
-def read_literals(source: bytes) -> Any:
-    """Return what of a file's SETTINGS is written as a literal, without running it; UNREADABLE where it does not compile."""
-    if b"SETTINGS" not in source and source.strip():
-        return {}
-    import ast  # only for files that have SETTINGS
-    found = {}
-    try:
-        for node in ast.walk(compile_source(source, "", ast.PyCF_ONLY_AST)):
-            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-            value = getattr(node, "value", None)
-            if isinstance(value, ast.Dict) and getattr(targets[0], "id", "") == "SETTINGS":
-                for key, item in zip(value.keys, value.values):
-                    with contextlib.suppress(ValueError):
-                        found[getattr(key, "value", None)] = ast.literal_eval(item)
-    except (LoadError, RecursionError):
-        return UNREADABLE
-    return found
-
-
-def read_schedule(source: bytes) -> Any:
-    """Return the literal SETTINGS["schedule"] of a file, None where there is none, UNREADABLE where that can't be told."""
-    found = read_literals(source)
-    return found if found is UNREADABLE else found.get("schedule")
-
-
 class Description(NamedTuple):
     """What a file says of itself, of which nothing is run."""
-    docstring: str = ""
+    docstring: str = ""  #: the file's, else main's
     returns: str = ""  #: main's hint: dict, str, ...
     settings: Mapping[str, Any] = types.MappingProxyType({})  #: as far as they are literals
-    error: Optional[LoadError] = None  #: why it does not compile
     serves: bool = True  #: False for a helper module, which names nothing that could be an entry point
+    error: Optional[LoadError] = None  #: why it can't be loaded, as far as that can be told
 
     @property
     def summary(self) -> str:
         """The docstring's first line."""
         return self.docstring.partition("\n")[0].rstrip()
+
+
+def describe_source(source: bytes, path: str) -> Description:
+    """Read what a file says of itself; LoadError where it does not compile."""
+    import ast  # 500 kB, only for pages, queues and files that have SETTINGS
+    tree = compile_source(source, path, ast.PyCF_ONLY_AST)
+    mains = [node for node in tree.body if getattr(node, "name", "") == "main" and hasattr(node, "body")]
+    docstrings = [(ast.get_docstring(node, clean=False) or "").strip() for node in [tree, *mains]]
+    hint = getattr(getattr(mains[-1], "returns", None), "id", "") if mains else ""
+    settings: dict[Any, Any] = {}
+    for node in ast.walk(tree) if b"SETTINGS" in source else ():
+        target, value = (getattr(node, "targets", None) or [getattr(node, "target", None)])[0], getattr(node, "value", None)
+        if isinstance(value, ast.Dict) and getattr(target, "id", "") == "SETTINGS":
+            for key, item in zip(value.keys, value.values):
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                    settings[getattr(key, "value", None)] = ast.literal_eval(item)
+    serves = re.search(rb"\bmain\b|functions_framework|\bentry\b", source) is not None
+    return Description(next(filter(None, docstrings), ""), hint, settings, serves)
+
+
+UNREADABLE = object()
+
+
+def read_schedule(path: str) -> Any:
+    """Return a file's literal SETTINGS["schedule"], None where there is none, UNREADABLE where that can't be told."""
+    try:
+        source = read_source(path)
+        plain = b"SETTINGS" not in source and source.strip()  # as most files, of which there may be 10,000
+        return None if plain else describe_source(source, path).settings.get("schedule")
+    except LoadError:
+        return UNREADABLE
 
 
 class Versions:
@@ -2343,14 +2333,13 @@ class Functions:
         path = self.path(name)
         stamp = file_stamp(path)
         if self._described.get(name, ("",))[0] != stamp:
+            said = Description()
             try:
-                source = read_source(path)
-                said, settings = read_docstring(source, path), read_literals(source)
-                read_settings({} if settings is UNREADABLE else settings, self._casts)
-                serves = re.search(rb"\bmain\b|functions_framework|\bentry\b", source) is not None
-                self._described[name] = stamp, Description(*said, {} if settings is UNREADABLE else settings, None, serves)
+                said = describe_source(read_source(path), path)
+                read_settings(said.settings, self._casts)
             except LoadError as error:
-                self._described[name] = stamp, Description(error=error)
+                said = said._replace(error=error)
+            self._described[name] = stamp, said
         return self._described[name][1], stamp[0] / 1e9 if stamp else 0.0
 
     def retries(self, name: str) -> int:
@@ -2365,17 +2354,11 @@ class Functions:
         found = {}
         for name in self.names():
             path = self.path(name)
-            stamp, known = file_stamp(path), self._schedules.get(name)
-            if known is None or known[0] != stamp:
-                known = self._schedules[name] = (stamp, self._schedule(path))
-            if known[1] is not None:
-                found[name] = known[1]
-        return found
-
-    def _schedule(self, path: str) -> Any:
-        with contextlib.suppress(LoadError):
-            return read_schedule(read_source(path))
-        return UNREADABLE
+            stamp = file_stamp(path)
+            if self._schedules.get(name, ("",))[0] != stamp:
+                self._schedules[name] = stamp, read_schedule(path)
+            found[name] = self._schedules[name][1]
+        return {name: schedule for name, schedule in found.items() if schedule is not None}
 
     def save(self, name: str, source: bytes) -> None:
         """Write a function's file atomically: a reader sees the old file or the new one."""
@@ -2481,7 +2464,7 @@ class Functions:
             exec(program, module.__dict__)
             settings = read_settings(getattr(module, "SETTINGS", {}), self._casts)
             code = Code(source, module, settings, find_entries(module, settings.entry), find_handlers(module))
-            if settings.schedule is not None and read_schedule(source) != settings.schedule:
+            if settings.schedule is not None and describe_source(source, "").settings.get("schedule") != settings.schedule:
                 raise LoadError("SETTINGS['schedule']: must be written as a literal, because the file is read for it, not run")
             if settings.schedule is not None and code.entries and "" not in code.entries:
                 raise LoadError("SETTINGS['schedule']: SETTINGS['entry'] must name which of the functions is meant")
