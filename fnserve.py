@@ -2212,7 +2212,7 @@ class Functions:
         self.root, self.versions, self._api, self._reserved, self._casts = root, versions, api, reserved, casts
         self.builtins = {**builtins.__dict__, "__import__": self._import}
         self._known: dict[str, Function] = {}
-        self._adding = threading.Lock()
+        self._forgetting = threading.Lock()
         self._watched: dict[str, Any] = {}  #: helper file -> its stamp when it was imported
         self._looked, self._warned = 0.0, set()  # type: float, set[str]
         self._generation = 0  #: how often helpers have changed
@@ -2229,8 +2229,7 @@ class Functions:
             if path not in sys.path:
                 sys.path.append(path)  # last, so that no function hides a library
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Functions)]
-        at = sys.meta_path.index(importlib.machinery.PathFinder) if importlib.machinery.PathFinder in sys.meta_path else 0
-        sys.meta_path.insert(at, self)
+        sys.meta_path.insert(sys.meta_path.index(importlib.machinery.PathFinder), self)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         """Find a module as ever, but give one under functions/ or beside it the loader above (importlib's protocol)."""
@@ -2266,23 +2265,27 @@ class Functions:
             name = parts[0] if count == 1 else "/".join(parts[:count])
             if not parts[count - 1].isidentifier() or parts[count - 1][0] == "_":
                 break
-            function = self._known.get(name) or self._discover(name)
-            stamp = file_stamp(function.path) if function is not None else None
-            if function is not None and stamp is not None:
-                return function, "/".join(parts[count:]), stamp == function.stamp
-            self._known.pop(name, None)
+            function, is_fresh = self._find(name)
+            if function is not None:
+                return function, "/".join(parts[count:]), is_fresh
         return None, "", False
 
     def get(self, name: str) -> Optional[Function]:
         """Return a function as its file says now, or None where there is no file. One stat where nothing changed."""
-        function = self._known.get(name) or self._discover(name)
-        stamp = file_stamp(function.path) if function is not None else None
-        if function is None or stamp is None:
-            self._known.pop(name, None)
-            return None
-        if stamp != function.stamp:
+        function, is_fresh = self._find(name)
+        if function is not None and not is_fresh:
             self.refresh(function)
         return function
+
+    def _find(self, name: str) -> tuple[Optional[Function], bool]:
+        function = self._known.get(name)
+        path = function.path if function else os.path.join(self.root, *name.split("/")) + ".py"  # hooks too, unlike `path`
+        stamp = file_stamp(path) if name not in self._reserved else None
+        if stamp is None:
+            self._known.pop(name, None)
+            return None, False
+        function = function or self._known.setdefault(name, Function(name, path))
+        return function, stamp == function.stamp
 
     def pretend(self, name: str, source: bytes) -> Code:
         """Load `source` as if it were the file of `name`, and serve it from now on in this process; LoadError."""
@@ -2315,8 +2318,9 @@ class Functions:
         """List every function there is a file for."""
         found: list[str] = []
         groups = [""]
-        for name in self._reserved - self._warned:
-            self._warn(name)
+        for name in filter(self.exists, self._reserved - self._warned):
+            log.warning("%s: this name is the platform's own, so the file is not served", self.path(name))
+            self._warned.add(name)
         while groups:
             group = groups.pop()
             with contextlib.suppress(OSError), os.scandir(os.path.join(self.root, group)) as entries:
@@ -2377,19 +2381,6 @@ class Functions:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
             raise
-
-    def _discover(self, name: str) -> Optional[Function]:
-        path = os.path.join(self.root, *name.split("/")) + ".py"  # hooks too, whose name is not a function's
-        if os.path.isfile(path) and name not in self._reserved:
-            with self._adding:
-                return self._known.setdefault(name, Function(name, path))
-        self._warn(name)
-        return None
-
-    def _warn(self, name: str) -> None:
-        if name in self._reserved and name not in self._warned and self.exists(name):
-            log.warning("%s: this name is the platform's own, so the file is not served", self.path(name))
-            self._warned.add(name)
 
     def refresh(self, function: Function) -> None:
         """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
@@ -2521,7 +2512,7 @@ class Functions:
         """Twice a second: where a helper has changed, forget all of them and load their users anew."""
         if monotonic() - self._looked >= 0.5:
             self._looked, self._hooked = monotonic(), {}
-            with self._adding:
+            with self._forgetting:
                 self._forget_helpers()
 
     def _forget_helpers(self) -> None:
@@ -2562,10 +2553,10 @@ def coding_of(source: bytes) -> str:
 
 def encode_source(code: str) -> bytes:
     """Turn a file's text into what is saved; HTTPException 400 where the encoding it names lacks a character."""
-    data = code.lstrip("\ufeff").encode("utf-8", "surrogatepass")
-    coding = coding_of(data)
+    code = code.lstrip("\ufeff")
+    coding = coding_of(code.encode("utf-8", "replace"))
     try:
-        return data if coding == "utf-8" else code.encode(coding)
+        return code.encode(coding)
     except UnicodeError as error:
         raise HTTPException(400, f"{coding}, which the file names as its encoding: {error}") from None
 
