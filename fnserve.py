@@ -2196,12 +2196,9 @@ class _HelperLoader(importlib.machinery.SourceFileLoader):
         super().__init__(fullname, path)
         self._builtins = names
 
-    def get_code(self, fullname: str) -> Any:  # a .pyc goes by the second, so it misses edits; and none may be written
-        return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True)
-
-    def exec_module(self, module: types.ModuleType) -> None:
+    def exec_module(self, module: types.ModuleType) -> None:  # a .pyc goes by the second and misses edits; none is written
         module.__dict__["__builtins__"] = self._builtins
-        super().exec_module(module)
+        exec(compile(self.get_data(self.path), self.path, "exec", dont_inherit=True), module.__dict__)
 
 
 class Functions:
@@ -2289,10 +2286,9 @@ class Functions:
 
     def pretend(self, name: str, source: bytes) -> Code:
         """Load `source` as if it were the file of `name`, and serve it from now on in this process; LoadError."""
-        function, resolve = Function(name, self.path(name)), self.resolve
+        function, find = Function(name, self.path(name)), self._find
         function.code = self._execute(function, source)
-        setattr(self, "resolve", lambda path: (function, path[len(name) + 1:], True) if f"{path}/".startswith(f"{name}/")
-                else resolve(path))
+        setattr(self, "_find", lambda wanted: (function, True) if wanted == name else find(wanted))
         return function.code
 
     def hooks(self, name: str) -> list[types.ModuleType]:
@@ -2473,13 +2469,11 @@ class Functions:
     def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         """Stand in for __import__ in function files: flask and such are fnserve; helpers are noted, to be watched."""
         top = name.partition(".")[0]
-        if level == 0 and fromlist and name in self._api:
-            if not self._wants_more(name, fromlist, globals):
-                return self._api[name]
-        elif level == 0 and top in self._api:
-            if name in self._api:
-                return self._api[top]
-            raise ImportError(f"{name} is not part of fnserve; see the README for what of it is", name=name)
+        given = name if fromlist else top
+        if level == 0 and not self._api.keys().isdisjoint((top, given)) and not self._wants_more(name, fromlist or (), globals):
+            if name not in self._api:
+                raise ImportError(f"{name} is not part of fnserve; see the README for what of it is", name=name)
+            return self._api[given]
         if level and globals is not None and not globals.get("__package__"):  # `import foo` made it a top-level module
             group = os.path.relpath(os.path.dirname(globals.get("__file__") or self.root), self.root).replace(os.sep, ".")
             package = PACKAGE if group == "." else f"{PACKAGE}.{group}"
@@ -2492,8 +2486,8 @@ class Functions:
     def _wants_more(self, name: str, fromlist: Iterable[str], globals: Any) -> bool:
         """Tell whether a module beside functions/ asks for more of a package than fnserve has, and the package is there."""
         beside = not str((globals or {}).get("__file__")).startswith(self.root + os.sep)
-        return beside and not vars(self._api[name]).keys() >= set(fromlist) and bool(
-            importlib.machinery.PathFinder.find_spec(name.partition(".")[0]))
+        has = name in self._api and vars(self._api[name]).keys() >= set(fromlist)
+        return beside and not has and importlib.machinery.PathFinder.find_spec(name.partition(".")[0]) is not None
 
     def _note_helpers(self, name: str, globals: Mapping[str, Any], fromlist: Iterable[str], level: int) -> None:
         if level:
