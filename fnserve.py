@@ -4277,7 +4277,7 @@ def accept(app: Any, call: Call) -> Response:
         whose = "\n".join((request.method, request.path, request.headers.get("Authorization", "")))
         mark = f"{hashlib.sha256(whose.encode('utf-8', 'replace')).hexdigest()[:32]}:{mark}"
     stored = {"method": request.method, "path": request.path, "query": request.environ.get("QUERY_STRING", ""),
-              "headers": kept_headers(app, call), "host": request.host, "scheme": request.scheme, "client": request.remote_addr}
+              "headers": kept_headers(app, call), "scheme": request.scheme, "client": request.remote_addr}
     key = mark and f"{call.function}:{mark}"
     number = app.put(Queued(call.function or "", json.dumps(stored), request.get_data(), key=key))
     call.run = _QUEUED  # its record is not a run of the function
@@ -4295,6 +4295,17 @@ def kept_headers(app: Any, call: Call) -> list[tuple[str, str]]:
     return kept
 
 
+def run_alone(app: Any, run: Run, stored: Mapping[str, Any], body: bytes) -> Response:
+    """Make a call that no client waits for, and return its answer, cut off beyond ANSWER_BYTES."""
+    environ = make_environ(stored["method"], stored["path"].encode(), stored["query"], body, stored["headers"])
+    environ.update({"REMOTE_ADDR": stored.get("client") or "", "wsgi.url_scheme": stored.get("scheme", "http"),
+                    "fnserve.run": run, "CONTENT_LENGTH": str(len(body))})  # which the headers may have of another request
+    try:
+        return Client(app).run(environ, ANSWER_BYTES)
+    except Exception as error:  # a stream that broke
+        return Response(f"{type(error).__name__}: {error}", 500)
+
+
 def run_queued(app: Any, row: Any) -> None:
     """Run a call of the queue through the pipeline, and store how it ended."""
     stored, body = json.loads(row["request"]), bytes(row["body"] or b"")
@@ -4302,14 +4313,7 @@ def run_queued(app: Any, row: Any) -> None:
         with contextlib.suppress(sqlite3.Error):  # a locked database must not keep it from running
             app.schedule.count_start(row["job"], row["started"] - row["planned"])
     run = Run(row["trigger"], row["attempts"], stored.get("entry", ""), stored.get("args", []), stored.get("kwargs", {}))
-    environ = make_environ(stored["method"], stored["path"].encode(), stored["query"], body, [
-        ("Host", stored.get("host", "localhost")), *stored["headers"]])
-    environ.update({"fnserve.run": run, "wsgi.url_scheme": stored.get("scheme", "http"),
-                    "REMOTE_ADDR": stored.get("client") or ""})
-    try:
-        response = Client(app).run(environ, ANSWER_BYTES)
-    except Exception as error:  # a stream that broke
-        response = Response(f"{type(error).__name__}: {error}", 500)
+    response = run_alone(app, run, stored, body)
     call, run.call = run.call, None  # else each would keep the other, and the body, until the garbage is collected
     gone = call is None or call.function is None
     settings = call.code.settings if call is not None and call.code is not None else PLAIN
@@ -7503,14 +7507,11 @@ def call_on_trial(app: App, name: str, request: Mapping[str, Any]) -> dict[str, 
     """Make the call of a trial: as the command line does, so that neither a signature nor a login is asked for."""
     run, subpath = Run("cli"), request["subpath"].lstrip("/")
     path = f"/function/{name}/{subpath}" if subpath else f"/function/{name}"
-    headers = [(key, str(value).encode().decode("latin-1")) for key, value in request["headers"].items()]
+    headers = [("Host", request["host"]), *((key, str(value).encode().decode("latin-1"))
+                                            for key, value in request["headers"].items())]
     query, began = quote(request["query"], safe="=&%+/?:@!$'()*,;-._~"), perf_counter()
-    environ = make_environ(request["method"].upper(), path.encode(), query, a2b_base64(request["body"]), [
-        ("Host", request["host"]), *headers])
-    try:
-        response = Client(app).run({**environ, "fnserve.run": run}, ANSWER_BYTES)
-    except Exception as error:  # a stream that broke
-        response = Response(f"{type(error).__name__}: {error}", 500)
+    response = run_alone(app, run, {"method": request["method"].upper(), "path": path, "query": query, "headers": headers,
+                                    "client": "127.0.0.1"}, a2b_base64(request["body"]))
     taken, failed = (perf_counter() - began) * 1e3, run.call.failed if run.call else None
     line = describe_failure(failed, app.functions.path(name)).line if failed else 0
     return {"status": response.code, "headers": list(response.headers), "ms": round(taken, 1), "line": line,
