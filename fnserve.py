@@ -5023,13 +5023,10 @@ class Capture:
         return getattr(self._stream, name)
 
 
-class CallLog(logging.Handler):
-    """Prints what is logged to stdout, so that it is captured with the call."""
+class CallLog(logging.StreamHandler):
+    """Prints what is logged to stdout as it is now, so that it is captured with the call."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        with contextlib.suppress(Exception):  # a log call with wrong arguments must not fail the function
-            sys.stdout.write(self.format(record) + "\n")
+    stream = property(lambda self: sys.stdout, lambda self, stream: None)
 
 
 FLOOD_COUNT = 20  # entries of one kind in a minute; the rest would only wear out the SD card
@@ -5063,16 +5060,14 @@ class ErrorLog(logging.Handler):
     def _append(self, text: str) -> None:
         line = f"{text}\n".encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
-            handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                if os.fstat(handle).st_size + len(line) > self._max_bytes:
-                    self._rotate(handle)
-                    fresh = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-                    os.dup2(fresh, handle, inheritable=False)
-                    os.close(fresh)
-                os.write(handle, line)
-            finally:
-                os.close(handle)
+            with self._open() as file:
+                if file.tell() + len(line) > self._max_bytes:
+                    self._rotate(file.fileno())
+            with self._open() as file:
+                file.write(line)
+
+    def _open(self) -> Any:
+        return open(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
 
     def _rotate(self, handle: int) -> None:
         flock(handle, LOCK_EX)
