@@ -4098,6 +4098,7 @@ NAMES_OF_ADMIN_FUNCTIONS = frozenset(
     "list_functions add_function save_function edit_function update_function delete_function show_stats clear_stats"
     " list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
 FAILURES, FAILURE_SECONDS = 5, 300
+TOO_LATE = 504, "The function took too long"
 NOT_THEIRS = frozenset(  # hop by hop (RFC 9110 7.6.1), which PEP 3333 forbids to applications, and what we add ourselves
     "connection keep-alive proxy-authenticate proxy-authorization te trailer trailers transfer-encoding upgrade"
     " x-request-id".split())
@@ -4126,7 +4127,7 @@ def handle(app: Any, call: Call) -> Response:
     try:
         return run_last(app, call, finish, app, call, response)
     except DeadlineExceeded as error:
-        return answer_deadline(call, error)
+        return answer_failure(call, error)
 
 
 def resolve(app: Any, call: Call) -> Union[Route, Function]:
@@ -4141,9 +4142,8 @@ def resolve(app: Any, call: Call) -> Union[Route, Function]:
             if not is_fresh:
                 load(app, call, function)
             return function
-    label = path if path in app.routes else path[:path.find("/", 1) + 1] + "*"
-    if path.startswith("/admin/data/"):
-        label = "/admin/data/*"
+    root = "/admin/data/" if path.startswith("/admin/data/") else path[:path.find("/", 1) + 1]
+    label = path if path in app.routes else root + "*"
     route = app.routes.get(label)
     if route is not None and (app.settings.ADMIN or not route.admin):
         call.route = call.request.endpoint = label
@@ -4167,7 +4167,7 @@ def load(app: Any, call: Call, function: Function) -> None:
     app.watch.enter(call, function.loading, 1)
     app.watch.run(call, app.functions.refresh, function)
     app.watch.leave(call)
-    app.watch.wake_all(function.loading)  # they find it loaded
+    app.watch.release(lambda share, until: share is function.loading)  # all who wait find it loaded
 
 
 def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
@@ -4519,11 +4519,13 @@ class Watch:
             if self._lines:
                 self._call_next(perf_counter())
 
-    def wake_all(self, share: Share) -> None:
-        """Wake everybody who is in line for a share."""
+    def release(self, which: Callable[[Share, float], bool]) -> None:
+        """Let those out of line for whom `which(share, until)` holds; they try again, or are refused."""
         with self._lock:
-            line = self._lines.pop(share, [])
-        self._wake(place for _, place in line)
+            out = [place for share, line in self._lines.items() for until, place in line if which(share, until)]
+            self._lines = {share: left for share, line in self._lines.items()
+                           if (left := [row for row in line if not which(share, row[0])])}
+        self._wake(out)
 
     def _call_next(self, now: float) -> None:
         """Wake who has waited longest of those whose function has room; who is late or has gone has no use for the place."""
@@ -4568,10 +4570,8 @@ class Watch:
 
     def cut_off(self) -> None:
         """Answer 503 for the calls of clients that are still running, or in line, when the process ends."""
-        with self._lock:
-            self._ending = True
-            waiting = [place for line in self._lines.values() for _, place in line]
-        self._wake(waiting)
+        self._ending = True
+        self.release(lambda share, until: True)
         for call in list(self._late.values()):
             if call.trigger == "http" and not call.recorded:
                 give_up(self._app, call, "cut off by the end of the server", HTTPException(503, "The server is stopping"))
@@ -4587,20 +4587,14 @@ class Watch:
                     interrupt(ident)
         for _, call in late:
             if call.interrupted > 4 and not call.recorded:  # a second: it is blocked in C
-                give_up(self._app, call, "blocked beyond its deadline, in code that can't be interrupted",
-                        HTTPException(504, "The function took too long"))
+                why = "blocked beyond its deadline, in code that can't be interrupted"
+                give_up(self._app, call, why, HTTPException(*TOO_LATE))
             if call.until + self._app.settings.GRACE < now and self.retire is not None:
                 log.error("%s: can't be interrupted; this worker is replaced", call.function, extra={"call": call.id})
                 retire, self.retire = self.retire, None
                 retire(max([0.0] + [call.until - now for call in self._late.copy().values()]))
-        self._end_waiting(now)
+        self.release(lambda share, until: until < now)
         return WATCH_SECONDS
-
-    def _end_waiting(self, now: float) -> None:
-        with self._lock:
-            ended = [place for line in self._lines.values() for until, place in line if until < now]
-            self._lines = {key: left for key, line in self._lines.items() if (left := [row for row in line if row[0] >= now])}
-        self._wake(ended)
 
 
 MOST_WAITING = 1000
@@ -4712,23 +4706,16 @@ def run_last(app: Any, call: Call, function: Callable[..., Any], *args: Any) -> 
     return app.watch.run(call, function, *args)
 
 
-def answer_deadline(call: Call, error: BaseException) -> Response:
-    """Log where a call was when its time was over, and answer 504."""
-    call.error = user_traceback(error)
-    complain(call)
-    return json_error(call, HTTPException(504, "The function took too long"))
-
-
 def recover(app: Any, call: Call, error: BaseException) -> Response:
     """Make the answer to what went wrong: the function's own handler's, the hooks', or the platform's."""
     if type(error).__module__.startswith("werkzeug.") and hasattr(error, "get_response"):  # the real Werkzeug's
         known: Any = error
         error = HTTPException(known.code or 500, known.description, response=known.response and make_response(known.response))
     if isinstance(error, DeadlineExceeded):
-        answer_deadline(call, error)
-        error = HTTPException(504, "The function took too long")
+        answer_failure(call, error)
+        error = HTTPException(*TOO_LATE)
     if call.function is None and isinstance(error, (sqlite3.Error, OSError)):  # a page of ours meets a locked database
-        answer_failure(app, call, error)
+        answer_failure(call, error)
         error = HTTPException(503, "The database or a directory can't be used just now", [("Retry-After", "5")])
     if isinstance(error, HTTPException) and error.response is not None:
         return error.response
@@ -4737,12 +4724,10 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
             value = run_last(app, call, handler)
             if value is not None:
                 return make_response(value)
-        except DeadlineExceeded as late:
-            return answer_deadline(call, late)
         except BaseException as again:
             error = again
             break
-    return answer_error(app, call, error) if isinstance(error, HTTPException) else answer_failure(app, call, error)
+    return answer_error(app, call, error) if isinstance(error, HTTPException) else answer_failure(call, error)
 
 
 def find_handlers_of(call: Call, error: BaseException) -> Iterator[Callable[[], Any]]:
@@ -4776,7 +4761,7 @@ def finish(app: Any, call: Call, response: Response) -> Response:
             if hasattr(hook, "teardown_request"):
                 hook.teardown_request(call.request, failed or call.failed)
         except BaseException as error:
-            response = answer_failure(app, call, error)
+            response = answer_failure(call, error)
     return response
 
 
@@ -4862,11 +4847,12 @@ def json_error(call: Call, error: HTTPException) -> Response:
     return Response(body, error.code, mimetype="application/json")
 
 
-def answer_failure(app: Any, call: Call, error: BaseException) -> Response:
-    """Log a failure, the traceback for the admin only, and answer 500."""
+def answer_failure(call: Call, error: BaseException) -> Response:
+    """Log a failure, the traceback for the admin only, and answer 500; 504 where the call's time was over."""
     call.failed, call.error = error, error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error)
     complain(call)
-    return json_error(call, HTTPException(500, "Function execution failed"))
+    late = isinstance(error, DeadlineExceeded)
+    return json_error(call, HTTPException(*TOO_LATE) if late else HTTPException(500, "Function execution failed"))
 
 
 def respond(app: Any, call: Call, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -4890,8 +4876,7 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
     except BaseException as error:
         with contextlib.suppress(Exception):
             response.close()
-        failed = recover if isinstance(error, DeadlineExceeded) else answer_failure
-        return respond(app, call, failed(app, call, error), start_response)
+        return respond(app, call, answer_failure(call, error), start_response)
     call.responding = True
     start_response(response.status, headers + [("X-Request-Id", call.id)])
     body = stream(app, call, response, chunks, chunk)
@@ -7253,7 +7238,7 @@ class App:
         except BaseException as error:  # an answer that can't be sent: a session or a body that is none
             why = sys.exc_info()
             call.__dict__.pop("session", None)
-            body = respond(self, call, answer_failure(self, call, error), lambda *started: start_response(*started, why))
+            body = respond(self, call, answer_failure(call, error), lambda *started: start_response(*started, why))
         finally:
             if call.failed is not None and call.trigger != "cli":  # its traceback holds the function's locals, and this call
                 call.failed = None
