@@ -2109,8 +2109,9 @@ class Versions:
             return bytes(self._store.read(self._GOOD, name)[0][0])
         return None
 
-    def forget_good(self, name: str) -> None:
+    def forget(self, name: str) -> None:
         """Let no version stand in for a file that was deleted on purpose; all can still be restored."""
+        self.mark_broken(name, None)
         self._store.run("UPDATE fn_versions SET loaded = 0 WHERE func_name = ?", name)
 
     def mark_broken(self, name: str, error: Optional[LoadError]) -> None:
@@ -2249,10 +2250,8 @@ class Functions:
         return valid_name(name) and os.path.isfile(self.path(name))
 
     def resolve(self, path: str) -> tuple[Optional[Function], str, bool]:
-        """Find the function for ``hello/sub/path`` and the rest of the path; the first segment that is a file wins.
-
-        The third is whether it is loaded as its file says now; where not, `refresh` it before its code is used.
-        """
+        """Find the function for ``hello/sub/path``, the rest of the path, and whether it is loaded as its file says now; where
+        not, `refresh` it before its code is used. The first segment that is a file wins."""
         self._watch()
         known = self._known.get(path)
         if known is not None and "/" not in path and known.stamp == file_stamp(known.path):
@@ -2292,28 +2291,24 @@ class Functions:
         return function.code
 
     def hooks(self, name: str) -> list[types.ModuleType]:
-        """Return the _hooks.py of functions/ and of each group that `name` is in; LoadError where one never loaded.
-
-        Twice a second new ones are looked for; those that are known are as fresh as functions are.
-        """
+        """Return the _hooks.py of functions/ and of each group that `name` is in, as fresh as functions are; LoadError where
+        one never loaded. New ones are looked for twice a second."""
         if "/" not in name and self._hooked.get("") is False:
             return []
-        found, groups = [], name.split("/")[:-1]
-        for count in range(len(groups) + 1):
-            group = "".join(part + "/" for part in groups[:count])
+        found = []
+        for group in ["", *(name[:at + 1] for at, sign in enumerate(name) if sign == "/")]:
             if group not in self._hooked:
                 self._hooked[group] = os.access(os.path.join(self.root, group, HOOKS + ".py"), os.F_OK)
             function = self.get(group + HOOKS) if self._hooked[group] else None
-            if function is not None and function.code is None:
-                raise function.error or LoadError(f"{function.path}: it could not be loaded")
-            if function is not None and function.code is not None:
+            if function is not None:
+                if function.code is None:
+                    raise function.error or LoadError(f"{function.path}: it could not be loaded")
                 found.append(function.code.module)
         return found
 
     def names(self) -> list[str]:
         """List every function there is a file for."""
-        found: list[str] = []
-        groups = [""]
+        found, groups = [], [""]
         for name in filter(self.exists, self._reserved - self._warned):
             log.warning("%s: this name is the platform's own, so the file is not served", self.path(name))
             self._warned.add(name)
@@ -4094,9 +4089,8 @@ class Schedule:
 # One call: resolve, gate, run, respond, record, each a plain function that is handed the app. Uses 01 to 12; App owns
 # what is made here. `handle` never raises, so nothing a client or a function does gets past it.
 
-NAMES_OF_ADMIN_FUNCTIONS = frozenset(
-    "list_functions add_function save_function edit_function update_function delete_function show_stats clear_stats"
-    " list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
+NAMES_OF_ADMIN_FUNCTIONS = frozenset(  # beside those that are routes; where the user has such a file, it serves the admin
+    "list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
 FAILURES, FAILURE_SECONDS = 5, 300
 TOO_LATE = 504, "The function took too long"
 NOT_THEIRS = frozenset(  # hop by hop (RFC 9110 7.6.1), which PEP 3333 forbids to applications, and what we add ourselves
@@ -4181,8 +4175,11 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     if settings is not PLAIN or "HTTP_PREFER" in request.environ:
         gate_function(app, call, target, settings)
         call.queued = code is not None and wants_queue(call, settings)
-    if target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected):  # most need no call
-        gate_protected(app, call, target)
+    protected = target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected)
+    if protected and call.trigger not in ("async", "schedule", "cli"):
+        if not app.settings.ADMIN:
+            raise not_found(call.function)
+        require_admin_of(app, call, target)
     if "CONTENT_LENGTH" in request.environ:
         check_size(request)
     if not call.queued and call.holds is None:
@@ -4204,14 +4201,6 @@ def check_size(request: Request) -> None:
     """Refuse a body that says it is too large; one that does not say so is refused while it is read."""
     if (request.content_length or 0) > request.max_content_length:
         raise HTTPException(413)
-
-
-def gate_protected(app: Any, call: Call, function: Function) -> None:
-    """Let only the admin call a protected function by HTTP."""
-    if call.trigger not in ("async", "schedule", "cli"):
-        if not app.settings.ADMIN:
-            raise not_found(call.function)
-        require_admin_of(app, call, function)
 
 
 def require_admin_of(app: Any, call: Call, function: Function, purpose: str = "") -> None:
@@ -4270,15 +4259,13 @@ def wants_queue(call: Call, settings: CallSettings) -> bool:
 def accept(app: Any, call: Call) -> Response:
     """Put a call into the queue and answer 202: after the commit, so that the sender may forget it."""
     request, settings = call.request, call.code.settings if call.code else PLAIN
-    mark = request.headers.get(settings.dedupe) if settings.dedupe else None
-    mark = mark or request.headers.get("Idempotency-Key")
+    mark, key = settings.dedupe and request.headers.get(settings.dedupe) or request.headers.get("Idempotency-Key"), None
     if mark:  # of this request: nobody gets another's result by guessing its key
         import hashlib
         whose = "\n".join((request.method, request.path, request.headers.get("Authorization", "")))
-        mark = f"{hashlib.sha256(whose.encode('utf-8', 'replace')).hexdigest()[:32]}:{mark}"
+        key = f"{call.function}:{hashlib.sha256(whose.encode('utf-8', 'replace')).hexdigest()[:32]}:{mark}"
     stored = {"method": request.method, "path": request.path, "query": request.environ.get("QUERY_STRING", ""),
               "headers": kept_headers(app, call), "scheme": request.scheme, "client": request.remote_addr}
-    key = mark and f"{call.function}:{mark}"
     number = app.put(Queued(call.function or "", json.dumps(stored), request.get_data(), key=key))
     call.run = _QUEUED  # its record is not a run of the function
     answer = {"id": number, "status_url": f"{request.url_root}invocations/{number}"}
@@ -4288,11 +4275,10 @@ def accept(app: Any, call: Call) -> Response:
 
 def kept_headers(app: Any, call: Call) -> list[tuple[str, str]]:
     """Return a request's headers but the admin's token and login, which a queued call must not keep on disk."""
-    kept = [(name, value) for name, value in call.request.headers
+    is_login = "HTTP_COOKIE" in call.request.environ and "_login" in call.session
+    return [(name, re.sub(r"(?:^|;\s*)session=[^;]*", "", value) if is_login and name == "Cookie" else value)
+            for name, value in call.request.headers
             if name != "Authorization" or not decode_wsgi(value).endswith(f" {app.settings.SECRET_TOKEN}")]
-    if "HTTP_COOKIE" in call.request.environ and "_login" in call.session:
-        return [(name, re.sub(r"(?:^|;\s*)session=[^;]*", "", value) if name == "Cookie" else value) for name, value in kept]
-    return kept
 
 
 def run_alone(app: Any, run: Run, stored: Mapping[str, Any], body: bytes) -> Response:
@@ -4579,13 +4565,12 @@ class Watch:
     def step(self) -> float:
         """Interrupt what is late, answer for what can't be, retire the process where that lasts; return the seconds to wait."""
         now = perf_counter()
-        late = [(ident, call) for ident, call in list(self._late.items()) if call.until < now]
-        for ident, call in late:
+        for ident, call in [row for row in self._late.copy().items() if row[1].until < now]:
+            import ctypes  # 1.5 MB, only where a call is late
             with self._lock:
                 call.interrupted += 1  # first, so that a thread that is just done waits for the lock
-                if self._late.get(ident) is call:
-                    interrupt(ident)
-        for _, call in late:
+                if self._late.get(ident) is call:  # it arrives with the thread's next bytecode
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(DeadlineExceeded))
             if call.interrupted > 4 and not call.recorded:  # a second: it is blocked in C
                 why = "blocked beyond its deadline, in code that can't be interrupted"
                 give_up(self._app, call, why, HTTPException(*TOO_LATE))
@@ -4609,12 +4594,6 @@ def end_child() -> None:
         sys.stdout.flush()
     code = error.code if isinstance(error, SystemExit) else error and 1
     os._exit(code if isinstance(code, int) else int(code is not None))
-
-
-def interrupt(ident: int) -> None:
-    """Raise DeadlineExceeded in a thread; it arrives with the next bytecode."""
-    import ctypes  # 1.5 MB, only where a call is late
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(DeadlineExceeded))
 
 
 def complain(call: Call) -> None:
@@ -4766,21 +4745,16 @@ def finish(app: Any, call: Call, response: Response) -> Response:
 
 
 def require_admin(app: Any, call: Call, basic: bool = False, purpose: str = "") -> None:
-    """Let the admin pass; 401 for anybody else, 403 for another site that uses the admin's browser.
-
-    Failures count for one `purpose`: a caller with an old API token must not lock the admin out.
-    """
+    """Let the admin pass; 401 for anybody else, 403 for another site that uses the admin's browser. Failures count for one
+    `purpose`: a caller with an old API token must not lock the admin out."""
     given = call.request.authorization
-    if basic and given is not None and given.type == "basic" and check_token(app, call, given.password or ""):
-        if is_cross_site(call.request):  # browsers send what they know of Basic by themselves
-            raise HTTPException(403, "This request came from another site")
-        return
     if given is not None and given.type == "bearer" and check_token(app, call, decode_wsgi(given.token or ""), purpose):
         return
-    if not app.signer.is_login(call.session.get("_login"), call.started):
+    known = basic and given is not None and given.type == "basic" and check_token(app, call, given.password or "")
+    if not known and not app.signer.is_login(call.session.get("_login"), call.started):
         challenge = 'Basic realm="fnserve"' if basic else "Bearer"
         raise HTTPException(401, "Authentication required", [("WWW-Authenticate", challenge)], login_url="/login")
-    if is_cross_site(call.request):
+    if is_cross_site(call.request):  # browsers send cookies, and what they know of Basic, by themselves
         raise HTTPException(403, "This request came from another site")
 
 
@@ -6299,8 +6273,7 @@ def view_delete(app: Any, call: Call) -> Response:
     if call.request.method in ("GET", "HEAD"):
         return ask(call, t("Delete"), t("ask_delete", name), module_name=name)
     os.unlink(app.functions.path(name))
-    app.functions.versions.mark_broken(name, None)
-    app.functions.versions.forget_good(name)
+    app.functions.versions.forget(name)
     return done(call, "deleted", LIST + "?done=deleted", module_name=name)
 
 
