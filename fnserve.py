@@ -1992,14 +1992,14 @@ HOOKS = "_hooks"
 PACKAGE = "functions"  # what functions are called in sys.modules, whatever FUNCTIONS_DIR is called
 KEEP_VERSIONS = 50
 GROUP_DEPTH = 8
+KEYWORDS = ("config", "protected", "context")
+UNREADABLE = object()  #: stands for what of a file can't be told
+_PARSING = threading.Lock()  # where two threads make syntax trees at once, Python 3.11 raises SystemError (gh-106905)
 
 
 def valid_name(name: str) -> bool:
     """Tell whether this may name a function: identifiers that don't start with _, joined by / for groups."""
     return len(name) <= 200 and all(part.isidentifier() and part[0] != "_" for part in name.split("/"))
-
-
-_PARSING = threading.Lock()  # where two threads make syntax trees at once, Python 3.11 raises SystemError (gh-106905)
 
 
 def is_protected(name: str, protected: frozenset[str]) -> bool:
@@ -2050,9 +2050,6 @@ def describe_source(source: bytes, path: str) -> Description:
                     settings[getattr(key, "value", None)] = ast.literal_eval(item)
     serves = re.search(rb"\bmain\b|functions_framework|\bentry\b", source) is not None
     return Description(next(filter(None, docstrings), ""), hint, settings, serves)
-
-
-UNREADABLE = object()
 
 
 def read_schedule(path: str) -> Any:
@@ -2339,10 +2336,8 @@ class Functions:
 
     def retries(self, name: str) -> int:
         """Return how often a function's failed calls are run again, as its file says; nothing of it is run."""
-        with contextlib.suppress(ValueError):
-            found = self.describe(name)[0].settings.get("retries")
-            return found if isinstance(found, int) else PLAIN.retries
-        return PLAIN.retries
+        found = self.describe(name)[0].settings.get("retries") if valid_name(name) else None
+        return found if isinstance(found, int) else PLAIN.retries
 
     def schedules(self) -> dict[str, Any]:
         """Return SETTINGS["schedule"] of every function that has one; nothing is run, so it must be a literal."""
@@ -2368,10 +2363,9 @@ class Functions:
                 os.fsync(file.fileno())
             os.chmod(draft, mode)
             os.replace(draft, path)
-        except OSError:
-            with contextlib.suppress(OSError):
+        finally:
+            with contextlib.suppress(OSError):  # there is none where all went well
                 os.unlink(draft)
-            raise
 
     def refresh(self, function: Function) -> None:
         """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
@@ -2569,9 +2563,6 @@ def user_traceback(error: BaseException) -> str:
     return "".join(shown.format())
 
 
-KEYWORDS = ("config", "protected", "context")
-
-
 def find_entries(module: types.ModuleType, name: str) -> dict[str, Entry]:
     """Find the entry points: SETTINGS["entry"], several that functions_framework marked, main, or the one marked."""
     marked = {name: value for name, value in vars(module).items() if isinstance(value, types.FunctionType)
@@ -2611,8 +2602,6 @@ def _rate(value: Any) -> tuple[int, float]:
 
 
 _ORIGINS = "* or origins such as https://example.com"
-
-
 SETTINGS_CASTS: dict[str, Callable[[Any], Any]] = {
     "methods": _list_of(choice(*METHODS), "a list of HTTP methods"),
     "auth": choice("public", "login", "token", "internal"), "rate": _rate, "concurrency": whole(1, 256), "timeout": seconds,
@@ -4093,6 +4082,10 @@ NAMES_OF_ADMIN_FUNCTIONS = frozenset(  # beside those that are routes; where the
     "list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
 FAILURES, FAILURE_SECONDS = 5, 300
 TOO_LATE = 504, "The function took too long"
+FIRST_CALLS, PROVEN_CALLS = 5, 20  # see Guard
+MOST_WAITING, WATCH_SECONDS = 1000, .25
+LAST_SECONDS = 1.0  # that hooks and handlers have where the function has used up all of its time
+FLOOD_COUNT = 20  # entries of one kind in a minute; the rest would only wear out the SD card
 NOT_THEIRS = frozenset(  # hop by hop (RFC 9110 7.6.1), which PEP 3333 forbids to applications, and what we add ourselves
     "connection keep-alive proxy-authenticate proxy-authorization te trailer trailers transfer-encoding upgrade"
     " x-request-id".split())
@@ -4363,9 +4356,6 @@ class Rates:
             recent.append(call.started)
 
 
-FIRST_CALLS, PROVEN_CALLS = 5, 20
-
-
 class Guard:
     """Takes a function back to its last good version where the newest fails its first calls (SETTINGS["guard"]).
 
@@ -4580,11 +4570,6 @@ class Watch:
                 retire(max([0.0] + [call.until - now for call in self._late.copy().values()]))
         self.release(lambda share, until: until < now)
         return WATCH_SECONDS
-
-
-MOST_WAITING = 1000
-WATCH_SECONDS = .25
-LAST_SECONDS = 1.0  # that hooks and handlers have where the function has used up all of its time
 
 
 def end_child() -> None:
@@ -4884,16 +4869,15 @@ def _first_chunk(chunks: Iterator[Any]) -> bytes:
 
 def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chunk: bytes) -> Iterator[bytes]:
     """Yield b"" once, then a body as it is made; close it and record the call at its end, or where the client goes."""
-    sent, length, recorded = 0, response.headers.get("Content-Length", type=int), False
+    sent, length = 0, response.headers.get("Content-Length", type=int)
     try:
         yield b""
         while chunk:
             sent += len(chunk)
             if length is not None and sent >= length:
-                recorded = True
                 record(app, call, response.code, sent)
             yield chunk
-            chunk = b"" if recorded else next_chunk(app, call, chunks)
+            chunk = b"" if call.recorded else next_chunk(app, call, chunks)
     except GeneratorExit:
         pass  # the client has gone, or the server has had enough
     except BaseException as error:  # the status is out: all that is left is to cut the connection
@@ -4909,10 +4893,8 @@ def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chun
             except BaseException as error:  # the function's own code; the other parts must be closed all the same
                 call.error = user_traceback(error)
         current_call.reset(token)
-        if call.holds is not None:
-            app.watch.leave(call)
-        if not recorded:
-            record(app, call, 500 if call.error else response.code, sent)
+        app.watch.leave(call)
+        record(app, call, 500 if call.error else response.code, sent)
 
 
 def record(app: Any, call: Call, status: int, size: int) -> None:
@@ -4988,9 +4970,6 @@ class CallLog(logging.StreamHandler):
     stream = property(lambda self: sys.stdout, lambda self, stream: None)
 
 
-FLOOD_COUNT = 20  # entries of one kind in a minute; the rest would only wear out the SD card
-
-
 class ErrorLog(logging.Handler):
     """The error log: one file, appended to by every process, rotated by whoever finds it full."""
 
@@ -4998,23 +4977,22 @@ class ErrorLog(logging.Handler):
         super().__init__(logging.WARNING)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s"))
         self._path, self._max_bytes, self._backups = path, max_bytes, backups
-        self._seen: dict[tuple[str, str], list[float]] = {}  #: what was logged -> [since when, how often]
+        self._seen: dict[tuple[str, str], int] = {}  #: what was logged -> how often
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append one record; a log that can't be written never fails a call. More of the same in a minute are counted."""
         call, key = current_call.get(None), (record.msg, record.getMessage().rpartition("\n")[2][-200:])
         record.request_id = getattr(record, "call", None) or (call.id if call is not None else "-")
-        seen = self._seen.setdefault(key, [record.created, 0])
-        seen[1] += 1
-        if seen[1] <= FLOOD_COUNT:
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if self._seen[key] <= FLOOD_COUNT:
             self._append(self.format(record))
 
     def sum_up(self, now: float) -> None:
         """Write how often what was left out came, and begin anew; called once a minute."""
-        for key, (_, count) in list(self._seen.items()):
-            del self._seen[key]
+        seen, self._seen = self._seen, {}
+        for (_, text), count in seen.items():
             if count > FLOOD_COUNT:
-                self._append(f"{strftime('%Y-%m-%d %H:%M:%S', localtime(now))} {count - FLOOD_COUNT:.0f} more: {key[1]}")
+                self._append(f"{strftime('%Y-%m-%d %H:%M:%S', localtime(now))} {count - FLOOD_COUNT} more: {text}")
 
     def _append(self, text: str) -> None:
         line = f"{text}\n".encode("utf-8", "backslashreplace")
