@@ -4367,6 +4367,9 @@ class Guard:
         self._app = app
         self._proven: dict[str, Code] = {}  #: code that has had PROVEN_CALLS
 
+    _NEWEST_AND_GOOD = "SELECT version, saved_at, source FROM fn_versions WHERE func_name = ?1 AND (loaded > 0 OR version = (" \
+                       "SELECT max(version) FROM fn_versions WHERE func_name = ?1)) ORDER BY version DESC LIMIT 2"
+
     def see(self, call: Call) -> None:
         """Look at a failed call of a guarded function, once it is recorded."""
         if call.function and call.code and self._proven.get(call.function) is not call.code:
@@ -4377,21 +4380,19 @@ class Guard:
 
     def _judge(self, call_id: str, name: str, code: Code) -> None:
         self._app.folder.fold()
-        sql = "SELECT version, saved_at, source FROM fn_versions WHERE func_name = ? AND {} ORDER BY version DESC LIMIT 1"
-        newest = self._app.store.read(sql.format("1"), name)
-        good = self._app.store.read(sql.format("loaded > 0 AND version < ?"), name, newest[0]["version"]) if newest else []
-        if not good or bytes(newest[0]["source"]) != code.source or good[0]["source"] == newest[0]["source"]:
+        rows = self._app.store.read(self._NEWEST_AND_GOOD, name)
+        if len(rows) < 2 or rows[0]["source"] != code.source or rows[1]["source"] == code.source:
             return
-        version, since = newest[0]["version"], newest[0]["saved_at"]
+        (version, since, _), (good, since_good, source) = rows
         calls, errors = self._count(name, since, 1e12)
         oldest = self._app.store.read("SELECT min(time) FROM fn_calls")[0][0]
         if calls >= PROVEN_CALLS or oldest is not None and oldest > since:  # its first calls may not all be there any more
             self._proven[name] = code
         elif calls >= FIRST_CALLS and errors > calls / 2:
-            calls_before, errors_before = self._count(name, good[0]["saved_at"], since)
-            if errors_before <= calls_before / 2 and self._roll_back(name, code, version, bytes(good[0]["source"])):
+            calls_before, errors_before = self._count(name, since_good, since)
+            if errors_before <= calls_before / 2 and self._roll_back(name, code, version, source):
                 log.error("%s: version %d failed %d of its first %d calls; version %d serves again", name, version, errors,
-                          calls, good[0]["version"], extra={"call": call_id})
+                          calls, good, extra={"call": call_id})
 
     def _count(self, name: str, since: float, until: float) -> tuple[int, int]:
         """Return how many calls there were, PROVEN_CALLS at most, the newest first, and how many of them failed."""
