@@ -2468,8 +2468,13 @@ class Functions:
             package = PACKAGE if group == "." else f"{PACKAGE}.{group}"
             globals = {"__name__": globals.get("__name__"), "__package__": package}
         module = builtins.__import__(name, globals, locals, fromlist, level)
-        if globals is not None:
-            self._note_helpers(name, globals, fromlist or (), level)
+        user = self._known.get(str((globals or {}).get("__name__"))[len(PACKAGE) + 1:].replace(".", "/"))
+        for found in (module, sys.modules.get(name), *(getattr(module, item, None) for item in fromlist or ())):
+            path = found.__dict__.get("__file__") or "" if type(found) is types.ModuleType else ""
+            if self._is_helper(path):
+                self._watched.setdefault(path, file_stamp(path))
+                if user is not None:
+                    user.uses_helpers = True
         return module
 
     def _wants_more(self, name: str, fromlist: Iterable[str], globals: Any) -> bool:
@@ -2477,19 +2482,6 @@ class Functions:
         beside = not str((globals or {}).get("__file__")).startswith(self.root + os.sep)
         has = name in self._api and vars(self._api[name]).keys() >= set(fromlist)
         return beside and not has and importlib.machinery.PathFinder.find_spec(name.partition(".")[0]) is not None
-
-    def _note_helpers(self, name: str, globals: Mapping[str, Any], fromlist: Iterable[str], level: int) -> None:
-        if level:
-            package = (globals.get("__package__") or "").rsplit(".", level - 1)[0]
-            name = f"{package}.{name}" if name else package
-        for full in [name, *(f"{name}.{item}" for item in fromlist)]:
-            module = sys.modules.get(full)
-            path = getattr(module, "__file__", None) or ""
-            if self._is_helper(path):
-                self._watched.setdefault(path, file_stamp(path))
-                user = self._known.get(str(globals.get("__name__", ""))[len(PACKAGE) + 1:].replace(".", "/"))
-                if user is not None:
-                    user.uses_helpers = True
 
     def _watch(self) -> None:
         """Twice a second: where a helper has changed, forget all of them and load their users anew."""
