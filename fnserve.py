@@ -2249,18 +2249,20 @@ class Functions:
     def resolve(self, path: str) -> tuple[Optional[Function], str, bool]:
         """Find the function for ``hello/sub/path``, the rest of the path, and whether it is loaded as its file says now; where
         not, `refresh` it before its code is used. The first segment that is a file wins."""
-        self._watch()
+        if monotonic() - self._looked >= 0.5:
+            self._look_around()
         known = self._known.get(path)
-        if known is not None and "/" not in path and known.stamp == file_stamp(known.path):
+        if known is not None and "/" not in path and known.stamp == file_stamp(known.path):  # as most calls
             return known, "", True
-        parts = path.split("/")
-        for count in range(1, min(len(parts), GROUP_DEPTH) + 1):
-            name = parts[0] if count == 1 else "/".join(parts[:count])
-            if not parts[count - 1].isidentifier() or parts[count - 1][0] == "_":
+        name, rest = "", path
+        for _ in range(GROUP_DEPTH):
+            part, _, rest = rest.partition("/")
+            if not part.isidentifier() or part[0] == "_":
                 break
+            name = f"{name}/{part}" if name else part
             function, is_fresh = self._find(name)
             if function is not None:
-                return function, "/".join(parts[count:]), is_fresh
+                return function, rest, is_fresh
         return None, "", False
 
     def get(self, name: str) -> Optional[Function]:
@@ -2383,8 +2385,7 @@ class Functions:
             return
         try:
             source = read_source(function.path)
-            retry = isinstance(function.error, LoadError) and not isinstance(function.error, NoEntry) \
-                and monotonic() - function.tried > 1
+            retry = function.error and not isinstance(function.error, NoEntry) and monotonic() - function.tried > 1
             if source != function.source or retry:
                 self._swap(function, source)
         except LoadError as error:
@@ -2393,8 +2394,7 @@ class Functions:
             function.source = None
             raise
         # A second edit within the clock's tick would leave the same stamp, so a young file is read again
-        tick = 2e9 if stamp[0] % 1_000_000_000 == 0 else 2e7
-        young = abs(time_ns() - stamp[0]) < tick
+        young = abs(time_ns() - stamp[0]) < (2e9 if stamp[0] % 1_000_000_000 == 0 else 2e7)
         hung = function.code is not None and function.error and isinstance(function.error.__context__, DeadlineExceeded)
         function.stamp = () if young or function.error and not hung else stamp
         if generation != self._generation and function.uses_helpers:  # a helper changed while this was loading
@@ -2483,17 +2483,15 @@ class Functions:
         has = name in self._api and vars(self._api[name]).keys() >= set(fromlist)
         return beside and not has and importlib.machinery.PathFinder.find_spec(name.partition(".")[0]) is not None
 
-    def _watch(self) -> None:
-        """Twice a second: where a helper has changed, forget all of them and load their users anew."""
-        if monotonic() - self._looked >= 0.5:
-            self._looked, self._hooked = monotonic(), {}
-            with self._forgetting:
-                self._forget_helpers()
+    def _look_around(self) -> None:
+        """Twice a second: look for new hooks, and where a helper has changed, forget all of them and load their users anew."""
+        self._looked, self._hooked = monotonic(), {}
+        with self._forgetting:
+            changed = {path for path, stamp in list(self._watched.items()) if file_stamp(path) != stamp}
+            if changed:
+                self._forget_helpers(changed)
 
-    def _forget_helpers(self) -> None:
-        changed = {path for path, stamp in list(self._watched.items()) if file_stamp(path) != stamp}
-        if not changed:
-            return
+    def _forget_helpers(self, changed: set[str]) -> None:
         self._watched, self._generation = {}, self._generation + 1
         stay = [function.code.module for function in self._known.copy().values()
                 if function.code is not None and not function.uses_helpers and function.path not in changed]
