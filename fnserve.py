@@ -2668,6 +2668,7 @@ class Call:
     function: Optional[str] = None  #: name of the function, once it is known
     route = "(unknown)"  #: label of what answered, where no function did
     code: Optional[Code] = None  #: the version of the function that serves
+    settings = PLAIN  #: its SETTINGS
     queued = False  #: to be put into the queue, not run
     runs = False  #: past the gate: from here on the function's own error handlers are asked
     holds: Optional[list[None]] = None  #: the share of its function that it holds a place of
@@ -4152,12 +4153,13 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     if isinstance(target, Route):
         return gate_route(app, call, target)
     request, code = call.request, target.code
-    settings, call.code = code.settings if code is not None else PLAIN, code
+    call.code = code
+    settings = call.settings = code.settings if code is not None else PLAIN
     limit = settings.timeout or app.settings.TIMEOUT
     call.deadline, call.until = call.started + limit, call.clock + limit
     if settings is not PLAIN or "HTTP_PREFER" in request.environ:
         gate_function(app, call, target, settings)
-        call.queued = code is not None and wants_queue(call, settings)
+        call.queued = code is not None and wants_queue(call)
     protected = target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected)
     if protected and call.trigger not in ("async", "schedule", "cli"):
         if not app.settings.ADMIN:
@@ -4189,7 +4191,7 @@ def check_size(request: Request) -> None:
 def require_admin_of(app: Any, call: Call, function: Function, purpose: str = "") -> None:
     """Let the admin pass to a function, in a place of its share where that is asked of the database, which may be slow."""
     if "HTTP_AUTHORIZATION" in call.request.environ and call.holds is None:
-        app.watch.enter(call, function.share, function.code.settings.concurrency if function.code is not None else 0)
+        app.watch.enter(call, function.share, call.settings.concurrency)
     require_admin(app, call, purpose=purpose)
 
 
@@ -4232,17 +4234,17 @@ def check_signature(app: Any, call: Call, scheme: Any) -> None:
         raise HTTPException(200, response=make_response(answer))
 
 
-def wants_queue(call: Call, settings: CallSettings) -> bool:
+def wants_queue(call: Call) -> bool:
     """Tell whether a call is to be queued: SETTINGS["async"], or the client's Prefer (RFC 7240) where that says nothing."""
-    if call.trigger != "http" or settings.async_ is not None or not call.app.queues:
-        return call.trigger == "http" and bool(settings.async_) and call.app.queues
-    return "respond-async" in re.split(r"[\s,;]+", call.request.environ.get("HTTP_PREFER", "").lower())
+    if call.trigger != "http" or not call.app.queues or call.settings.async_ is False:
+        return False
+    return call.settings.async_ or "respond-async" in re.split(r"[\s,;]+", call.request.environ.get("HTTP_PREFER", "").lower())
 
 
 def accept(app: Any, call: Call) -> Response:
     """Put a call into the queue and answer 202: after the commit, so that the sender may forget it."""
-    request, settings = call.request, call.code.settings if call.code else PLAIN
-    mark, key = settings.dedupe and request.headers.get(settings.dedupe) or request.headers.get("Idempotency-Key"), None
+    request, dedupe, key = call.request, call.settings.dedupe, None
+    mark = dedupe and request.headers.get(dedupe) or request.headers.get("Idempotency-Key")
     if mark:  # of this request: nobody gets another's result by guessing its key
         import hashlib
         whose = "\n".join((request.method, request.path, request.headers.get("Authorization", "")))
@@ -4285,13 +4287,13 @@ def run_queued(app: Any, row: Any) -> None:
     response = run_alone(app, run, stored, body)
     call, run.call = run.call, None  # else each would keep the other, and the body, until the garbage is collected
     gone = call is None or call.function is None
-    settings = call.code.settings if call is not None and call.code is not None else PLAIN
+    retries = call.settings.retries if call is not None else PLAIN.retries
     why = call.error if call and call.error else response.status if gone or response.code >= 500 else ""
     if len(response.get_data()) > ANSWER_BYTES:
         why = why or ANSWER_CUT
     while True:
         try:
-            return app.queue.finish(row, settings.retries, gone or response.code >= 500, sql_value(why), response.code,
+            return app.queue.finish(row, retries, gone or response.code >= 500, sql_value(why), response.code,
                                     dump_json(list(response.headers)), response.get_data()[:ANSWER_BYTES])
         except sqlite3.Error as locked:  # it ran, and must not run again because somebody else holds the database
             log.error("%s: the end of its queued call can't be stored yet: %s", row["function"], locked)
@@ -4844,7 +4846,7 @@ def clean_headers(headers: list[tuple[str, str]], bare: bool, whole: bool) -> li
 def next_chunk(app: Any, call: Call, chunks: Iterator[Any]) -> bytes:
     """Return the next chunk that isn't empty, made inside its call and with a deadline of its own; b"" at the end."""
     token = current_call.set(call)
-    call.until = perf_counter() + (call.code is not None and call.code.settings.timeout or app.settings.TIMEOUT)
+    call.until = perf_counter() + (call.settings.timeout or app.settings.TIMEOUT)
     try:
         return app.watch.run(call, _first_chunk, chunks)
     finally:
@@ -4908,7 +4910,7 @@ def record(app: Any, call: Call, status: int, size: int) -> None:
         f'{{"t":{call.started:.6f},"id":"{call.id}",{name},"m":{quote_json(call.request.method[:20])},'
         f'"p":{quote_json(where[:500])},"s":{status},"us":{taken:.0f},"n":{size},'
         f'"c":{quote_json(environ.get("REMOTE_ADDR") or "")}{more}}}')
-    if status >= 500 and call.code is not None and call.code.settings.guard and call.trigger != "cli":
+    if status >= 500 and call.settings.guard and call.trigger != "cli":
         app.guard.see(call)
 
 
