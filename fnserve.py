@@ -4158,7 +4158,7 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     limit = settings.timeout or app.settings.TIMEOUT
     call.deadline, call.until = call.started + limit, call.clock + limit
     if settings is not PLAIN or "HTTP_PREFER" in request.environ:
-        gate_function(app, call, target, settings)
+        gate_function(app, call, target)
         call.queued = code is not None and wants_queue(call)
     protected = target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected)
     if protected and call.trigger not in ("async", "schedule", "cli"):
@@ -4195,13 +4195,13 @@ def require_admin_of(app: Any, call: Call, function: Function, purpose: str = ""
     require_admin(app, call, purpose=purpose)
 
 
-def gate_function(app: Any, call: Call, function: Function, settings: CallSettings) -> None:
+def gate_function(app: Any, call: Call, function: Function) -> None:
     """Refuse what a function's SETTINGS refuse; answer a preflight."""
-    request = call.request
+    request, settings = call.request, call.settings
     if settings.auth == "internal" and call.trigger == "http":
         raise not_found(call.function)
     if settings.cors:
-        share_origin(call, settings)
+        share_origin(call, settings.cors)
     allowed = settings.methods + (("HEAD",) if "GET" in settings.methods else ())
     if call.trigger in ("async", "schedule"):
         return
@@ -4307,23 +4307,21 @@ def has_api_token(app: Any, request: Request) -> bool:
     return bool(token) and sum(same_secret(token, known) for known in app.settings.API_TOKENS) > 0
 
 
-def share_origin(call: Call, settings: CallSettings) -> None:
+def share_origin(call: Call, origins: tuple[str, ...]) -> None:
     """Let a function's other origins read its answers (CORS, Fetch standard 3.2); a preflight is answered here."""
-    request, everybody = call.request, "*" in settings.cors
+    request, everybody = call.request, "*" in origins
 
-    def add(response: Response) -> Response:
+    def add(response: Response) -> None:
         if not everybody:
             response.headers.add("Vary", "Origin")
-        if request.origin and (everybody or request.origin in settings.cors):
+        if request.origin and (everybody or request.origin in origins):
             response.access_control_allow_origin = "*" if everybody else request.origin
-        return response
     call.after.append(add)
     if request.origin and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in request.environ and request.method == "OPTIONS":
-        response = Response(status=204, headers={"Access-Control-Max-Age": "600",
-                                                 "Access-Control-Allow-Methods": ", ".join(settings.methods or METHODS)})
+        headers = {"Access-Control-Max-Age": "600", "Access-Control-Allow-Methods": ", ".join(call.settings.methods or METHODS)}
         if "Access-Control-Request-Headers" in request.headers:
-            response.headers["Access-Control-Allow-Headers"] = request.headers["Access-Control-Request-Headers"]
-        raise HTTPException(204, response=response)
+            headers["Access-Control-Allow-Headers"] = request.headers["Access-Control-Request-Headers"]
+        raise HTTPException(204, response=Response(status=204, headers=headers))
 
 
 class Rates:
@@ -4690,10 +4688,9 @@ def recover(app: Any, call: Call, error: BaseException) -> Response:
 def find_handlers_of(call: Call, error: BaseException) -> Iterator[Callable[[], Any]]:
     """Yield the handlers of an error: functions_framework.errorhandler's, the most exact first as in Flask, then the hooks'."""
     status: Any = error if isinstance(error, HTTPException) else EXCEPTIONS[500](original_exception=error)
-    kinds: list[Any] = [] if status is error else [(kind, error) for kind in type(error).__mro__]
-    exact = [status.code, type(status)]  # no more for a 500: in functions_framework, too, the platform's answer comes next
-    kinds += [(kind, status) for kind in (exact if status.code == 500 else [*exact, *type(status).__mro__[1:]])]
-    for kind, given in kinds:
+    kinds = [] if status is error else [(kind, error) for kind in type(error).__mro__]
+    exact = 1 if status.code == 500 else None  # no more for a 500: in functions_framework, too, our answer comes next
+    for kind, given in [*kinds, (status.code, status), *((kind, status) for kind in type(status).__mro__[:exact])]:
         for handles, handler in call.code.handlers if call.code else ():
             if handles == kind:
                 yield functools.partial(handler, given)
