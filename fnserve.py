@@ -2114,12 +2114,11 @@ class Versions:
     def mark_broken(self, name: str, error: Optional[LoadError]) -> None:
         """Note that a function can't be loaded, or can again."""
         with contextlib.suppress(sqlite3.Error):
-            if self.broken().get(name) == (None if error is None else str(error)):
-                return
-            with self._store.write() as connection:
-                connection.execute("DELETE FROM fn_broken WHERE func_name = ?", (name,))
-                if error is not None:
-                    connection.execute("INSERT INTO fn_broken VALUES (?, ?, ?)", (name, time(), str(error)))
+            known = self.broken().get(name)
+            if error is not None and known != str(error):
+                self._store.run("REPLACE INTO fn_broken VALUES (?, ?, ?)", name, time(), str(error))
+            elif error is None and known is not None:
+                self._store.run("DELETE FROM fn_broken WHERE func_name = ?", name)
 
     def broken(self) -> dict[str, str]:
         """Return the functions that could not be loaded when somebody last tried, or were rolled back, and why."""
