@@ -4700,7 +4700,6 @@ def find_handlers_of(call: Call, error: BaseException) -> Iterator[Callable[[], 
 
 def finish(app: Any, call: Call, response: Response) -> Response:
     """Let what was left for the end see the response: after_this_request, then the hooks, the innermost first."""
-    failed: Optional[BaseException] = None
     try:
         for function in call.after:
             response = make_response(function(response) or response)
@@ -4708,11 +4707,12 @@ def finish(app: Any, call: Call, response: Response) -> Response:
             if hasattr(hook, "after_request"):
                 response = make_response(hook.after_request(call.request, response) or response)
     except BaseException as error:
-        failed, response = error, recover(app, call, error)
+        call.failed = error
+        response = recover(app, call, error)
     for hook in reversed(call.hooks):
         try:
             if hasattr(hook, "teardown_request"):
-                hook.teardown_request(call.request, failed or call.failed)
+                hook.teardown_request(call.request, call.failed)
         except BaseException as error:
             response = answer_failure(call, error)
     return response
