@@ -4972,8 +4972,8 @@ class ErrorLog(logging.Handler):
         """Append one record; a log that can't be written never fails a call. More of the same in a minute are counted."""
         call, key = current_call.get(None), (record.msg, record.getMessage().rpartition("\n")[2][-200:])
         record.request_id = getattr(record, "call", None) or (call.id if call is not None else "-")
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] <= FLOOD_COUNT:
+        self._seen[key] = count = self._seen.get(key, 0) + 1
+        if count <= FLOOD_COUNT:
             self._append(self.format(record))
 
     def sum_up(self, now: float) -> None:
