@@ -4152,11 +4152,11 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     if isinstance(target, Route):
         return gate_route(app, call, target)
     request, code = call.request, target.code
-    call.code = code
-    settings = call.settings = code.settings if code is not None else PLAIN
+    settings, call.code = code.settings if code is not None else PLAIN, code
     limit = settings.timeout or app.settings.TIMEOUT
     call.deadline, call.until = call.started + limit, call.clock + limit
     if settings is not PLAIN or "HTTP_PREFER" in request.environ:
+        call.settings = settings
         gate_function(app, call, target)
         call.queued = code is not None and wants_queue(call)
     protected = target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected)
