@@ -419,6 +419,12 @@ SPOOL = 512 * 1024  # an upload above this goes to disk, not to memory
 CHUNK = 64 * 1024
 
 
+def check_size(size: float, limit: float) -> None:
+    """Refuse a body, or a part of one, that is too large: 413."""
+    if size > limit:
+        raise HTTPException(413)
+
+
 def _read(value: Any, cast: Optional[Callable[[Any], Any]], default: Any) -> Any:
     try:
         return value if cast is None else cast(value)
@@ -863,8 +869,7 @@ class _Parts:
 def _append(file: Any, data: bytes, limit: float) -> Any:
     """Write to a file in memory, or to the real file on disk that stands in for it once it is large; return that."""
     total = file.tell() + len(data)
-    if total > limit:
-        raise HTTPException(413)
+    check_size(total, limit)
     if total > SPOOL and isinstance(file, io.BytesIO):
         import tempfile  # only for large uploads: 900 kB
         small, file = file, tempfile.TemporaryFile()
@@ -1044,8 +1049,7 @@ class Request:
     def stream(self) -> Any:
         """The body to be read piece by piece; empty once `data`, `form` or `json` have read it."""
         length = self.content_length
-        if length is not None and length > self.max_content_length:
-            raise HTTPException(413)
+        check_size(length or 0, self.max_content_length)
         if length is None and not self.environ.get("wsgi.input_terminated"):
             length = 0  # PEP 3333: without a length reading could block for ever
         return io.BufferedReader(_Input(self.environ["wsgi.input"], length, self.max_content_length), CHUNK)
@@ -1069,8 +1073,7 @@ class Request:
         stream = self.stream if data is None else io.BytesIO(data)
         if self.mimetype == "application/x-www-form-urlencoded":
             text = stream.read(FORM_MEMORY + 1)
-            if len(text) > FORM_MEMORY:
-                raise HTTPException(413)
+            check_size(len(text), FORM_MEMORY)
             return MultiDict(parse_query(text.decode("latin-1"))), MultiDict()
         if self.mimetype == "multipart/form-data":
             boundary = self.mimetype_params.get("boundary", "").encode("latin-1", "replace")
@@ -4165,7 +4168,7 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
             raise not_found(call.function)
         require_admin_of(app, call, target)
     if "CONTENT_LENGTH" in request.environ:
-        check_size(request)
+        check_size(request.content_length or 0, request.max_content_length)
     if not call.queued and call.holds is None:
         app.watch.enter(call, target.share, settings.concurrency)
 
@@ -4178,13 +4181,7 @@ def gate_route(app: Any, call: Call, route: Route) -> None:
         call.request.max_content_length = FORM_MEMORY // 10  # nobody has logged in yet: a token needs no more
     if call.request.method not in route.methods:
         raise HTTPException(405, headers=[("Allow", ", ".join(route.methods))])
-    check_size(call.request)
-
-
-def check_size(request: Request) -> None:
-    """Refuse a body that says it is too large; one that does not say so is refused while it is read."""
-    if (request.content_length or 0) > request.max_content_length:
-        raise HTTPException(413)
+    check_size(call.request.content_length or 0, call.request.max_content_length)
 
 
 def require_admin_of(app: Any, call: Call, function: Function, purpose: str = "") -> None:
