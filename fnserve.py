@@ -306,13 +306,14 @@ class Settings(types.SimpleNamespace):
 
     def __init__(self, options: Mapping[str, Any] = types.MappingProxyType({}), directory: str = ".") -> None:
         self.directory, self.options = os.path.abspath(directory), {name: str(value) for name, value in options.items()}
+        self.env_files = [os.path.join(self.directory, name) for name in (".env", ".env.local")]  #: the second overrides
         self.sources: dict[str, str] = {}
         self.texts: dict[str, str] = {}  #: the values as they were written
         for name in set(options) - {row.name for row in SETTINGS_TABLE}:
             raise SettingError(f"{name}: there is no such setting")
         environ = {row.name: os.environ.get("FNSERVE_" + row.name) for row in SETTINGS_TABLE}
         environ["PORT"] = os.environ.get("PORT", "").strip() or environ["PORT"]  # plain PORT is what hosting services set
-        env, local = read_both([os.path.join(self.directory, name) for name in (".env", ".env.local")], os.environ)
+        env, local = read_both(self.env_files, os.environ)
         layers: list[tuple[str, dict[str, Optional[str]]]] = [  # rising priority
             (".env", env), (".env.local", local), ("environment", environ), ("option", {**self.options})]
         for row in SETTINGS_TABLE:
@@ -385,7 +386,7 @@ def make_secrets(settings: Settings) -> dict[str, str]:
     """Write a SECRET_TOKEN and SECRET_KEY that are missing into .env.local (mode 0600); return what was made."""
     made = {name: base64url(os.urandom(24)) for name in ("SECRET_TOKEN", "SECRET_KEY") if not getattr(settings, name)}
     if made:
-        path = os.path.join(settings.directory, ".env.local")
+        path = settings.env_files[1]
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
             os.chmod(path, 0o600)
             file.write("".join(f"\n{name}={value}" for name, value in made.items()) + "\n")  # the last line may lack its end
@@ -398,12 +399,10 @@ def make_secrets(settings: Settings) -> dict[str, str]:
 def exposed_files(settings: Settings) -> list[str]:
     """Name the files that hold secrets and that other users of the machine can read."""
     found = []
-    for name in (".env", ".env.local"):
-        path = os.path.join(settings.directory, name)
+    for path in settings.env_files:
         with contextlib.suppress(OSError, SettingError):
-            secret = any(row.secret and read_env(path).get(row.name) for row in SETTINGS_TABLE)
-            if secret and os.stat(path).st_mode & 0o044 and os.name == "posix":
-                found.append(path)
+            env = read_env(path) if os.name == "posix" and os.stat(path).st_mode & 0o044 else {}
+            found += [path] if any(row.secret and env.get(row.name) for row in SETTINGS_TABLE) else []
     return found
 
 # == 03 HTTP ==============================================================
@@ -7011,9 +7010,9 @@ def write_backup(settings: Settings, file: Any, secrets: bool) -> None:
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                     if os.path.isfile(path) and os.path.basename(directory) != "__pycache__":
                         archive.write(path, os.path.join(PACKAGE, os.path.relpath(path, settings.FUNCTIONS_DIR)))
-        for name in (".env", ".env.local"):
-            with contextlib.suppress(FileNotFoundError), open(os.path.join(settings.directory, name), encoding="utf-8") as env:
-                archive.writestr(name, "".join(  # by bindings, since a secret may have several lines
+        for path in settings.env_files:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as env:
+                archive.writestr(os.path.basename(path), "".join(  # by bindings, since a secret may have several lines
                     found[0] for found in _ENV_BINDING.finditer(env.read())
                     if secrets or not _SECRET.search(found[0].partition("=")[0])))
 
@@ -8011,9 +8010,8 @@ def cmd_init(arguments: Any, options: dict[str, Any]) -> None:
     os.makedirs(arguments.directory, exist_ok=True)
     settings = Settings(options, arguments.directory)
     write_new(os.path.join(settings.FUNCTIONS_DIR, "hello.py"), HELLO)
-    where = os.path.join(settings.directory, ".env.local")
     for name, value in make_secrets(settings).items():
-        print(f"{name}={value}  (in {where})" if name == "SECRET_TOKEN" else f"made {name}")
+        print(f"{name}={value}  (in {settings.env_files[1]})" if name == "SECRET_TOKEN" else f"made {name}")
 
 
 def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
