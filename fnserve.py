@@ -539,6 +539,7 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_HOST = re.compile(r"[\w.\-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.A)
 _JSON_TYPE = re.compile(r"application/(.*[/+])?json")
 
 
@@ -1108,11 +1109,9 @@ class Request:
     @lazy
     def host(self) -> str:
         """The Host header, a standard port left out; the server's name where the client sent none, or nonsense."""
-        host = self.environ.get("HTTP_HOST", "")
-        if not re.fullmatch(r"[\w.\-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", host, re.A):
-            host = f'{self.environ.get("SERVER_NAME", "localhost")}:{self.environ.get("SERVER_PORT", "80")}'
-        standard = ":443" if self.is_secure else ":80"
-        return host[:-len(standard)] if host.endswith(standard) else host
+        sent, name, port = map(self.environ.get, ("HTTP_HOST", "SERVER_NAME", "SERVER_PORT"), ("", "localhost", "80"))
+        host = sent if _HOST.fullmatch(sent) else f"{name}:{port}"
+        return host.removesuffix(":443" if self.is_secure else ":80")
 
     script_root = root_path = property(lambda self: decode_wsgi(self.environ.get("SCRIPT_NAME", "")).rstrip("/"))
     host_url = property(lambda self: f"{self.scheme}://{self.host}/")
