@@ -1708,6 +1708,7 @@ OUTPUT_BYTES = 8 * 1024
 MOST_SERIES = 1000  # of one metric of a function's own
 CALL_COLUMNS = {"id": "id", "time": "t", "function": "f", "method": "m", "path": "p", "status": "s", "us": "us", "bytes": "n",
                 "client": "c", "trigger": "via", "attempt": "try", "output": "out", "error": "err"}  # of fn_calls, of a record
+KEEP_CALL = f"INSERT INTO fn_calls ({', '.join(CALL_COLUMNS)}) VALUES ({', '.join('?' * len(CALL_COLUMNS))})"
 BUCKETS = (.005, .01, .025, .05, .075, .1, .25, .5, .75, 1.0, 2.5, 5.0, 7.5, 10.0)  # prometheus_client's defaults
 
 try:
@@ -1962,9 +1963,7 @@ class Folder:
     def _keep(self, connection: sqlite3.Connection, calls: list[dict[str, Any]]) -> None:
         """Store the last calls for the logs page, and drop those beyond KEEP_INVOCATIONS."""
         rows = ({"via": "http", "try": 1, **call, "f": call.get("f") or call.get("r")} for call in calls)
-        connection.executemany(
-            f"INSERT INTO fn_calls ({', '.join(CALL_COLUMNS)}) VALUES ({', '.join('?' * len(CALL_COLUMNS))})",
-            ([sql_value(row.get(key)) for key in CALL_COLUMNS.values()] for row in rows))
+        connection.executemany(KEEP_CALL, ([sql_value(row.get(key)) for key in CALL_COLUMNS.values()] for row in rows))
         connection.execute("DELETE FROM fn_calls WHERE number <= (SELECT max(number) FROM fn_calls) - ?", (self._keep_calls,))
 
     def prune(self, now: float, pushed: Optional[Mapping[int, int]] = None) -> None:
