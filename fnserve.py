@@ -190,13 +190,14 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.replace(",", " ").split())
 
 
-def ip_address(text: str) -> str:
-    """Cast an IP address, * for any, or nothing."""
+def is_address(text: str) -> bool:
+    """Tell whether text is an IP address, * for any, or nothing."""
     with contextlib.suppress(OSError):
-        if text not in ("", "*"):
-            socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
-        return text
-    raise ValueError("one IP address, such as 127.0.0.1, or * for any")
+        return text in ("", "*") or bool(socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text))
+    return False
+
+
+ip_address = must(is_address, "one IP address, such as 127.0.0.1, or * for any")
 
 
 def workers(text: str) -> int:
