@@ -1595,12 +1595,13 @@ def in_children(function: Callable[[], Any]) -> None:
 class Store:
     """The database. `read()` returns rows, `write()` is one transaction; both raise sqlite3.Error."""
 
+    #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
+    _connection: Optional[sqlite3.Connection] = None
+    _owner = _inode = 0
+
     def __init__(self, path: str, tables: Mapping[str, str], migrations: Iterable[tuple[str, str, str]] = ()) -> None:
         self.path, self._tables, self._migrations, self._lock = path, tables, migrations, threading.RLock()
-        #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
-        self._connection: Optional[sqlite3.Connection] = None
         self._inherited: list[Any] = []  #: connections of a parent process, which must not be closed here
-        self._owner, self._inode = 0, 0
         in_children(self._after_fork)
 
     def follow(self) -> None:
@@ -1748,11 +1749,12 @@ def segment_path(directory: str, number: int) -> str:
 class Journal:
     """Appends records. A write that fails never fails a call: it is counted in `lost` and logged once a minute."""
 
+    lost = 0  #: records this process could not write
+    handle = -1  #: of the segment, from the first record on
+    _number, _count, _complained = 0, 0, 0.0
+
     def __init__(self, directory: str) -> None:
-        self.directory = directory
-        self.lost = 0  #: records this process could not write
-        self.handle = -1  #: of the segment, from the first record on
-        self._number, self._count, self._complained, self._lock = 0, 0, 0.0, threading.Lock()
+        self.directory, self._lock = directory, threading.Lock()
         in_children(self._let_go)
 
     def append(self, record: str) -> None:
@@ -1820,8 +1822,9 @@ def scrub(query: str) -> str:
 class Tally:
     """What a batch of records adds up to, before it is written in one transaction."""
 
+    torn = 0  #: lines that are no record
+
     def __init__(self) -> None:
-        self.torn = 0  #: lines that are no record
         self.calls: list[dict[str, Any]] = []
         #: (function or None, endpoint, method, status, minute) -> [count, microseconds, last time, buckets]
         self.groups: dict[tuple[Optional[str], str, str, int, int], list[Any]] = {}
