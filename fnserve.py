@@ -717,6 +717,12 @@ def parse_cookies(header: str) -> MultiDict:
     return cookies
 
 
+def _cookie_attribute(name: str, item: Any) -> str:
+    if ";" in str(item):
+        raise ValueError(f"cookie attribute {name} has a semicolon")
+    return name if item is True else f"{name}={item}"
+
+
 def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = None, path: Optional[str] = "/",
                 domain: Optional[str] = None, secure: bool = False, httponly: bool = False,
                 samesite: Optional[str] = None, partitioned: bool = False) -> str:
@@ -726,7 +732,6 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
     raw = value.encode().decode("latin-1")  # bytes as characters
     if re.search(r"[^\w!#$%&'()*+\-./:<=>?@\[\]^`{|}~]", raw, re.A):
         value = re.sub("[^ -~]|[,;]", lambda found: f"\\{ord(found[0]):03o}", quote_text(raw))
-    parts = [f"{key}={value}"]
     path = quote(path, safe="%!$&'()*+,/:=@") if path is not None else None
     domain = domain.lstrip(".").encode("idna").decode() if domain else None
     if max_age is not None:
@@ -736,14 +741,10 @@ def dump_cookie(key: str, value: str = "", max_age: Any = None, expires: Any = N
         expires = http_date(expires)
     if samesite is not None and samesite.title() not in ("Strict", "Lax", "None"):
         raise ValueError("SameSite must be Strict, Lax or None")
-    for name, item in (("Domain", domain), ("Expires", expires), ("Max-Age", max_age), ("Secure", secure or partitioned),
-                       ("HttpOnly", httponly), ("Path", path), ("SameSite", samesite and samesite.title()),
-                       ("Partitioned", partitioned)):
-        if item is not None and item is not False:
-            if ";" in str(item):
-                raise ValueError(f"cookie attribute {name} has a semicolon")
-            parts.append(name if item is True else f"{name}={item}")
-    return "; ".join(parts)
+    attributes = {"Domain": domain, "Expires": expires, "Max-Age": max_age, "Secure": secure or partitioned,
+                  "HttpOnly": httponly, "Path": path, "SameSite": samesite and samesite.title(), "Partitioned": partitioned}
+    given = (_cookie_attribute(name, item) for name, item in attributes.items() if item is not None and item is not False)
+    return "; ".join([f"{key}={value}", *given])
 
 
 def http_date(moment: Any = None) -> str:
