@@ -880,6 +880,13 @@ def _append(file: Any, data: bytes, limit: float) -> Any:
     return file
 
 
+def _part_headers(text: str) -> Headers:
+    """Read the header fields of a part, as sent: names of files are in any script."""
+    headers, lines = Headers(), (line.partition(":") for line in text.split("\r\n") if ":" in line)
+    headers._list = [(key.strip(), value.strip()) for key, _, value in lines if _HEADER_NAME.fullmatch(key.strip())]
+    return headers
+
+
 def parse_multipart(stream: Any, boundary: bytes) -> tuple[MultiDict, MultiDict]:
     """Read multipart/form-data (RFC 7578) into fields and files; 400 where malformed, 413 over FORM_FIELDS or FORM_MEMORY."""
     form, files, parts, memory, mark = MultiDict(), MultiDict(), _Parts(stream), FORM_MEMORY, b"\r\n--" + boundary
@@ -887,11 +894,7 @@ def parse_multipart(stream: Any, boundary: bytes) -> tuple[MultiDict, MultiDict]
     for _ in range(FORM_FIELDS + 1):
         if parts.at_end():
             return form, files
-        headers = Headers()
-        for line in parts.until(b"\r\n\r\n", 16 * 1024).read().decode("utf-8", "replace").split("\r\n"):
-            key, colon, value = line.partition(":")
-            if colon and _HEADER_NAME.fullmatch(key.strip()):
-                headers._list.append((key.strip(), value.strip()))  # as sent: names of files are in any script
+        headers = _part_headers(parts.until(b"\r\n\r\n", 16 * 1024).read().decode("utf-8", "replace"))
         options = parse_options(headers.get("Content-Disposition", ""))[1]
         name = options.get("name", "")
         if "filename" in options:
