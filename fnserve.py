@@ -2700,6 +2700,7 @@ class Call:
     attempt = property(lambda self: self.run.attempt)  #: which run of a queued call this is, from 1
     session = lazy(lambda self: Session(self.app.signer.unsign(self.request.cookies.get("session", ""), self.started)))
     g = lazy(lambda self: Globals())
+    flashes = lazy(lambda self: self.session.pop("_flashes", []))  #: taken out once, however often they are asked for
 
     def capture(self, text: str) -> None:
         """Keep what the call prints, the first OUTPUT_BYTES of it."""
@@ -3053,10 +3054,8 @@ def flash(message: str, category: str = "message") -> None:
 
 def get_flashed_messages(with_categories: bool = False, category_filter: Iterable[str] = ()) -> list[Any]:
     """Take the messages out of the session."""
-    wanted, kept = list(category_filter), serving().g.__dict__
-    if "_flashes" not in kept:  # as often as they are asked for in this call
-        kept["_flashes"] = session.pop("_flashes", [])
-    found = [tuple(pair) for pair in kept["_flashes"] if not wanted or pair[0] in wanted]
+    wanted = list(category_filter)
+    found = [tuple(pair) for pair in serving().flashes if not wanted or pair[0] in wanted]
     return found if with_categories else [message for _, message in found]
 
 
