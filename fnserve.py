@@ -961,11 +961,10 @@ def parse_authorization(header: str) -> Optional[Authorization]:
     kind, _, rest = header.partition(" ")
     if kind.lower() != "basic":
         return Authorization(kind.lower(), rest.strip())
-    try:
+    with contextlib.suppress(ValueError):
         name, colon, password = a2b_base64(rest).decode().partition(":")
-    except ValueError:
-        return None
-    return Authorization("basic", None, name, password) if colon else None
+        return Authorization("basic", None, name, password) if colon else None
+    return None
 
 
 class UserAgent(str):
@@ -1730,12 +1729,11 @@ def lock_file(path: str) -> int:
     """Open a file and take its lock, which the kernel drops with the process; -1 where somebody else has it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
+    with contextlib.suppress(OSError):
         flock(handle, LOCK_EX | LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return -1
-    return handle
+        return handle
+    os.close(handle)
+    return -1
 
 
 def segments(directory: str) -> list[int]:
