@@ -4076,7 +4076,7 @@ class Schedule:
 NAMES_OF_ADMIN_FUNCTIONS = frozenset(  # beside those that are routes; where the user has such a file, it serves the admin
     "list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
 FAILURES, FAILURE_SECONDS = 5, 300
-TOO_LATE = 504, "The function took too long"
+TOO_LATE, FAILED = (504, "The function took too long"), (500, "Function execution failed")
 FIRST_CALLS, PROVEN_CALLS = 5, 20  # see Guard
 MOST_WAITING, WATCH_SECONDS = 1000, .25
 LAST_SECONDS = 1.0  # that hooks and handlers have where the function has used up all of its time
@@ -4570,15 +4570,15 @@ def end_child() -> None:
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def complain(call: Call) -> None:
-    """Write into the error log what went wrong with a call."""
+def complain(call: Call, why: str) -> None:
+    """Keep what went wrong with a call, and write it into the error log."""
+    call.error = why
     log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(), extra={"call": call.id})
 
 
 def give_up(app: Any, call: Call, why: str, error: HTTPException) -> None:
     """Answer in place of a thread that is blocked in C or cut off; what it makes of it in the end is thrown away."""
-    call.error = call.error or f"{call.function}: {why}"
-    complain(call)
+    complain(call, call.error or f"{call.function}: {why}")
     record(app, call, error.code, 0)
     connection = call.request.environ.get("fnserve.connection")
     if connection is not None:
@@ -4796,10 +4796,9 @@ def json_error(call: Call, error: HTTPException) -> Response:
 
 def answer_failure(call: Call, error: BaseException) -> Response:
     """Log a failure, the traceback for the admin only, and answer 500; 504 where the call's time was over."""
-    call.failed, call.error = error, error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error)
-    complain(call)
-    late = isinstance(error, DeadlineExceeded)
-    return json_error(call, HTTPException(*TOO_LATE) if late else HTTPException(500, "Function execution failed"))
+    call.failed = error
+    complain(call, error.trace or str(error) if isinstance(error, LoadError) else user_traceback(error))
+    return json_error(call, HTTPException(*(TOO_LATE if isinstance(error, DeadlineExceeded) else FAILED)))
 
 
 def respond(app: Any, call: Call, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -4869,8 +4868,7 @@ def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chun
     except GeneratorExit:
         pass  # the client has gone, or the server has had enough
     except BaseException as error:  # the status is out: all that is left is to cut the connection
-        call.error = user_traceback(error)
-        complain(call)
+        complain(call, user_traceback(error))
         raise ConnectionAbortedError("the function failed in the middle of its answer") from None
     finally:
         token = current_call.set(call)
@@ -6543,7 +6541,7 @@ def view_invocation(app: Any, call: Call) -> Response:
     if row is None:
         raise HTTPException(404, "There is no such call; results are kept for a day")
     failed = row["state"] == "dead" or row["status"] is not None and row["status"] >= 500  # why is for the admin
-    shown = "Function execution failed" if failed else ANSWER_CUT if row["error"] == ANSWER_CUT else None
+    shown = FAILED[1] if failed else ANSWER_CUT if row["error"] == ANSWER_CUT else None
     return as_json({"id": row["id"], "function": row["function"], "state": row["state"], "attempts": row["attempts"],
                     "status": row["status"], "headers": json.loads(row["headers"] or "null"),
                     **shown_body("body", row["answer"]), "error": shown})
