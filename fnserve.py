@@ -2216,8 +2216,7 @@ class Functions:
         self._watched: dict[str, Any] = {}  #: helper file -> its stamp when it was imported
         self._looked, self._warned = 0.0, set()  # type: float, set[str]
         self._generation = 0  #: how often helpers have changed
-        self._described: dict[str, tuple[Any, Description]] = {}
-        self._schedules: dict[str, tuple[Any, Any]] = {}
+        self._kept: dict[Any, tuple[Any, Any]] = {}  #: (reader, file) -> the file's stamp when it was read, and what it gave
         self._hooked: dict[str, bool] = {}  #: group -> whether it has hooks, as of the last look
 
     def install(self) -> None:
@@ -2329,17 +2328,23 @@ class Functions:
 
     def describe(self, name: str) -> tuple[Description, float]:
         """Return what a function's file says of itself, and its time."""
-        path = self.path(name)
+        stamp, said = self._read_once(self.path(name), self._describe)
+        return said, stamp[0] / 1e9 if stamp else 0.0
+
+    def _describe(self, path: str) -> Description:
+        said = Description()
+        try:
+            said = describe_source(read_source(path), path)
+            read_settings(said.settings, self._casts)
+        except LoadError as error:
+            return said._replace(error=error)
+        return said
+
+    def _read_once(self, path: str, read: Callable[[str], Any]) -> tuple[Any, Any]:
         stamp = file_stamp(path)
-        if self._described.get(name, ("",))[0] != stamp:
-            said = Description()
-            try:
-                said = describe_source(read_source(path), path)
-                read_settings(said.settings, self._casts)
-            except LoadError as error:
-                said = said._replace(error=error)
-            self._described[name] = stamp, said
-        return self._described[name][1], stamp[0] / 1e9 if stamp else 0.0
+        if self._kept.get((read, path), ("",))[0] != stamp:
+            self._kept[read, path] = stamp, read(path)
+        return self._kept[read, path]
 
     def retries(self, name: str) -> int:
         """Return how often a function's failed calls are run again, as its file says; nothing of it is run."""
@@ -2348,13 +2353,7 @@ class Functions:
 
     def schedules(self) -> dict[str, Any]:
         """Return SETTINGS["schedule"] of every function that has one; nothing is run, so it must be a literal."""
-        found = {}
-        for name in self.names():
-            path = self.path(name)
-            stamp = file_stamp(path)
-            if self._schedules.get(name, ("",))[0] != stamp:
-                self._schedules[name] = stamp, read_schedule(path)
-            found[name] = self._schedules[name][1]
+        found = {name: self._read_once(self.path(name), read_schedule)[1] for name in self.names()}
         return {name: schedule for name, schedule in found.items() if schedule is not None}
 
     def save(self, name: str, source: bytes) -> None:
