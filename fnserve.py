@@ -2272,9 +2272,7 @@ class Functions:
     def get(self, name: str) -> Optional[Function]:
         """Return a function as its file says now, or None where there is no file. One stat where nothing changed."""
         function, is_fresh = self._find(name)
-        if function is not None and not is_fresh:
-            self.refresh(function)
-        return function
+        return function if function is None or is_fresh else self.refresh(function)
 
     def _find(self, name: str) -> tuple[Optional[Function], bool]:
         function = self._known.get(name)
@@ -2373,12 +2371,13 @@ class Functions:
             with contextlib.suppress(OSError):  # there is none where all went well
                 os.unlink(draft)
 
-    def refresh(self, function: Function) -> None:
-        """Bring a function up to date; its lock keeps two threads from loading the same version twice."""
+    def refresh(self, function: Function) -> Function:
+        """Bring a function up to date, and return it; its lock keeps two threads from loading the same version twice."""
         try:
             while not function.lock.acquire(timeout=.1):  # not for ever at once: who waits can be interrupted in between
                 pass
             self._load(function)
+            return function
         finally:
             with contextlib.suppress(RuntimeError):  # it was interrupted before it had the lock
                 function.lock.release()
@@ -2491,11 +2490,11 @@ class Functions:
         """Twice a second: look for new hooks, and where a helper has changed, forget all of them and load their users anew."""
         self._looked, self._hooked = monotonic(), {}
         with self._forgetting:
-            changed = {path for path, stamp in list(self._watched.items()) if file_stamp(path) != stamp}
-            if changed:
-                self._forget_helpers(changed)
+            self._forget_helpers({path for path, stamp in list(self._watched.items()) if file_stamp(path) != stamp})
 
     def _forget_helpers(self, changed: set[str]) -> None:
+        if not changed:
+            return
         self._watched, self._generation = {}, self._generation + 1
         stay = [function.code.module for function in self._known.copy().values()
                 if function.code is not None and not function.uses_helpers and function.path not in changed]
