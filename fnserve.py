@@ -2578,13 +2578,13 @@ def find_handlers(module: types.ModuleType) -> list[tuple[Any, Callable[[Any], A
             if isinstance(value, types.FunctionType) and "_fnserve_handles" in value.__dict__]
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and len(value) > 0 and all(isinstance(x, str) for x in value)
+
+
 def _list_of(check: Callable[[str], str], what: str) -> Callable[[Any], tuple[str, ...]]:
-    def cast(value: Any) -> tuple[str, ...]:
-        found = value.replace(",", " ").split() if isinstance(value, str) else value
-        if not isinstance(found, (list, tuple, set, frozenset)) or not found or not all(isinstance(x, str) for x in found):
-            raise ValueError(what)
-        return tuple(map(check, found))
-    return cast
+    cast = must(_is_list, what, lambda found: tuple(map(check, found)))
+    return lambda value: cast(words(value) if isinstance(value, str) else value)
 
 
 def _rate(value: Any) -> tuple[int, float]:
@@ -2594,14 +2594,14 @@ def _rate(value: Any) -> tuple[int, float]:
     return int(found[1]), {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2][0]]
 
 
+_truth = must(lambda value: isinstance(value, bool), "True or False")
 _ORIGINS = "* or origins such as https://example.com"
 SETTINGS_CASTS: dict[str, Callable[[Any], Any]] = {
     "methods": _list_of(choice(*METHODS), "a list of HTTP methods"),
     "auth": choice("public", "login", "token", "internal"), "rate": _rate, "concurrency": whole(1, 256), "timeout": seconds,
     "cors": _list_of(must(re.compile(r"\*|[a-z][a-z0-9+.\-]*://[^/\s*]+", re.I).fullmatch, _ORIGINS), _ORIGINS),
     "max_body": size, "retries": whole(0, 100), "parameters": must(lambda value: isinstance(value, dict), "a dict"),
-    "async": must(lambda value: isinstance(value, bool), "True or False"),
-    "guard": must(lambda value: isinstance(value, bool), "True or False"),
+    "async": _truth, "guard": _truth,
     "dedupe": must(lambda value: isinstance(value, str) and _HEADER_NAME.fullmatch(value), "the name of a header"),
     "entry": must(lambda value: str(value).isidentifier(), "the name of a function"),
 }
