@@ -345,6 +345,12 @@ def file_stamp(path: str) -> Optional[tuple[int, int, int, int]]:
     return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 
+def read_bytes(path: Union[str, int]) -> bytes:
+    """Read a whole file, or what is open as a file descriptor; OSError."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
 class Config:
     """The values of .env overlaid by .env.local, and the same in os.environ, as load_dotenv() leaves them."""
 
@@ -2511,8 +2517,7 @@ class Functions:
 def read_source(path: str) -> bytes:
     """Read a function file; LoadError where it can't be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_bytes(path)
     except OSError as error:
         raise LoadError(f"it can't be read: {error.strerror}") from None
 
@@ -5054,10 +5059,8 @@ class Usage(NamedTuple):
 
 def read_process(pid: int) -> Usage:
     """Read /proc/<pid> (proc_pid_stat(5)); OSError where it has ended."""
-    with open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-    with open("/proc/stat") as file:
-        booted = next(float(line.split()[1]) for line in file if line.startswith("btime"))
+    fields = read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    booted = next(float(line.split()[1]) for line in read_bytes("/proc/stat").splitlines() if line.startswith(b"btime"))
     return Usage(pid != os.getppid(), (int(fields[11]) + int(fields[12])) / TICKS, booted + int(fields[19]) / TICKS,
                  int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), int(fields[20]), int(fields[17]),
                  len(os.listdir(f"/proc/{pid}/fd")))
@@ -5066,13 +5069,10 @@ def read_process(pid: int) -> Usage:
 def read_usage() -> Usage:
     """Add up this process and those beside it that run the same command in the same directory: workers and supervisor."""
     def command(pid: Union[int, str]) -> bytes:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read() + os.readlink(f"/proc/{pid}/cwd").encode("utf-8", "surrogateescape")
+        return read_bytes(f"/proc/{pid}/cmdline") + os.fsencode(os.readlink(f"/proc/{pid}/cwd"))
     rows, parent = [], os.getppid()
     with contextlib.suppress(OSError):
-        with open(f"/proc/{parent}/task/{parent}/children") as file:
-            family = {os.getpid(), parent, *map(int, file.read().split())}
-        for pid in family:
+        for pid in {os.getpid(), parent, *map(int, read_bytes(f"/proc/{parent}/task/{parent}/children").split())}:
             with contextlib.suppress(OSError):
                 if command(pid) == command("self"):
                     rows.append(read_process(pid))
@@ -8041,8 +8041,7 @@ def read_data(text: str) -> bytes:
     """Return what -d says: text, or what @FILE holds, where - is the standard input."""
     if not text.startswith("@"):
         return os.fsencode(text)
-    with open(text[1:] if text != "@-" else 0, "rb") as file:
-        return file.read()
+    return read_bytes(text[1:] if text != "@-" else 0)
 
 
 def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
