@@ -3388,11 +3388,10 @@ def verify(scheme: Scheme, request: Request, config: Mapping[str, Optional[str]]
 
 
 def _is_right(scheme: Scheme, key: bytes, signed: list[bytes], given: list[str]) -> bool:
-    """Compare every given signature with every one that would be right, in constant time."""
     if scheme.algorithm == "ed25519":
         return verify_ed25519(key, signed[0], bytes.fromhex(given[0]))
     wanted = [make_mac(key, text, scheme.algorithm, scheme.encoding) if scheme.algorithm else key.decode() for text in signed]
-    return sum(same_secret(one, other) for other in wanted for one in given) > 0
+    return sum(same_secret(one, other) for other in wanted for one in given) > 0  # every one with every one, in constant time
 
 
 def answer_challenge(scheme: Scheme, request: Request) -> Any:
@@ -4261,10 +4260,9 @@ def accept(app: Any, call: Call) -> Response:
 
 def kept_headers(app: Any, call: Call) -> list[tuple[str, str]]:
     """Return a request's headers but the admin's token and login, which a queued call must not keep on disk."""
-    is_login = "HTTP_COOKIE" in call.request.environ and "_login" in call.session
+    is_login, token = "HTTP_COOKIE" in call.request.environ and "_login" in call.session, f" {app.settings.SECRET_TOKEN}"
     return [(name, re.sub(r"(?:^|;\s*)session=[^;]*", "", value) if is_login and name == "Cookie" else value)
-            for name, value in call.request.headers
-            if name != "Authorization" or not decode_wsgi(value).endswith(f" {app.settings.SECRET_TOKEN}")]
+            for name, value in call.request.headers if name != "Authorization" or not decode_wsgi(value).endswith(token)]
 
 
 def run_alone(app: Any, run: Run, stored: Mapping[str, Any], body: bytes) -> Response:
@@ -5121,9 +5119,8 @@ def _escape_metric(text: str, quotes: bool) -> str:
 def histogram_samples(labels: dict[str, Any], bounds: Iterable[float], buckets: list[int], total: float) -> list[Sample]:
     """Return the samples of one histogram: cumulative buckets, count and sum."""
     sums = list(itertools.accumulate(buckets))
-    edges = zip([*map(float, bounds), "+Inf"], sums)
-    return [*(("_bucket", {**labels, "le": bound}, below) for bound, below in edges), ("_count", labels, sums[-1]),
-            ("_sum", labels, total)]
+    found = [("_bucket", {**labels, "le": bound}, below) for bound, below in zip([*map(float, bounds), "+Inf"], sums)]
+    return [*found, ("_count", labels, sums[-1]), ("_sum", labels, total)]
 
 
 def collect_metrics(app: Any) -> Iterator[Family]:
