@@ -5136,12 +5136,10 @@ def collect_metrics(app: Any) -> Iterator[Family]:
         sample for method, endpoint, total, buckets in latencies
         for sample in histogram_samples({"method": method, "endpoint": endpoint}, BUCKETS, json.loads(buckets), total)]
     for name, text, least in (("calls", "Calls of functions.", 0), ("errors", "Calls of functions that failed.", 500)):
-        counts: dict[str, int] = {}
-        for _, endpoint, status, count in requests:
-            if endpoint.startswith("/function/") and endpoint not in app.routes:
-                counts[endpoint[10:]] = counts.get(endpoint[10:], 0) + (count if status >= least else 0)
         yield f"fnserve_function_{name}", "counter", text, [
-            ("_total", {"function": key}, count) for key, count in counts.items()]
+            ("_total", {"function": endpoint[10:]}, sum(row["count"] for row in rows if row["status"] >= least))
+            for endpoint, rows in itertools.groupby(requests, operator.itemgetter("endpoint"))
+            if endpoint.startswith("/function/") and endpoint not in app.routes]
     states = dict(app.store.read("SELECT state, count(*) FROM fn_queue GROUP BY state"))
     yield "fnserve_queue_calls", "gauge", "Queued calls by state.", [
         ("", {"state": state}, states.get(state, 0)) for state in STATES]
