@@ -2434,15 +2434,17 @@ class Functions:
             with contextlib.suppress(LoadError):
                 function.code = self._execute(function, source)
 
+    def _make_module(self, name: str, path: str) -> types.ModuleType:
+        module, loader = types.ModuleType(name), _HelperLoader(name, path, self.builtins)
+        module.__dict__.update(__file__=path, __package__=name.rpartition(".")[0], __loader__=loader,
+                               __spec__=importlib.machinery.ModuleSpec(name, loader, origin=path), __builtins__=self.builtins)
+        return module
+
     def _execute(self, function: Function, source: bytes) -> Code:
         """Run a file as a module; whatever it raises, SystemExit too, is a LoadError."""
         name = f"{PACKAGE}.{function.name.replace('/', '.')}"
         program = compile_source(source, function.path)
-        module = types.ModuleType(name)
-        loader = _HelperLoader(name, function.path, self.builtins)
-        module.__dict__.update(__file__=function.path, __package__=name.rpartition(".")[0], __loader__=loader,
-                               __spec__=importlib.machinery.ModuleSpec(name, loader, origin=function.path),
-                               __builtins__=self.builtins)
+        module = self._make_module(name, function.path)
         before = sys.modules.get(name)
         sys.modules[name] = module
         try:
