@@ -4979,9 +4979,8 @@ class ErrorLog(logging.Handler):
     def sum_up(self, now: float) -> None:
         """Write how often what was left out came, and begin anew; called once a minute."""
         seen, self._seen = self._seen, {}
-        for (_, text), count in seen.items():
-            if count > FLOOD_COUNT:
-                self._append(f"{strftime('%Y-%m-%d %H:%M:%S', localtime(now))} {count - FLOOD_COUNT} more: {text}")
+        for text, more in [(key[1], count - FLOOD_COUNT) for key, count in seen.items() if count > FLOOD_COUNT]:
+            self._append(f"{strftime('%Y-%m-%d %H:%M:%S', localtime(now))} {more} more: {text}")
 
     def _append(self, text: str) -> None:
         line = f"{text}\n".encode("utf-8", "backslashreplace")
