@@ -7699,10 +7699,11 @@ def wait_for_signal(seconds: float) -> tuple[int, int]:
     return told.si_signo, told.si_pid
 
 
-def release_signals() -> None:
-    """Let through what was held back, maybe by a supervisor that this process was before a SIGHUP."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+def release_signals(handler: Any = None, numbers: Iterable[int] = ()) -> None:
+    """Have signals handled so; let through what was held back, maybe by a supervisor that this process was before a SIGHUP."""
+    for number in numbers:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class Worker:
@@ -7723,9 +7724,7 @@ class Worker:
         """Let a child that a function forks keep neither the port nor anybody's connection open, nor our signal handlers."""
         for part in list(self._server._map.values()):
             part.socket.close()
-        for number in (signal.SIGHUP, *ENDS):
-            signal.signal(number, signal.SIG_DFL)
-        release_signals()
+        release_signals(signal.SIG_DFL, (signal.SIGHUP, *ENDS))
 
     def stop(self, number: int = signal.SIGTERM, _: Any = None) -> None:
         """Begin to drain; a signal handler."""
@@ -7846,9 +7845,8 @@ class Supervisor:
             os._exit(status)
 
     def _work(self, number: int, supervisor: int) -> None:
-        for ignored in (signal.SIGHUP, signal.SIGINT):  # the terminal sends them to all; the supervisor passes on a stop
-            signal.signal(ignored, signal.SIG_IGN)
-        release_signals()
+        # the terminal sends them to all; the supervisor passes on a stop
+        release_signals(signal.SIG_IGN, (signal.SIGHUP, signal.SIGINT))
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._app.rates.share = self._app.settings.WORKERS
         worker = Worker(self._app, self._socket, cores[number % len(cores)] if cores else None)
@@ -7963,7 +7961,8 @@ def serve(app: App) -> int:
         capture_output(app.settings)
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened, former).run()
-    release_signals()
+    if hasattr(signal, "pthread_sigmask"):
+        release_signals()
     send_signal(signal.SIGTERM, former)
     serve_here(app, opened)
     return 0
