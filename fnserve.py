@@ -7977,14 +7977,14 @@ def cmd_serve(arguments: Any, options: dict[str, Any]) -> int:
     app = prepare(**options)
     if first and not os.path.exists(app.settings.FUNCTIONS_DIR):
         write_new(os.path.join(app.settings.FUNCTIONS_DIR, "hello.py"), HELLO)
-    check_directory(app.settings)
-    return serve(app)
+    return serve(with_functions(app))
 
 
-def check_directory(settings: Settings) -> None:
-    """Refuse a FUNCTIONS_DIR that isn't there."""
-    if not os.path.isdir(settings.FUNCTIONS_DIR):
-        raise SettingError(f"FUNCTIONS_DIR={settings.FUNCTIONS_DIR!r}: there is no such directory")
+def with_functions(app: App) -> App:
+    """Return the app; refuse a FUNCTIONS_DIR that isn't there."""
+    if not os.path.isdir(app.settings.FUNCTIONS_DIR):
+        raise SettingError(f"FUNCTIONS_DIR={app.settings.FUNCTIONS_DIR!r}: there is no such directory")
+    return app
 
 
 def write_new(path: str, text: str) -> bool:
@@ -8022,8 +8022,7 @@ def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
 
 def cmd_list(arguments: Any, options: dict[str, Any]) -> None:
     """list the functions"""
-    app = prepare(**options)
-    check_directory(app.settings)
+    app = with_functions(prepare(**options))
     for row in (describe_row(app, row) for row in function_rows(app)):
         print_row(row, row["reason"] or row["summary"])
 
@@ -8062,8 +8061,7 @@ def cmd_call(arguments: Any, options: dict[str, Any]) -> int:
 
 def cmd_check(arguments: Any, options: dict[str, Any]) -> int:
     """load every function, exit 1 where one can't be"""
-    app, failed = prepare(**options), 0
-    check_directory(app.settings)
+    app, failed = with_functions(prepare(**options)), 0
     app.functions.install()
     app.config.current()
     log.handlers[:] = [logging.NullHandler()]  # the errors are printed below, a line each
