@@ -7266,9 +7266,8 @@ class Background:
     """The loop of a process. `step(now)` is one round of it, so that a test needs no sleep."""
 
     def __init__(self, app: App) -> None:
-        self._app, self._handle, self._sync_seconds, self._load, self._lost = app, -1, 1.0, Load(), 0
+        self._app, self._handle, self._sync_seconds, self._load, self._lost, self._newest = app, -1, 1.0, Load(), 0, [0]
         self._done: dict[str, float] = {}  #: what is done now and then -> when it was done last
-        self._newest = [0]  #: the newest segment at the last fold
         self.stopping = threading.Event()  #: set when this process is about to end
         in_children(self._resign)
 
@@ -7326,10 +7325,9 @@ class Background:
 
     def _is_due(self, duty: str, now: float, seconds: float) -> bool:
         """Tell whether something was last done so long ago, or later than now since the clock was put back; it is done now."""
-        if 0 <= now - self._done.get(duty, float("-inf")) < seconds:
-            return False
-        self._done[duty] = now
-        return True
+        due = not 0 <= now - self._done.get(duty, float("-inf")) < seconds
+        self._done[duty] = now if due else self._done[duty]
+        return due
 
     def _sync(self, now: float) -> None:
         began = monotonic()
@@ -7337,7 +7335,7 @@ class Background:
         self._sync_seconds = 1 + 50 * (monotonic() - began)  # 10,000 functions take a while to look at
 
     def _fold(self, now: float) -> None:
-        """Fold once a minute, and when a segment is full."""
+        """Fold once a minute, and when a segment is full: there is a newer one than at the last fold."""
         newest = segments(self._app.journal.directory)[-1:]
         if self._is_due("fold", now, FOLD_SECONDS) or newest != self._newest:
             self._app.folder.fold()
@@ -7359,9 +7357,8 @@ class Background:
 
     def _sample(self, now: float) -> None:
         """Keep what the charts of memory and CPU show, for KEEP_DAYS."""
-        found, minute = self._load.figures(now), int(now) // 60
-        self._app.store.run("REPLACE INTO fn_samples VALUES (?, ?, ?, ?)", minute, found["cpu_percent"],
-                            found["memory_rss_mb"], found["threads"])
+        minute, kept = int(now) // 60, operator.itemgetter("cpu_percent", "memory_rss_mb", "threads")(self._load.figures(now))
+        self._app.store.run("REPLACE INTO fn_samples VALUES (?, ?, ?, ?)", minute, *kept)
         self._app.store.run("DELETE FROM fn_samples WHERE minute < ?", minute - 1440 * self._app.settings.KEEP_DAYS)
 
     def _resign(self) -> None:
@@ -7372,10 +7369,9 @@ class Background:
 
     def _lead(self) -> bool:
         """Tell whether this process does the work that is done once; the kernel passes the lock on at its death."""
-        if self._handle >= 0 and os.fstat(self._handle).st_nlink:
-            return True
-        self._resign()  # nobody else sees the lock of a file that was deleted
-        self._handle = lock_file(os.path.join(self._app.journal.directory, "leader.lock"))
+        if self._handle < 0 or not os.fstat(self._handle).st_nlink:
+            self._resign()  # nobody else sees the lock of a file that was deleted
+            self._handle = lock_file(os.path.join(self._app.journal.directory, "leader.lock"))
         return self._handle >= 0
 
 
