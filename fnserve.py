@@ -7230,8 +7230,7 @@ class App:
         try:
             return self._ids.pop()
         except IndexError:
-            text = os.urandom(4096).hex()
-            self._ids.extend(text[at:at + 16] for at in range(0, len(text), 16))
+            self._ids.extend(re.findall(".{16}", os.urandom(4096).hex()))
             return self._ids.pop()
 
     @property
@@ -7580,10 +7579,9 @@ def json_error_channel(app: Any, settings: Any) -> Any:
         def execute(self) -> None:
             method, path = (str(getattr(self.request, name, "")) for name in ("command", "path"))  # if it got so far
             call = Call(app, {"REQUEST_METHOD": method, "PATH_INFO": path, "REMOTE_ADDR": str(self.channel.addr[0])})
-            response = json_error(call, HTTPException(self.request.error.code))
-            body = b"".join(respond(app, call, response, self.start_response))
+            body = respond(app, call, json_error(call, HTTPException(self.request.error.code)), self.start_response)
             self.set_close_on_finish()
-            self.write(body)
+            self.write(b"".join(body))
 
     class Task(WSGITask):
         def get_environment(self) -> Any:
@@ -7673,8 +7671,7 @@ def notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-            out.connect("\0" + address[1:] if address.startswith("@") else address)
-            out.send(state.encode())
+            out.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 STOP_TEXT = "%s: the server ends when its calls have"
@@ -8428,8 +8425,7 @@ def make_parser() -> Any:
 
 
 def serve_from_module() -> None:
-    """Start anew as an imported module, whose compiled form Python keeps in __pycache__: a script's syntax tree stays in memory
-    while it runs, 18 MB in each process."""
+    """Start anew as an imported module, which Python keeps compiled: a script's syntax tree would stay, 18 MB a process."""
     is_script = __name__ == "__main__" and __spec__ is None and os.path.realpath(__file__).endswith(".py")
     if is_script and os.name == "posix" and sys.executable:
         os.execv(sys.executable, python_command("main()", *sys.argv[1:]))
