@@ -7933,16 +7933,19 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def announce(names: list[str], host: str, port: int) -> None:
+    """Print where a function and the admin pages are."""
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    first = "/function/" + quote("hello" if "hello" in names else names[0]) if names else "/"
+    print(f"fnserve {__version__}: http://{shown}:{port}{first}   admin: http://{shown}:{port}/login", flush=True)
+
+
 def serve(app: App) -> int:
     """Serve until a signal; return the exit status."""
     if os.environ.get("FNSERVE_TRIAL"):  # a supervisor wants to know whether this file would start
         return 0
     opened, former = open_socket(app.settings), [int(pid) for pid in os.environ.pop("FNSERVE_FORMER", "").split()]
-    host, port = opened.getsockname()[:2]
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    names = app.functions.names()
-    first = "/function/" + quote("hello" if "hello" in names else names[0]) if names else "/"
-    print(f"fnserve {__version__}: http://{shown}:{port}{first}   admin: http://{shown}:{port}/login", flush=True)
+    announce(app.functions.names(), *opened.getsockname()[:2])
     serve_here = serve_alone
     try:
         import waitress.server  # noqa: F401  # before the fork, so that the workers share its pages
