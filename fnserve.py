@@ -8256,6 +8256,20 @@ main = functions_framework.http(fnserve.serve_exported({name!r}, {settings!r}))
 '''
 
 
+def exported_requirements() -> str:
+    needed = ["functions-framework\n"]  # serves in place of waitress
+    with contextlib.suppress(FileNotFoundError), open("requirements.txt", encoding="utf-8") as file:
+        needed += [line for line in file if not line.startswith(("waitress", "functions-framework"))]
+    return "".join(needed)
+
+
+def exported_env(config: Mapping[str, Optional[str]]) -> str:
+    """Return the values of .env that are no settings, quoted as python-dotenv reads them."""
+    own = {row.name for row in SETTINGS_TABLE}
+    return "".join("{}='{}'\n".format(name, value.replace("\\", "\\\\").replace("'", "\\'")) for name, value in config.items()
+                   if name not in own and value is not None)
+
+
 def cmd_export(arguments: Any, options: dict[str, Any]) -> None:
     """write a directory that Google's functions-framework serves"""
     app, name, target = App(Settings(options)), arguments.name, arguments.to
@@ -8264,21 +8278,16 @@ def cmd_export(arguments: Any, options: dict[str, Any]) -> None:
     if os.path.isdir(target) and os.listdir(target):
         raise SettingError(f"--to {arguments.to}: the directory is not empty")
     import shutil
-    own, config = {row.name for row in SETTINGS_TABLE}, app.config.current()
+    config = app.config.current()
     shown = {"MAX_BODY", "TIMEOUT", "TRUSTED_PROXY", "UI_LANG", "SESSION_HOURS"} & set(config)
-    needed = ["functions-framework\n"]
-    with contextlib.suppress(FileNotFoundError), open("requirements.txt", encoding="utf-8") as file:
-        needed += [line for line in file if not line.startswith(("waitress", "functions-framework"))]
-    quoted = ((name, value.replace("\\", "\\\\").replace("'", "\\'")) for name, value in config.items()
-              if name not in own and value is not None)
+    files = {
+        "main.py": EXPORTED.format(name=name, settings={key: config[key] for key in sorted(shown)}),
+        "requirements.txt": exported_requirements(), "Procfile": "web: functions-framework --target main --port $PORT\n",
+        ".env": exported_env(config)}
     for directory, copied in ((app.settings.FUNCTIONS_DIR, PACKAGE), ("templates", "templates")):
         if os.path.isdir(directory):
             shutil.copytree(directory, os.path.join(target, copied), ignore=shutil.ignore_patterns("_*_", ".*"))
     shutil.copy(__file__, os.path.join(target, "fnserve.py"))
-    files = {
-        "main.py": EXPORTED.format(name=name, settings={key: config[key] for key in sorted(shown)}),
-        "requirements.txt": "".join(needed), "Procfile": "web: functions-framework --target main --port $PORT\n",
-        ".env": "".join(f"{key}='{value}'\n" for key, value in quoted)}
     os.close(os.open(os.path.join(target, ".env"), os.O_CREAT | os.O_WRONLY, 0o600))
     for file_name, text in files.items():
         with open(os.path.join(target, file_name), "w", encoding="utf-8") as file:
