@@ -7391,22 +7391,27 @@ def try_in_child() -> None:
     log.handlers[:] = [logging.NullHandler()]
     faulthandler.enable()
     faulthandler.dump_traceback_later(LOAD_SECONDS, exit=True)
-    found: dict[str, Any] = {}
     try:
-        began, source = perf_counter(), job["source"].encode("utf-8", "surrogateescape")
-        path = app.functions.path(job["name"])
-        linecache.cache[path] = len(source), None, decode_source(source).splitlines(True), path  # for tracebacks
-        code = app.functions.pretend(job["name"], source)
-        found = {"entries": [getattr(entry.function, "__name__", repr(entry.function)) for entry in code.entries.values()],
-                 "settings": dict(getattr(code.module, "SETTINGS", {})), "ms": (perf_counter() - began) * 1e3}
-        if job["request"]:
-            faulthandler.dump_traceback_later(min(job["seconds"], code.settings.timeout or job["seconds"]), exit=True)
-            found = call_on_trial(app, job["name"], job["request"])
+        found = load_on_trial(app, job)
     except LoadError as error:
         found = {"status": 500, "error": error.trace or error.message if job["request"] else error.message, "line": error.line}
     sys.stdout.flush()
     os.write(answer, json.dumps(found, default=repr, skipkeys=True).encode())
     os._exit(0)  # threads that the code has started end here
+
+
+def load_on_trial(app: App, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the code of a trial, and make the call if one is asked for; return what is found. LoadError."""
+    import faulthandler
+    began, name, source = perf_counter(), job["name"], job["source"].encode("utf-8", "surrogateescape")
+    path = app.functions.path(name)
+    linecache.cache[path] = len(source), None, decode_source(source).splitlines(True), path  # for tracebacks
+    code = app.functions.pretend(name, source)
+    if job["request"]:
+        faulthandler.dump_traceback_later(min(job["seconds"], code.settings.timeout or job["seconds"]), exit=True)
+        return call_on_trial(app, name, job["request"])
+    return {"entries": [getattr(entry.function, "__name__", repr(entry.function)) for entry in code.entries.values()],
+            "settings": dict(getattr(code.module, "SETTINGS", {})), "ms": (perf_counter() - began) * 1e3}
 
 
 def call_on_trial(app: App, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
