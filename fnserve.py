@@ -7678,8 +7678,7 @@ def believe_proxy(app: App, trusted: str, pin: Optional[Pin]) -> Callable[..., A
 
 def notify(state: str) -> None:
     """Tell systemd how we are (sd_notify(3)); nothing where it didn't start us."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
+    if address := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
             out.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
@@ -7697,9 +7696,8 @@ def hold_signals() -> None:
 def wait_for_signal(seconds: float) -> tuple[int, int]:
     """Wait for one that is held back; return its number and which process has sent it, zeros where none came."""
     told = signal.sigtimedwait(SIGNALS, max(0.0, seconds))
-    if told is None or told.si_signo in ENDS and signal.getsignal(told.si_signo) == signal.SIG_IGN:
-        return 0, 0  # a shell script's background job ignores SIGINT
-    return told.si_signo, told.si_pid
+    ignored = told and told.si_signo in ENDS and signal.getsignal(told.si_signo) == signal.SIG_IGN  # as background jobs do
+    return (told.si_signo, told.si_pid) if told and not ignored else (0, 0)
 
 
 def release_signals(handler: Any = None, numbers: Iterable[int] = ()) -> None:
