@@ -7991,11 +7991,11 @@ def with_functions(app: App) -> App:
     return app
 
 
-def write_new(path: str, text: str) -> bool:
+def write_new(path: str, text: str, mode: int = 0o666) -> bool:
     """Write a file that isn't there yet; tell whether it was written."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        with open(path, "x", encoding="utf-8", opener=functools.partial(os.open, mode=mode)) as file:
             file.write(text)
     except FileExistsError:
         return False
@@ -8296,11 +8296,8 @@ def cmd_export(arguments: Any, options: dict[str, Any]) -> None:
         if os.path.isdir(directory):
             shutil.copytree(directory, os.path.join(target, copied), ignore=shutil.ignore_patterns("_*_", ".*"))
     shutil.copy(__file__, os.path.join(target, "fnserve.py"))
-    os.close(os.open(os.path.join(target, ".env"), os.O_CREAT | os.O_WRONLY, 0o600))
     for file_name, text in files.items():
-        with open(os.path.join(target, file_name), "w", encoding="utf-8") as file:
-            file.write(text)
-        print(f"made {os.path.join(target, file_name)}")
+        write_new(os.path.join(target, file_name), text, 0o600 if file_name == ".env" else 0o666)
 
 
 UNIT = """\
