@@ -5015,15 +5015,15 @@ STUCK_SECONDS = 120
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
-def check_health(app: Any) -> dict[str, str]:
-    """Return what was checked: "ok", or what is wrong."""
+def check_health(app: Any) -> tuple[str, dict[str, str]]:
+    """Return "healthy" or "unhealthy", and what was checked: "ok", or what is wrong."""
     found = {}
     for name in ("database", "functions", "journal", "disk", "queue"):
         try:
             found[name] = find_fault(app, name) or "ok"
         except (OSError, sqlite3.Error) as error:
             found[name] = str(getattr(error, "strerror", None) or error)  # without the path: anybody may ask
-    return found
+    return "healthy" if set(found.values()) == {"ok"} else "unhealthy", found
 
 
 def find_fault(app: Any, name: str) -> str:
@@ -6429,10 +6429,9 @@ def view_restore(app: Any, call: Call) -> Response:
 
 def view_health(app: Any, call: Call) -> Response:
     """/health : 200 or 503, and what was checked."""
-    checks = check_health(app)
-    status, code = ("healthy", 200) if set(checks.values()) == {"ok"} else ("unhealthy", 503)
+    status, checks = check_health(app)
     broken = len(app.functions.versions.broken()) if checks["database"] == "ok" else 0
-    return as_json({"status": status, "checks": checks, "broken_functions": broken}, code)
+    return as_json({"status": status, "checks": checks, "broken_functions": broken}, 200 if status == "healthy" else 503)
 
 
 def view_metrics(app: Any, call: Call) -> Response:
@@ -6447,8 +6446,8 @@ def view_metrics(app: Any, call: Call) -> Response:
 
 def view_monitoring(app: Any, call: Call) -> Response:
     """/monitoring/health : the figures of all workers, and of the last minutes."""
-    return as_json({"status": "healthy" if set(check_health(app).values()) == {"ok"} else "unhealthy",
-                    "system_metrics": app.load.figures(app.clock()), **recent_figures(app, app.clock())})
+    return as_json({"status": check_health(app)[0], "system_metrics": app.load.figures(app.clock()),
+                    **recent_figures(app, app.clock())})
 
 
 def recent_figures(app: Any, now: float) -> dict[str, Any]:
@@ -6477,7 +6476,7 @@ def dashboard(app: Any, t: Texts) -> Markup:
     """Make what the dashboard shows and its stream sends anew: figures, charts of the hour and the day, slow and failing."""
     now, minute = app.clock(), int(app.clock()) // 60
     recent = recent_figures(app, now)
-    wrong = ", ".join(f"{name}: {value}" for name, value in check_health(app).items() if value != "ok")
+    wrong = ", ".join(f"{name}: {value}" for name, value in check_health(app)[1].items() if value != "ok")
     found = {"status": wrong or t("fine"), **app.load.figures(now), **recent, "error_rate": f"{recent['error_rate']:.2%}"}
     boxes = (tag("div.card", tag("div.soft", t(label)),
                  tag("b.bad" if wrong and name == "status" else "b", f"{found[name]}{unit}"))
