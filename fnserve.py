@@ -5880,8 +5880,7 @@ def function_rows(app: Any) -> list[dict[str, Any]]:
     """Gather what was counted of every function; what stands in its file is for `describe_row` to add."""
     app.folder.fold()
     calls = dict(app.store.read("SELECT func_name, call_count FROM call_stats"))
-    known = {name: {"errors": errors, "last_call": last} for name, errors, last in app.store.read(
-        "SELECT func_name, errors, last_call FROM fn_functions")}
+    known = {row["name"]: dict(row) for row in app.store.read("SELECT func_name AS name, errors, last_call FROM fn_functions")}
     failed = {row[0]: last_line(row[1]) for row in app.store.read(
         "SELECT function, error, max(number) FROM fn_calls WHERE status >= 500 GROUP BY function")}
     broken, unknown = app.functions.versions.broken(), {"errors": 0, "last_call": None}
@@ -6376,8 +6375,7 @@ def view_versions(app: Any, call: Call) -> Response:
                 " ORDER BY version DESC LIMIT ?", now, name, KEEP_VERSIONS))]
     if wants_json(call):
         return as_json({"versions": rows})
-    columns = {"Version": None, "Time": None, "Size": "n", "Status": None, "": None}
-    shown = table(t, columns, ((
+    shown = table(t, {"Version": None, "Time": None, "Size": "n", "Status": None, "": None}, ((
         link(f"#{row['version']}", "/admin/versions", module_name=name, version=row["version"]), local_time(row["saved_at"]),
         row["size"], tag("span.good", t("current")) if row["current"] else
         tag("span.bad", t("failed, rolled back")) if row["rolled_back"] else "",
@@ -6455,13 +6453,12 @@ def recent_figures(app: Any, now: float) -> dict[str, Any]:
     app.folder.fold()
     minute = int(now) // 60
     calls, errors, buckets = sum_minutes(app, range(minute - 4, minute + 1, 5), "*")[0]
-    hour = endpoint_buckets(app, minute - 59)
-    slow = sorted(((quantile(found, .95), name) for name, found in hour.items()), reverse=True)[:5]
+    slow = sorted(((quantile(found, .95), name) for name, found in endpoint_buckets(app, minute - 59).items()), reverse=True)
     last = app.store.read("SELECT id, time, function, status, error FROM fn_calls WHERE status >= 500"
                           " AND function <> '/monitoring/stream' ORDER BY number DESC LIMIT 5")
     return {"requests_per_second": round(calls / (240 + now % 60), 2), "error_rate": round(errors / calls, 4) if calls else 0.0,
             "p50_ms": round(quantile(buckets, .5) * 1000, 1), "p95_ms": round(quantile(buckets, .95) * 1000, 1),
-            "slowest": [{"endpoint": name, "p95_ms": round(value * 1000, 1)} for value, name in slow],
+            "slowest": [{"endpoint": name, "p95_ms": round(value * 1000, 1)} for value, name in slow[:5]],
             "last_errors": [dict(row) for row in last]}
 
 
@@ -6965,9 +6962,8 @@ def view_settings(app: Any, call: Call) -> Response:
             for row in SETTINGS_TABLE]
     if wants_json(call):
         return as_json({"settings": rows})
-    columns = {"Name": None, "Value": "break", "Source": "soft", "What for": "soft"}
     waits = tag("div.bad", t("waits"))
-    shown = table(t, columns, ((
+    shown = table(t, {"Name": None, "Value": "break", "Source": "soft", "What for": "soft"}, ((
         row["name"], join("***" if row["value"] == "***" else texts[row["name"]], waits if row["restart"] else None),
         t(row["source"]), t(row["name"])) for row in rows))
     saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
