@@ -5852,9 +5852,8 @@ def view_login(app: Any, call: Call) -> Response:
         call.session.clear()
         call.session["_login"] = app.signer.login_mark(int(call.started + app.settings.SESSION_HOURS * 3600))
         return done(call, "登入成功", going_to)
-    if wants_json(call):
-        return as_json({"message": "登入失敗"}, 401)
-    return login_page(call, going_to, 401, note(Texts(call)("That password is wrong"), BAD))
+    return as_json({"message": "登入失敗"}, 401) if wants_json(call) else login_page(
+        call, going_to, 401, note(Texts(call)("That password is wrong"), BAD))
 
 
 def view_logout(app: Any, call: Call) -> Response:
@@ -6210,9 +6209,8 @@ def view_edit(app: Any, call: Call) -> Response:
     name = call.request.args.get("module_name", "")
     source, version = read_current(app, name)
     code, reason = decode_source(source), app.functions.versions.broken().get(name)
-    if wants_json(call):
-        return as_json({"module_name": name, "code": code, "version": version})
-    return editor_page(call, name, code, name, version, HTTPException(200, reason) if reason else None)
+    return as_json({"module_name": name, "code": code, "version": version}) if wants_json(call) else editor_page(
+        call, name, code, name, version, HTTPException(200, reason) if reason else None)
 
 
 def ask(call: Call, title: str, text: str, **hidden: Any) -> Response:
@@ -6859,10 +6857,8 @@ def view_rows(app: Any, call: Call) -> Response:
         headers = {**PAGE_HEADERS, "Content-Disposition": content_disposition(True, name + ".csv")}
         return Response(csv_pages(app, name), headers=headers, content_type="text/csv; charset=utf-8")
     following = rows[-1]["key"] if len(rows) == limit else None
-    if wants_json(call):
-        return as_json({"table": found.name, "columns": found.columns, "read_only": is_ours(name), "rows": rows,
-                        "next": following})
-    return rows_page(call, found, rows, following)
+    data = {"table": found.name, "columns": found.columns, "read_only": is_ours(name), "rows": rows, "next": following}
+    return as_json(data) if wants_json(call) else rows_page(call, found, rows, following)
 
 
 def csv_pages(app: Any, name: str) -> Iterator[str]:
