@@ -6680,10 +6680,9 @@ def _authorize(done: set[int], action: int, first: Optional[str], second: Option
     """Let SQL do everything but write to fnserve's tables, attach files and set pragmas (sqlite3_set_authorizer)."""
     written = {1: second, 2: first, 7: second, 9: first, 10: second, 11: first, 16: second, 18: first, 23: first, 26: second}
     pragma = action == 19 and first not in ("table_info", "table_xinfo", "index_list", "data_version")  # FTS5 asks for the last
-    denied = action in (24, 25) or pragma or is_ours(written.get(action))
+    sequence = action in (18, 23) and first == "sqlite_sequence" and 26 not in done  # ALTER TABLE does it by itself
+    denied = action in (24, 25) or pragma or sequence or is_ours(written.get(action))
     done.add(action)
-    if action in (18, 23) and first == "sqlite_sequence" and 26 not in done:  # ALTER TABLE does it by itself
-        denied = True
     if action == 20 and first == "fn_queue" and second in ("request", "headers", "body", "answer"):
         return 2  # reads as NULL: they hold the callers' secrets
     return 1 if denied else 0
