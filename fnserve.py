@@ -7045,9 +7045,8 @@ def view_openapi(app: Any, call: Call) -> Response:
 
 def describe_parameter(name: str, item: Mapping[str, Any]) -> dict[str, Any]:
     """Make a Parameter Object (OpenAPI 3.1 4.8.12); a word that OpenAPI doesn't know becomes the most usual one."""
-    kinds, places = ("string", *KINDS.values()), ("query", "header", "cookie", "body")
-    return {"name": name, "in": item["in"] if item.get("in") in places else "query",
-            "schema": {"type": item["type"] if item.get("type") in kinds else "string"},
+    return {"name": name, "in": item["in"] if item.get("in") in ("query", "header", "cookie", "body") else "query",
+            "schema": {"type": item["type"] if item.get("type") in KINDS.values() else "string"},
             "description": str(item.get("description", "")), "required": bool(item.get("required", False))}
 
 
