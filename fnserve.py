@@ -6850,7 +6850,7 @@ def view_rows(app: Any, call: Call) -> Response:
             t, row, key = Texts(call), found.find(read_key(args["key"])), args["key"]
             gone = form("/admin/data", tag("button.danger", t("Delete")), action="delete", table=found.name, key=key)
             return page(call, f"{found.name}: {t('Edit')}", tag(
-                "div.card", row_form(t, found, row, t("Save"), action="update", key=key), gone))
+                "div.card", row_form(t, found, row, action="update", key=key), gone))
         rows = found.rows(args.get("after"), limit, shown_value)
     if args.get("format") == "csv":
         headers = {**PAGE_HEADERS, "Content-Disposition": content_disposition(True, name + ".csv")}
@@ -6891,19 +6891,18 @@ def rows_page(call: Call, found: Table, rows: list[dict[str, Any]], following: O
           for value in row["values"].values()),
         None if ours else link(t("Edit"), url, key=json.dumps(row["key"]))) for row in rows), False)
     more = link(t("Go on"), url, "button plain", after=json.dumps(following)) if following else None
-    drop = form("/admin/data", tag("button.danger", t("Drop this table")), action="drop", table=found.name)
-    parts = {"Schema": tag("pre", found.sql), "Add a row": row_form(t, found, {}, t("Save"), action="insert"),
-             "Drop this table": drop}
+    parts = {"Schema": tag("pre", found.sql), "Add a row": row_form(t, found, {}, action="insert"), "Drop this table": form(
+        "/admin/data", tag("button.danger", t("Drop this table")), action="drop", table=found.name)}
     folded = (tag("details.card", tag("summary", t(key)), part) for key, part in parts.items() if not ours or key == "Schema")
     return page(call, found.name, tag("p.row", more, link("CSV", url, "button plain", format="csv")), shown, *folded)
 
 
-def row_form(t: Texts, found: Table, values: Mapping[str, Any], button: str, **hidden: str) -> Markup:
+def row_form(t: Texts, found: Table, values: Mapping[str, Any], **hidden: str) -> Markup:
     """Make the form of one row: a box for each column, as high as what stands in it."""
     boxes = (tag("label", f"{column['name']} ", tag("span.soft", column["type"]), tag(
         "textarea", "\n" + field_text(values.get(column["name"])), name="value_" + column["name"], spellcheck="false",
         rows=str(min(12, field_text(values.get(column["name"])).count("\n") + 1)))) for column in found.columns)
-    return form("/admin/data", *boxes, tag("p", tag("button", button)), table=found.name, **hidden)
+    return form("/admin/data", *boxes, tag("p", tag("button", t("Save"))), table=found.name, **hidden)
 
 
 def change_data(app: Any, call: Call) -> Response:
