@@ -6897,11 +6897,15 @@ def rows_page(call: Call, found: Table, rows: list[dict[str, Any]], following: O
     return page(call, found.name, tag("p.row", more, link("CSV", url, "button plain", format="csv")), shown, *folded)
 
 
+def row_box(column: Mapping[str, Any], text: str) -> Markup:
+    """Make the box of one column, as high as what stands in it."""
+    box = tag("textarea", "\n" + text, name="value_" + column["name"], spellcheck="false", rows=min(12, text.count("\n") + 1))
+    return tag("label", f"{column['name']} ", tag("span.soft", column["type"]), box)
+
+
 def row_form(t: Texts, found: Table, values: Mapping[str, Any], **hidden: str) -> Markup:
-    """Make the form of one row: a box for each column, as high as what stands in it."""
-    boxes = (tag("label", f"{column['name']} ", tag("span.soft", column["type"]), tag(
-        "textarea", "\n" + field_text(values.get(column["name"])), name="value_" + column["name"], spellcheck="false",
-        rows=str(min(12, field_text(values.get(column["name"])).count("\n") + 1)))) for column in found.columns)
+    """Make the form of one row: a box for each column."""
+    boxes = (row_box(column, field_text(values.get(column["name"]))) for column in found.columns)
     return form("/admin/data", *boxes, tag("p", tag("button", t("Save"))), table=found.name, **hidden)
 
 
