@@ -6061,8 +6061,7 @@ def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str
             if fresh and there:
                 raise HTTPException(409, t("exists"))
             newest = versions.add(connection, name, read_source(path), False) if there else 0
-            stale = not fresh and seen not in ("", str(newest))
-            if not stale:
+            if fresh or seen in ("", str(newest)):
                 app.functions.save(name, source)
                 return versions.add(connection, name, source, loaded=False)
     except OSError as error:
@@ -6087,8 +6086,7 @@ def save_code(app: Any, t: Texts, name: str, source: bytes, fresh: bool, force: 
         raise HTTPException(400, wrong, line=line, column=0, output=found["output"], can_force=True)
     warnings = {"forced": force, "unchecked": not found and not force, "no_main": found.get("entries") == [],
                 "admin_only": is_protected(name, app.protected), "slow_load": found.get("ms", 0) > 1000}
-    check = {"entries": [], "settings": {}, "output": "", **found}
-    check["warnings"] = [t(key) for key, holds in warnings.items() if holds]
+    check = {"entries": [], "settings": {}, "output": "", **found, "warnings": [t(key) for key in warnings if warnings[key]]}
     version = swap_in(app, t, name, source, fresh, seen)
     entries, settings = (", ".join(map(str, check[key])) for key in ("entries", "settings"))
     said = (t("saved_as", version), entries and t("serves", entries), settings and f"SETTINGS: {settings}.", *check["warnings"])
@@ -6172,10 +6170,8 @@ def view_save(app: Any, call: Call) -> Response:
             read_current(app, name)
         saved = save_code(app, t, name, encode_source(code.replace("\r\n", "\n")), fresh, sent.get("force"), seen)
     except HTTPException as error:
-        if wants_json(call):
-            return as_json({"line": 0, "column": 0, **error.body, "message": error_text(t, error),
-                            "request_id": call.id}, error.code)
-        return editor_page(call, name, code, original, seen, error)
+        said = {"line": 0, "column": 0, **error.body, "message": error_text(t, error), "request_id": call.id}
+        return as_json(said, error.code) if wants_json(call) else editor_page(call, name, code, original, seen, error)
     url = f"/function/edit_function?module_name={quote(name)}&done=saved"
     return done(call, url=url, status=201 if fresh else 200, **saved)
 
