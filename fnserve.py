@@ -529,8 +529,11 @@ class MultiDict(dict):  # a dict of lists inside, of first values outside
         key, values = super().popitem()
         return key, values[0]
 
-    setdefault: Any = MutableMapping.setdefault  # these two ask [], and so give first values
-    values: Any = MutableMapping.values
+    setdefault: Any = MutableMapping.setdefault  # which asks [], and so gives the first value
+
+    def values(self) -> Any:
+        """Yield the first value of every key."""
+        return (self[key] for key in self)
 
     def to_dict(self, flat: bool = True) -> dict[str, Any]:
         """Return a plain dict of first values, or of lists with ``flat=False``."""
@@ -1425,6 +1428,8 @@ def make_response(*values: Any) -> Response:
             status, headers = None, status
     if isinstance(value, types.AsyncGeneratorType):
         value = iterate_async(value)
+    if value is None:
+        value, status = "", 204 if status is None else status
     if isinstance(value, (str, bytes, bytearray)) or hasattr(value, "__next__"):
         return Response(value, status, headers)
     response = _other_response(value)
@@ -1459,8 +1464,6 @@ def _other_response(value: Any) -> Response:
         return value
     if isinstance(value, (dict, list)):
         return Response(dump_json(value) + "\n", mimetype="application/json")
-    if value is None:
-        return Response(status=204)
     if hasattr(value, "get_wsgi_headers") and hasattr(value, "status"):  # a Response of the real Werkzeug or Flask
         return Response(value.response if value.is_streamed else value.get_data(), value.status, list(value.headers))
     raise TypeError(f"{type(value).__name__} was returned; it must be str, bytes, dict, list, Response, an iterator, "
@@ -2284,7 +2287,7 @@ class Functions:
         function = self._known.get(name)
         path = function.path if function else os.path.join(self.root, *name.split("/")) + ".py"  # hooks too, unlike `path`
         stamp = file_stamp(path) if name not in self._reserved else None
-        if stamp is None:
+        if stamp is None or function is None and not os.path.isfile(path):
             self._known.pop(name, None)
             return None, False
         function = function or self._known.setdefault(name, Function(name, path))
@@ -2481,7 +2484,7 @@ class Functions:
         module = builtins.__import__(name, globals, locals, fromlist, level)
         user = self._known.get(str((globals or {}).get("__name__"))[len(PACKAGE) + 1:].replace(".", "/"))
         for found in (module, sys.modules.get(name), *(getattr(module, item, None) for item in fromlist or ())):
-            path = found.__dict__.get("__file__") or "" if type(found) is types.ModuleType else ""
+            path = found.__dict__.get("__file__") or "" if isinstance(found, types.ModuleType) else ""
             if self._is_helper(path):
                 self._watched.setdefault(path, file_stamp(path))
                 if user is not None:
@@ -2687,6 +2690,7 @@ class Call:
     printed = 0  #: characters printed, those beyond OUTPUT_BYTES too
     error = ""  #: traceback, for the admin
     failed: Optional[BaseException] = None  #: what the function raised
+    opened: Optional[Session] = None  #: the session, once it was asked for; not `lazy`, whose look into __dict__ costs each call 7 %
 
     def __init__(self, app: Any, environ: dict[str, Any]) -> None:
         self.app, self.run = app, environ.get("fnserve.run", _HTTP)
@@ -2701,9 +2705,15 @@ class Call:
 
     trigger = property(lambda self: self.run.trigger)  #: http, async, schedule or cli; queued: this one does not run
     attempt = property(lambda self: self.run.attempt)  #: which run of a queued call this is, from 1
-    session = lazy(lambda self: Session(self.app.signer.unsign(self.request.cookies.get("session", ""), self.started)))
     g = lazy(lambda self: Globals())
     flashes = lazy(lambda self: self.session.pop("_flashes", []))  #: taken out once, however often they are asked for
+
+    @property
+    def session(self) -> Session:
+        """The session, read when it is first asked for; empty where anything is wrong with the cookie."""
+        if self.opened is None:
+            self.opened = Session(self.app.signer.unsign(self.request.cookies.get("session", ""), self.started))
+        return self.opened
 
     def capture(self, text: str) -> None:
         """Keep what the call prints, the first OUTPUT_BYTES of it."""
@@ -4806,7 +4816,7 @@ def answer_failure(call: Call, error: BaseException) -> Response:
 
 def respond(app: Any, call: Call, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
     """Start the response and return its body; the record is written before the last byte is handed over."""
-    if "session" in call.__dict__:
+    if call.opened is not None:
         save_session(call.session, call.request, response, app.signer, call.started)
     body, headers, code = response._body, response.headers.to_wsgi_list(), response.code
     bare = code == 204 or code == 304 or code < 200
@@ -4825,7 +4835,8 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
     except BaseException as error:
         with contextlib.suppress(Exception):
             response.close()
-        return respond(app, call, answer_failure(call, error), start_response)
+        late = isinstance(error, DeadlineExceeded)  # the handlers are asked, as for a function that is
+        return respond(app, call, recover(app, call, error) if late else answer_failure(call, error), start_response)
     call.responding = True
     start_response(response.status, headers + [("X-Request-Id", call.id)])
     body = stream(app, call, response, chunks, chunk)
@@ -4986,7 +4997,7 @@ class ErrorLog(logging.Handler):
         line = f"{text}\n".encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
             with self._open() as file:
-                if file.tell() + len(line) > self._max_bytes:
+                if os.fstat(file.fileno()).st_size + len(line) > self._max_bytes:
                     self._rotate(file.fileno())
             with self._open() as file:
                 file.write(line)
@@ -7156,7 +7167,7 @@ class App:
             raise
         except BaseException as error:  # an answer that can't be sent: a session or a body that is none
             why = sys.exc_info()
-            call.__dict__.pop("session", None)
+            call.opened = None
             body = respond(self, call, answer_failure(call, error), lambda *started: start_response(*started, why))
         finally:
             if call.failed is not None and call.trigger != "cli":  # its traceback holds the function's locals, and this call
