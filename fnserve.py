@@ -2690,7 +2690,7 @@ class Call:
     printed = 0  #: characters printed, those beyond OUTPUT_BYTES too
     error = ""  #: traceback, for the admin
     failed: Optional[BaseException] = None  #: what the function raised
-    opened: Optional[Session] = None  #: the session, once it was asked for; not `lazy`, whose look into __dict__ costs each call 7 %
+    opened: Optional[Session] = None  #: the session, once asked for; not `lazy`: a look into __dict__ costs each call 7 %
 
     def __init__(self, app: Any, environ: dict[str, Any]) -> None:
         self.app, self.run = app, environ.get("fnserve.run", _HTTP)
@@ -5026,34 +5026,48 @@ STUCK_SECONDS = 120
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
+def _database_fault(app: Any) -> str:
+    with app.store.write():  # takes the write lock, and writes nothing
+        return "" if os.path.exists(app.settings.DB_PATH) else "the file is gone"
+
+
+def _functions_fault(app: Any) -> str:
+    os.scandir(app.settings.FUNCTIONS_DIR).close()
+    return ""
+
+
+def _journal_fault(app: Any) -> str:
+    os.makedirs(app.settings.JOURNAL_DIR, exist_ok=True)
+    return "" if os.access(app.settings.JOURNAL_DIR, os.W_OK) else "not writable"
+
+
+def _disk_fault(app: Any) -> str:
+    directories = app.settings.directory, app.settings.JOURNAL_DIR, os.path.dirname(app.settings.DB_PATH)
+    free = min(map(free_bytes, directories))
+    return f"only {free // 1024} KiB are left" if free < FULL_BYTES else ""
+
+
+def _queue_fault(app: Any) -> str:
+    due = app.queue.next_due()
+    late = app.clock() - due if due is not None else 0
+    return f"a call has been due for {late:.0f} s" if late > STUCK_SECONDS else ""
+
+
+#: what must work -> what says what is wrong with it, "" for nothing; so do OSError and sqlite3.Error
+CHECKS: dict[str, Callable[[Any], str]] = {
+    "database": _database_fault, "functions": _functions_fault, "journal": _journal_fault, "disk": _disk_fault,
+    "queue": _queue_fault}
+
+
 def check_health(app: Any) -> tuple[str, dict[str, str]]:
     """Return "healthy" or "unhealthy", and what was checked: "ok", or what is wrong."""
     found = {}
-    for name in ("database", "functions", "journal", "disk", "queue"):
+    for name, find_fault in CHECKS.items():
         try:
-            found[name] = find_fault(app, name) or "ok"
+            found[name] = find_fault(app) or "ok"
         except (OSError, sqlite3.Error) as error:
             found[name] = str(getattr(error, "strerror", None) or error)  # without the path: anybody may ask
     return "healthy" if set(found.values()) == {"ok"} else "unhealthy", found
-
-
-def find_fault(app: Any, name: str) -> str:
-    """Return what is wrong with one of the things that must work, "" for nothing; so do OSError and sqlite3.Error."""
-    settings = app.settings
-    if name == "database":
-        with app.store.write():  # takes the write lock, and writes nothing
-            return "" if os.path.exists(settings.DB_PATH) else "the file is gone"
-    if name == "functions":
-        os.scandir(settings.FUNCTIONS_DIR).close()
-    if name == "journal":
-        os.makedirs(settings.JOURNAL_DIR, exist_ok=True)
-        return "" if os.access(settings.JOURNAL_DIR, os.W_OK) else "not writable"
-    if name == "disk":
-        free = min(map(free_bytes, (settings.directory, settings.JOURNAL_DIR, os.path.dirname(settings.DB_PATH))))
-        return f"only {free // 1024} KiB are left" if free < FULL_BYTES else ""
-    due = app.queue.next_due() if name == "queue" else None
-    late = app.clock() - due if due is not None else 0
-    return f"a call has been due for {late:.0f} s" if late > STUCK_SECONDS else ""
 
 
 class Usage(NamedTuple):
