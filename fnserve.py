@@ -446,10 +446,10 @@ class BadRequestKeyError(EXCEPTIONS[400], KeyError):  # type: ignore[misc, valid
 
 
 def each_pair(source: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the pairs of a mapping, of a MultiDict or of pairs; a list or tuple as value makes several."""
+    """Yield the pairs of a mapping, of a MultiDict or of pairs; a list or tuple as a mapping's value makes several."""
     items = getattr(source, "lists", None) or getattr(source, "items", None)
     for key, value in items() if items else source:
-        for item in value if isinstance(value, (list, tuple)) else (value,):
+        for item in value if items and isinstance(value, (list, tuple)) else (value,):
             yield key, item
 
 
@@ -1580,16 +1580,22 @@ def add_buckets(one: str, other: str) -> str:
     return json.dumps([a + b for a, b in zip(json.loads(one), json.loads(other))])
 
 
-def insert_row(connection: sqlite3.Connection, table: str, row: Mapping[str, Any], conflict: str = "") -> None:
-    """Add a row; `conflict` is what SQL says of one that is there."""
-    connection.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))}) {conflict}",
-                       tuple(row.values()))
+@functools.lru_cache(maxsize=64)  # a fold makes a few of these statements very often
+def insert_sql(table: str, names: tuple[str, ...], figures: tuple[str, ...] = ()) -> str:
+    """Make the statement that adds a row, or adds its `figures` to those of a row that has the other columns."""
+    sums = (f"{name} = {SUMS.get(name, '{0} + excluded.{0}').format(name)}" for name in figures)
+    conflict = f" ON CONFLICT ({', '.join(names)}) DO UPDATE SET {', '.join(sums)}" if figures else ""
+    return f"INSERT INTO {table} ({', '.join(names + figures)}) VALUES ({', '.join('?' * len(names + figures))}){conflict}"
+
+
+def insert_row(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> None:
+    """Add a row."""
+    connection.execute(insert_sql(table, tuple(row)), tuple(row.values()))
 
 
 def add_up(connection: sqlite3.Connection, table: str, key: Mapping[str, Any], **figures: Any) -> None:
     """Add figures to those of a row; make the row where there is none."""
-    sums = (f"{name} = {SUMS.get(name, '{0} + excluded.{0}').format(name)}" for name in figures)
-    insert_row(connection, table, {**key, **figures}, f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {', '.join(sums)}")
+    connection.execute(insert_sql(table, tuple(key), tuple(figures)), (*key.values(), *figures.values()))
 
 
 def make_private(path: str) -> None:
@@ -1693,6 +1699,7 @@ class Store:
             try:
                 connection.row_factory = sqlite3.Row
                 connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=NORMAL")
                 connection.execute("PRAGMA cache_size=-1024")
                 connection.create_function("add_buckets", 2, add_buckets)
                 for name, columns in self._tables.items():
@@ -2237,7 +2244,8 @@ class Functions:
             if path not in sys.path:
                 sys.path.append(path)  # last, so that no function hides a library
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Functions)]
-        sys.meta_path.insert(sys.meta_path.index(importlib.machinery.PathFinder), self)
+        at = sys.meta_path.index(importlib.machinery.PathFinder) if importlib.machinery.PathFinder in sys.meta_path else 0
+        sys.meta_path.insert(at, self)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         """Find a module as ever, but give one under functions/ or beside it the loader above (importlib's protocol)."""
@@ -3236,7 +3244,7 @@ def make_mac(key: bytes, signed: bytes, algorithm: str = "sha256", encoding: str
 
 def header_of(request: Request, name: str) -> str:
     """Return a header that must be there."""
-    if not request.headers.get(name):
+    if not request.headers.get(name, "").strip():
         raise BadSignature(f"no {name} header")
     return request.headers[name].strip()
 
@@ -3437,7 +3445,7 @@ NICKNAMES = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 
 ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "last")
 LAST_MOMENT = 253_000_000_000.0  # in the year 9987: what zoneinfo and datetime can still turn into a local time
 MOST_RUNS = 1000  # that are counted one by one of a job that was not looked at for long
-DAYS_AHEAD = 41 * 366  # every combination of date and weekday that exists comes within 40 years; 31 February never does
+YEARS_AHEAD = 41  # every combination of date and weekday that exists comes within 40 years; 31 February never does
 
 
 class TriggerError(ValueError):
@@ -3506,18 +3514,22 @@ class Cron:
     def walls(self, start: datetime.datetime) -> Iterator[datetime.datetime]:
         """Yield the local times (naive datetimes) that match, from `start` on."""
         hours, minutes, seconds = self._times
-        first = max(start, datetime.datetime(min(self._sets["year"]), 1, 1))
-        end = min(first.toordinal() + DAYS_AHEAD, datetime.datetime.max.toordinal())
-        for day in map(datetime.datetime.fromordinal, range(first.toordinal(), end)):
+        years = sorted(year for year in self._sets["year"] if year >= start.year)[:YEARS_AHEAD]
+        for day in self._days_of(years, start):
             least = (start.hour, start.minute) if day.date() == start.date() else (0, 0)
             for hour, minute in itertools.product(hours, minutes) if self._is_day(day) else ():
                 if (hour, minute) >= least:
                     times = (day.replace(hour=hour, minute=minute, second=second) for second in seconds)
                     yield from (found for found in times if found >= start)
 
+    def _days_of(self, years: list[int], start: datetime.datetime) -> Iterator[datetime.datetime]:
+        for month in itertools.product(years, sorted(self._sets["month"])):
+            if month >= (start.year, start.month):
+                first = start.day if month == (start.year, start.month) else 1
+                for day in range(first, calendar.monthrange(*month)[1] + 1):
+                    yield datetime.datetime(*month, day)
+
     def _is_day(self, day: datetime.datetime) -> bool:
-        if day.month not in self._sets["month"] or day.year not in self._sets["year"]:
-            return False
         weekday, length = day.weekday(), calendar.monthrange(day.year, day.month)[1]
         by_day = day.day in self._sets["day"] or any(test(day.day, weekday, length) for test in self._days)
         by_weekday = weekday in self._sets["day_of_week"]
@@ -3577,7 +3589,9 @@ class Trigger:
 
     def iso(self, moment: Optional[float]) -> Optional[str]:
         """Write a Unix time as ISO 8601 in the trigger's zone; None for None."""
-        return datetime.datetime.fromtimestamp(moment, self.zone).isoformat() if moment is not None else None
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # a time that no calendar has
+            return datetime.datetime.fromtimestamp(moment, self.zone).isoformat() if moment is not None else None
+        return None
 
     def _next_cron(self, after: float) -> float:
         """Near a change of the clock local times are not in the order of real ones, but off by the change at most."""
@@ -3622,16 +3636,28 @@ def read_moment(field: str, value: Any, zone: Any) -> float:
     try:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found = datetime.datetime.fromtimestamp(value, zone)
-        else:  # as APScheduler reads it, with single digits too, in what every Python reads
-            text = re.sub(r"(?<![\d.])\d(?!\d)", r"0\g<0>", re.sub(r"\s*Z$", "+00:00", str(value).strip()))
-            text = re.sub(r"\s*([+-]\d\d):?(\d\d)$", r"\1:\2", text)
-            found = datetime.datetime.fromisoformat(re.sub(r"\.\d+", lambda part: part[0][:7].ljust(7, "0"), text))
+        else:
+            found = read_iso(str(value).strip())
         moment = (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
         if abs(moment) > LAST_MOMENT:
             raise OverflowError
         return moment
     except (ValueError, OverflowError, OSError):
         raise TriggerError(field, f"{value!r} is no date such as 2026-05-01 08:00:00") from None
+
+
+_ISO = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})(?:[ T](\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:\.(\d{1,6}))?)?)?"
+                  r"\s*(Z|[+-]\d\d:?\d\d)?", re.A)
+
+
+def read_iso(text: str) -> datetime.datetime:
+    """Read an ISO 8601 date and time as APScheduler does, and in whatever other form this Python knows; ValueError."""
+    found = _ISO.fullmatch(text)
+    if not found:
+        return datetime.datetime.fromisoformat(text)
+    year, month, day, hour, minute, second = (int(number or 0) for number in found.groups()[:6])
+    made = datetime.datetime(year, month, day, hour, minute, second, int((found[7] or "0").ljust(6, "0")))
+    return made.replace(tzinfo=datetime.datetime.strptime(found[8].replace("Z", "+0000"), "%z").tzinfo) if found[8] else made
 
 
 def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
@@ -3654,7 +3680,8 @@ def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
     fields = dict(zip(names, parts))
     if re.search("[a-z]", fields["day"]):
         raise TriggerError("day", f"{fields['day']!r} is no day of a month")
-    weekdays = (_values("day_of_week", part, CRONTAB_WEEKDAYS) for part in re.sub(r"-(sun|0)\b", "-7", parts[4]).split(","))
+    days = re.sub(r"-(sun|0)\b", "-7", re.sub(r"(^|,)(\w+)/", r"\1\2-6/", parts[4]))  # 1/2 ends with Saturday
+    weekdays = (_values("day_of_week", part, CRONTAB_WEEKDAYS) for part in days.split(","))
     fields["day_of_week"] = ",".join(str((day + 6) % 7) for day in set().union(*weekdays))  # APScheduler's, 0 is Monday
     return Trigger("cron", fields, zone, now, not parts[2].startswith("*") and not parts[4].startswith("*"))
 
@@ -3718,6 +3745,7 @@ class Queue:
         self._store, self._directory, self._limit, self.clock = store, directory, limit, clock
         self._waiting: list[tuple[Queued, list[Any]]] = []  #: for a commit, which adds to each its id, or the error
         self._lock, self._owner, self._handle = threading.Lock(), "", -1
+        self._room, self._counted = 0, 0.0  #: how many more calls may wait, as of when
         in_children(self._disown)
 
     def put(self, call: Queued) -> str:
@@ -3736,14 +3764,21 @@ class Queue:
     def _commit(self, batch: list[tuple[Queued, list[Any]]]) -> None:
         try:
             with self._store.write(durable=True) as connection:
-                waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
-                room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
-                for index, (call, outcome) in enumerate(batch):
-                    outcome.append(self.insert(connection, call) if index < room else QueueFull())
+                if self._room < len(batch) or not 0 <= monotonic() - self._counted < 1:
+                    self._count(connection)
+                for call, outcome in batch:
+                    outcome.append(self.insert(connection, call) if self._room > 0 else QueueFull())
+                    self._room -= 1
         except BaseException as error:  # one caller's deadline may end it; the others must not hear of that
             shown = error if isinstance(error, sqlite3.Error) else sqlite3.OperationalError(str(error))
             for _, outcome in batch:
                 outcome.append(shown)
+
+    def _count(self, connection: sqlite3.Connection) -> None:
+        """See how many calls may still wait; once a second will do, since of a full queue it takes 2 ms."""
+        waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
+        self._room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
+        self._counted = monotonic()
 
     def insert(self, connection: sqlite3.Connection, call: Queued) -> str:
         """Add a call within somebody's transaction; return its id, or the first one's where the key is known."""
@@ -3860,43 +3895,58 @@ class Runner:
 
     def __init__(self, queue: Queue, run: Callable[[Any], None], threads: int) -> None:
         self._queue, self._run, self._most = queue, run, threads
-        self._lock, self._poked = threading.Lock(), False
-        self.running, self.stopping = 0, False  #: how many threads there are; whether no more calls are to be claimed
+        self._lock, self._threads, self._idle = threading.Lock(), 0, 0
+        self._wake = threading.Semaphore(0)
+        self.running, self.stopping = 0, False  #: how many calls run here; whether no more are to be claimed
 
     def poke(self) -> None:
-        """Let a new thread look for a call; where there are enough, one of them looks before it ends."""
+        """Let an idle thread look for a call, or a new one."""
         with self._lock:
-            self._poked = True
-            if self.running < self._most:
-                self.running += 1
-                threading.Thread(target=self._loop, name="fnserve queue", daemon=True).start()
+            if self._idle:
+                self._idle -= 1
+                self._wake.release()
+            elif self._threads < self._most:
+                with contextlib.suppress(RuntimeError):  # there can be no more threads now: the background loop pokes again
+                    threading.Thread(target=self._loop, name="fnserve queue", daemon=True).start()
+                    self._threads += 1
 
     def _loop(self) -> None:
-        row: Any = None
-        while self._goes_on(row is not None):
+        while not self.stopping:
             sleep(YIELD_SECONDS)
-            row = None
             try:
                 row = self._queue.claim(self._queue.clock(), max(1, self._most - 1))
-                if row is not None:
-                    self.poke()  # there may be more
-                    self._run_one(row)
             except sqlite3.Error as error:  # locked for long, or the disk is full: the background loop pokes again
                 log.warning("queue: %s", error)
-
-    def _goes_on(self, ran: bool) -> bool:
-        """Tell whether a thread looks again: it ran a call, or somebody poked since one looked; if not, it is counted out."""
-        with self._lock:
-            going = (ran or self._poked) and not self.stopping
-            self._poked = self._poked and ran
-            self.running -= not going
-            return going
+                row = None
+            if row is not None:
+                self.poke()  # there may be more
+                self._run_one(row)
+            elif not self._rest():
+                return
 
     def _run_one(self, row: Any) -> None:
+        with self._lock:
+            self.running += 1
         try:
             self._run(row)
         except BaseException as error:  # a thread must outlive whatever a call does
             log.error("queue: %s: %s", row["function"], user_traceback(error))
+        finally:
+            with self._lock:
+                self.running -= 1
+
+    def _rest(self) -> bool:
+        """Wait to be poked; False after a while without, when the thread ends."""
+        with self._lock:
+            self._idle += 1
+        if self._wake.acquire(timeout=60):
+            return True
+        with self._lock:
+            if self._wake.acquire(blocking=False):  # poked at the last moment
+                return True
+            self._idle -= 1
+            self._threads -= 1
+        return False
 
 # == 12 SCHEDULE ==========================================================
 # Jobs and when they fire. Uses 05, 07, 10, 11. Only the leader calls `step`: a run goes into the queue in the transaction
@@ -4262,7 +4312,7 @@ def accept(app: Any, call: Call) -> Response:
         whose = "\n".join((request.method, request.path, request.headers.get("Authorization", "")))
         key = f"{call.function}:{hashlib.sha256(whose.encode('utf-8', 'replace')).hexdigest()[:32]}:{mark}"
     stored = {"method": request.method, "path": request.path, "query": request.environ.get("QUERY_STRING", ""),
-              "headers": kept_headers(app, call), "scheme": request.scheme, "client": request.remote_addr}
+              "headers": kept_headers(app, call), "host": request.host, "scheme": request.scheme, "client": request.remote_addr}
     number = app.put(Queued(call.function or "", json.dumps(stored), request.get_data(), key=key))
     call.run = _QUEUED  # its record is not a run of the function
     answer = {"id": number, "status_url": f"{request.url_root}invocations/{number}"}
@@ -4279,7 +4329,8 @@ def kept_headers(app: Any, call: Call) -> list[tuple[str, str]]:
 
 def run_alone(app: Any, run: Run, stored: Mapping[str, Any], body: bytes) -> Response:
     """Make a call that no client waits for, and return its answer, cut off beyond ANSWER_BYTES."""
-    environ = make_environ(stored["method"], stored["path"].encode(), stored["query"], body, stored["headers"])
+    environ = make_environ(stored["method"], stored["path"].encode(), stored["query"], body, [
+        ("Host", stored.get("host", "localhost")), *stored["headers"]])
     environ.update({"REMOTE_ADDR": stored.get("client") or "", "wsgi.url_scheme": stored.get("scheme", "http"),
                     "fnserve.run": run, "CONTENT_LENGTH": str(len(body))})  # which the headers may have of another request
     try:
@@ -4830,7 +4881,7 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
         start_response(response._status, headers)
         return [b"" if call.request.method == "HEAD" else body]
     try:
-        chunks = iter(() if bare or call.request.method == "HEAD" else response.response)
+        chunks = app.watch.run(call, iter, () if bare or call.request.method == "HEAD" else response.response)
         chunk = next_chunk(app, call, chunks)  # before the headers go out, so that what fails at once is a proper 500
     except BaseException as error:
         with contextlib.suppress(Exception):
@@ -5639,6 +5690,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
                     "Functions, database and settings; fnserve.py restore brings them back."),
     "forced": ("沒有試載入；載入不了時，由上一個好的版本繼續服務。",
                "It was not tried. Where it can't be loaded, the last good version goes on serving."),
+    "no_code": ("程式碼是空的。", "The code is empty."),
     "lost_main": ("沒有 main()，但目前的版本有，所以沒有存。",
                   "It has no main(), which the version before has, so it is not saved."),
     "unchecked": ("無法啟動檢查用的行程，所以沒有試載入。",
@@ -6102,6 +6154,7 @@ def save_code(app: Any, t: Texts, name: str, source: bytes, fresh: bool, force: 
     try:
         compile_source(source, app.functions.path(name))
     except LoadError as error:
+        error.message = error.message if source.strip() else t("no_code")
         raise HTTPException(400, error.message, line=error.line, column=error.column) from None
     found = {} if force else try_out(app, t, name, source, LOAD_SECONDS)
     wrong, line = found.pop("error", ""), found.pop("line", 0)
@@ -7437,7 +7490,8 @@ def call_on_trial(app: App, name: str, request: Mapping[str, Any]) -> dict[str, 
     response = run_alone(app, run, {"method": request["method"].upper(), "path": path, "query": query, "headers": headers,
                                     "client": "127.0.0.1"}, a2b_base64(request["body"]))
     taken, failed = (perf_counter() - began) * 1e3, run.call.failed if run.call else None
-    line = describe_failure(failed, app.functions.path(name)).line if failed else 0
+    wrong = failed is not None and not isinstance(failed, HTTPException)  # an abort() is meant
+    line = describe_failure(failed, app.functions.path(name)).line if failed and wrong else 0
     return {"status": response.code, "headers": list(response.headers), "ms": round(taken, 1), "line": line,
             "error": run.call.error if run.call else "", **shown_body("body", response.get_data()[:ANSWER_BYTES])}
 
@@ -7698,7 +7752,7 @@ def notify(state: str) -> None:
 
 STOP_TEXT = "%s: the server ends when its calls have"
 ENDS = (signal.SIGTERM, signal.SIGINT)
-SIGNALS = [*ENDS, *(getattr(signal, name) for name in ("SIGHUP", "SIGCHLD", "SIGRTMIN") if hasattr(signal, name))]
+SIGNALS = [*ENDS, *(getattr(signal, name) for name in ("SIGHUP", "SIGCHLD", "SIGUSR1") if hasattr(signal, name))]
 
 
 def hold_signals() -> None:
@@ -7776,7 +7830,7 @@ class Worker:
         self._grace = max(self._grace, seconds)
         if not self._stopping:
             self.stop()
-            send_signal(signal.SIGRTMIN, [parent])  # it puts another in this one's place
+            send_signal(signal.SIGUSR1, [parent])  # it puts another in this one's place
 
     def _busy(self) -> bool:
         """Tell whether a request is being read or answered, or a queued call runs; idle connections are closed."""
@@ -7814,7 +7868,7 @@ class Supervisor:
                 return self._drain(number)
             if number == signal.SIGHUP:
                 self._execute_again()
-            elif number == signal.SIGRTMIN and pid in self._workers:
+            elif number == signal.SIGUSR1 and pid in self._workers:
                 self._leaving.add(pid)
                 self._due[self._workers.pop(pid)] = 0.0
             self._reap()
@@ -8230,10 +8284,11 @@ def bring_back(found: sqlite3.Connection, fresh: str, settings: Settings) -> Non
         if os.path.isdir(settings.FUNCTIONS_DIR):
             os.rename(settings.FUNCTIONS_DIR, settings.FUNCTIONS_DIR + suffix)
             undo.callback(os.rename, settings.FUNCTIONS_DIR + suffix, settings.FUNCTIONS_DIR)
+        os.rename(fresh, settings.FUNCTIONS_DIR)  # first: the database may be locked for long
+        undo.callback(os.rename, settings.FUNCTIONS_DIR, fresh)
         with contextlib.closing(sqlite3.connect(settings.DB_PATH, timeout=30)) as database:
             found.backup(database)
         undo.pop_all()
-    os.rename(fresh, settings.FUNCTIONS_DIR)
 
 
 def keep_database(path: str, aside: str) -> None:
@@ -8263,7 +8318,7 @@ def serve_exported(name: str, settings: dict[str, Any]) -> Callable[..., Any]:
         environ = {**request.environ, "PATH_INFO": path + ("" if asked == "/" else asked), "HTTP_PREFER": "",
                    "REQUEST_URI": quote(asked.encode("latin-1"))}  # what the sender of a webhook has signed
         body = app(environ, lambda *values: started.append(values))
-        return flask.Response(body, *started[0])
+        return flask.Response(body, *started[-1][:2])
     return main
 
 
