@@ -352,6 +352,8 @@ class HttpTest(Case):
         self.assertEqual((values["a"], values.getlist("a"), values.get("b", 7, type=int)), ("1", ["1", "2"], 7))
         self.assertEqual((dict(values), json.dumps(values)), ({"a": "1", "b": "x"}, '{"a": "1", "b": "x"}'))
         self.assertEqual(values.to_dict(flat=False), {"a": ["1", "2"], "b": ["x"]})
+        self.assertEqual((next(values.values()), fnserve.MultiDict(values).getlist("a")), ("1", ["1", "2"]))
+        self.assertEqual(fnserve.MultiDict([("a", (1, 2))]).getlist("a"), [(1, 2)])
 
     def test_header_door(self):
         for name, value in (("X", "a\r\nSet-Cookie: b"), ("X\n", "a"), ("X Y", "a"), ("X", "a\0"), ("X", "漢")):
@@ -1317,6 +1319,12 @@ class HooksTest(Case):
         self.assertEqual(self.call(app, "GET", "/function/outer").data, b"inner outer")
         self.assertEqual(app.watch._late, {})
 
+    def test_a_late_stream_asks_its_handlers(self):
+        self.write("h/_hooks", "def errorhandler(request, error): return 'handled', 418\n")
+        self.write("h/late", "import time\nSETTINGS = {'timeout': 0.3}\ndef main(request):\n    for _ in range(500): time.sleep(.01)\n    yield 'x'")
+        answer = self.call(self.make_app(), "GET", "/function/h/late")
+        self.assertEqual((answer.code, answer.data), (418, b"handled"))
+
     def test_on_start_at_start(self):
         self.write("_hooks", "def on_start(): open('started', 'w').close()\n")
         app = self.make_app()
@@ -1654,6 +1662,23 @@ class FunctionsTest(Case):
         self.assertEqual(fnserve.Client(one).get("/function/a").data, b"v2")
         self.write("a", "def main(")
         self.assertEqual([fnserve.Client(app).get("/function/a").data for app in (one, other)], [b"v2", b"v2"])
+
+    def test_only_files_are_functions(self):
+        self.write("v1/users", "def main(request): return 'users'")
+        for name in ("dir.py", "v1.py"):
+            (self.dir / "functions" / name).mkdir()
+        os.mkfifo(self.dir / "functions" / "pipe.py")  # whose opening would wait for a writer
+        app = self.make_app()
+        self.assertEqual([self.call(app, "GET", f"/function/{name}").code for name in ("dir", "pipe", "v1", "v1/users")], [404, 404, 404, 200])
+
+    def test_a_helper_that_is_a_kind_of_module(self):
+        code = "import sys, types\nclass Kind(types.ModuleType): pass\nvalue = '{}'\nsys.modules[__name__].__class__ = Kind"
+        helper = self.write("kinds", code.format("old"))
+        self.write("uses", "import kinds\ndef main(request): return kinds.value")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/uses").data, b"old")
+        helper.write_text(code.format("newer"))
+        wait_until(lambda: self.call(app, "GET", "/function/uses").data == b"newer", 5)
 
     def test_what_could_not_be_stored_still_serves(self):
         """A version that this process serves, but that a locked database did not take, is not replaced by the one before."""
@@ -2067,6 +2092,15 @@ class SignatureTest(Case):
             self.assertFalse(fnserve.verify_ed25519(data[0], data[1] + b"x", data[2]))
             self.assertFalse(fnserve.verify_ed25519(data[0], data[1], data[2][:63] + b"\xff"))
 
+    def test_blank_headers(self):
+        """A header that holds nothing but a no-break space is none."""
+        (self.dir / ".env").write_text("DISCORD_PUBLIC_KEY=03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8\nLINE_CHANNEL_SECRET=s\n")
+        app = self.make_app()
+        for scheme, names in (("discord", ("X-Signature-Ed25519", "X-Signature-Timestamp")), ("line", ("X-Line-Signature",))):
+            self.write(scheme, f"SETTINGS = {{'verify': {scheme!r}}}\ndef main(request): 1/0")
+            answer = self.call(app, "POST", f"/function/{scheme}", data=b"{}", headers=dict.fromkeys(names, "\xa0"))
+            self.assertEqual(answer.code, 401, scheme)
+
     def test_challenges(self):
         self.write("slack", "SETTINGS = {'verify': 'slack'}\ndef main(request): 1/0")
         self.write("discord", "SETTINGS = {'verify': 'discord'}\ndef main(request): 1/0")
@@ -2121,11 +2155,19 @@ class TriggerTest(Case):
 
     def test_dates_are_read_as_apscheduler_does(self):
         for text, seconds in (("2030-05-01 8:00:00", 0), ("2030-5-1 8:00:00", 0), ("2030-05-01T08:00:00.5Z", .5), ("2030-05-01T10:00+0200", 0),
-                              ("2030-05-01T08:00:00+00:00", 0)):
+                              ("2030-05-01T08:00:00+00:00", 0), ("2030-05-01+0800", -57_600), ("2030-05-01 Z", -28_800)):
             self.assertEqual(fnserve.read_moment("run_date", text, datetime.timezone.utc), 1_903_852_800 + seconds, text)
         for text in ("2030-13-01", "tomorrow", "2030-05-01 08:00:00 Z+1"):
             with self.assertRaises(fnserve.TriggerError):
                 fnserve.read_moment("run_date", text, datetime.timezone.utc)
+
+    def test_decades_ahead_and_weekdays_by_steps(self):
+        start = 1_767_225_600.0  # Thursday, 1 January 2026
+        [found] = self.mine(fnserve.parse_schedule({"year": "*/50"}, "UTC", start), start, 1)
+        self.assertEqual(time.gmtime(found)[:3], (2070, 1, 1))
+        found = self.mine(fnserve.parse_schedule("0 8 * * 1/2", "UTC", start), start, 6)
+        self.assertEqual([time.strftime("%a", time.gmtime(moment)) for moment in found], ["Fri", "Mon", "Wed"] * 2)
+
     def test_crontab_agrees_with_croniter(self):
         """But for a local time in the gap of a spring, which croniter moves to the gap's end and APScheduler by its length."""
         croniter = module("croniter").croniter
@@ -2339,6 +2381,19 @@ class QueueTest(QueueCase):
         self.assertEqual(self.call(app, "POST", "/function/never", **ask).status_code, 200)
         self.assertEqual(self.call(app, "POST", "/function/nope", **ask).status_code, 404)
         self.assertEqual(self.call(app, "POST", "/function/f", data=b"x" * 10, headers={**ask["headers"], "Content-Length": "99999999"}).status_code, 413)
+
+    def test_a_shortage_of_threads_passes(self):
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        app = Case.make_app(self)
+        real = threading.Thread.start
+
+        def start(thread):
+            if thread.name == "fnserve queue":
+                raise RuntimeError("can't start new thread")
+            real(thread)
+        with unittest.mock.patch.object(threading.Thread, "start", start):
+            self.assertEqual({self.call(app, "POST", "/function/f").code for _ in range(20)}, {202})
+        wait_until(lambda: not app.store.read("SELECT 1 FROM fn_queue WHERE state <> 'done'"))
 
     def test_enqueue(self):
         self.write("fan", "from fnserve import enqueue\ndef main(request):\n    return [enqueue('leaf', json={'n': n}, query={'q': 1},"
@@ -2929,6 +2984,7 @@ class PipelineTest(Case):
 
     def test_repeated_headers_and_odd_bodies(self):
         self.write("twice", "def main(request): return 'x', 200, [('Set-Cookie', 'a=1'), ('Set-Cookie', 'b=2'), ('Content-Type', 'text/x')]")
+        self.write("empty", "def main(request): return None, [('Set-Cookie', 'a=1'), ('Set-Cookie', 'b=2')]")
         self.write("ints", "def main(request): return (x for x in [1, 2])")
         self.write("early", "def main(request): return 'x', 100")
         self.write("own_id", "def main(request): return 'x', 200, {'X-Request-Id': 'mine'}")
@@ -2936,6 +2992,8 @@ class PipelineTest(Case):
         app = self.make_app()
         answer = self.call(app, "GET", "/function/twice")
         self.assertEqual((answer.headers.getlist("Set-Cookie"), answer.headers.getlist("Content-Type")), (["a=1", "b=2"], ["text/x"]))
+        answer = self.call(app, "GET", "/function/empty")
+        self.assertEqual((answer.code, answer.headers.getlist("Set-Cookie")), (204, ["a=1", "b=2"]))
         self.assertEqual([self.call(app, "GET", f"/function/{name}").code for name in ("ints", "early")], [500, 500])
         found = self.call(app, "GET", "/function/own_id").headers.getlist("X-Request-Id")
         self.assertEqual((len(found), found[0] != "mine"), (1, True))
@@ -3893,6 +3951,9 @@ class CheckTest(Case):
         self.assertTrue(path.read_text().startswith("1/0"))
         self.assertEqual(self.call(app, "GET", "/function/f").data, b"good")  # the last good version serves
         self.assertEqual(self.save(app, "def main(", force=True).status_code, 400)  # but never what isn't Python
+        answer = self.client(app, Authorization="Bearer " + TOKEN, Accept="application/json", Accept_Language="zh-TW").post(
+            "/function/save_function", json={"module_name": "blank", "code": " "})
+        self.assertEqual((answer.code, answer.json["error"]), (400, "程式碼是空的。"))
         html = fnserve.Client(app, headers={"Authorization": "Bearer " + TOKEN, "Accept": "text/html", "Accept-Language": "en"})
         page = html.post("/function/update_function", data={"module_name": "f", "code": "1/0 # <b>"})
         self.assertEqual(page.status_code, 400)
@@ -5234,6 +5295,7 @@ class MisbehavingTest(ServerCase):
         ("import threading\nlock = threading.Lock()\nlock.acquire(); lock.acquire()", 504),
         ("print('x' * 10_000_000); return 'x'", 200), ("return 'x' * 20_000_000", 200),
         ("import os\nif not os.fork(): return 'child'\nreturn 'x'", 200),
+        ("from flask import Response\nimport os\nreturn Response(type('It', (), {'__iter__': lambda self: (os.fork(), iter(['a']))[1]})())", 200),
         ("import os, sys\npid = os.fork()\nif not pid: sys.exit(7)\nreturn [os.waitpid(pid, 0)[1] // 256]", 200),
         ("import threading, time\nthreading.Thread(target=time.sleep, args=(1,)).start()\nreturn 'x'", 200),
         ("class E(Exception):\n  def __str__(self): raise ValueError\n  __repr__ = __str__\nraise E", 500),
@@ -5995,6 +6057,8 @@ class CommandTest(Case):
         self.assertIn("fresh", self.run_command("stats").stdout)
         self.assertIn("/function/echo", self.run_command("logs", "-n", "3").stdout)
         self.assertIn("broken", self.run_command("list").stdout)
+        self.write("fails", "def main(request): 1/0")
+        self.assertIn("ZeroDivisionError", self.run_command("call", "fails", FNSERVE_LOG_FILE="/dev/stdout").stdout)  # a pipe
 
     def test_backup_and_restore(self):
         self.write("v1/hello", "def main(request): return 'old'")
