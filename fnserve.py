@@ -8,17 +8,17 @@
 Write ``functions/hello.py`` with a ``main(request)`` and it answers at ``/function/hello``. This file is the whole
 platform: the standard library, served by waitress. ``python3 fnserve.py`` starts it, ``--help`` lists the commands.
 
-Ground floor first; a section uses only what stands above it, and numbers left out are kept free.
+Ground floor first; a section uses only what stands above it.
 
     01 errors        02 settings      03 http          04 sessions      05 store         06 journal
     07 functions     08 function API  09 signatures    10 triggers      11 queue         12 schedule
     13 pipeline      14 monitoring    15 assets        16 admin         17 app           18 server
     19 command line
 
-The way of one call: waitress hands an environ to `App.__call__` (17), which makes a `Call` (08) and sends it through
-`handle` (13): resolve, gate, run, respond, record. Resolving asks `Functions` (07) for the newest good version of the
-file; recording appends one line to the `Journal` (06), which is folded into SQLite (05) in the background, and the
-pages (16) read only what was folded.
+The way of one call: waitress hands an environ to `App.__call__` (17), which makes a `Call` (08) and sends it through 13:
+`handle` resolves, gates and runs it, `respond` answers and records it. Resolving asks `Functions` (07) for the newest
+good version of the file; recording appends one line to the `Journal` (06), which is folded into SQLite (05) in the
+background, and the pages (16) read only what was folded.
 """
 from __future__ import annotations
 
@@ -1470,7 +1470,7 @@ def _other_response(value: Any) -> Response:
                     f"None, {_TUPLE_FORMS}")
 
 # == 04 SESSIONS ==========================================================
-# The signed cookie, and the admin's login in it. Uses 01 and 03. A `Signer` holds the two secrets, nothing else has
+# The signed cookie, and the admin's login in it. Uses 02 and 03. A `Signer` holds the two secrets, nothing else has
 # state. hmac and hashlib cost 3.6 MB, so they are imported by the first call that needs a signature.
 
 SESSION_SECONDS = 31 * 86400
@@ -1715,7 +1715,7 @@ class Store:
         return self._connection
 
 # == 06 JOURNAL ===========================================================
-# One append per call; whatever counts is folded from the lines into SQLite. Uses 05. `Journal` owns this process's
+# One append per call; whatever counts is folded from the lines into SQLite. Uses 03, 05. `Journal` owns this process's
 # file handle, `Folder` owns nothing: the read position is stored in the transaction that adds what was read.
 #
 # A segment is journal/<number>.jsonl. Whoever appends to it holds a shared flock, which the kernel drops with the
@@ -2007,7 +2007,7 @@ class Folder:
             connection.execute("DELETE FROM fn_failures WHERE at < ?", (now - 3600,))
 
 # == 07 FUNCTIONS =========================================================
-# Names to files, files to modules. Uses 01, 02 and 05; the modules that `from flask import ...` means are handed in.
+# Names to files, files to modules. Uses 01 to 03, 05; the modules that `from flask import ...` means are handed in.
 # `Functions` owns what this process has loaded; `Versions` keeps every source in the database, for all processes.
 
 HOOKS = "_hooks"
@@ -2138,7 +2138,7 @@ class Versions:
         with contextlib.suppress(sqlite3.Error):
             known = self.broken().get(name)
             if error is not None and known != str(error):
-                self._store.run("REPLACE INTO fn_broken VALUES (?, ?, ?)", name, time(), str(error))
+                self._store.run("REPLACE INTO fn_broken VALUES (?, ?, ?)", name, self._clock(), str(error))
             elif error is None and known is not None:
                 self._store.run("DELETE FROM fn_broken WHERE func_name = ?", name)
 
@@ -3136,7 +3136,7 @@ def _missing_name(module: str, name: str) -> Any:
 
 
 def make_api() -> dict[str, types.ModuleType]:
-    """Make the modules that imports in function files mean; those of other packages only where they are missing."""
+    """Make the modules that imports in function files mean; those of others only where they are missing."""
     here, made = sys.modules[__name__], {}
 
     def module(name: str, **values: Any) -> types.ModuleType:
@@ -3423,7 +3423,7 @@ def answer_challenge(scheme: Scheme, request: Request) -> Any:
     return {"type": 1} if asks == 1 else {"challenge": sent.get("challenge")}
 
 # == 10 TRIGGERS ==========================================================
-# From text to the next time: cron, interval, date, with APScheduler's fields. Uses 01; pure. Times are Unix seconds; a
+# From text to the next time: cron, interval, date, with APScheduler's fields. Pure. Times are Unix seconds; a
 # local time is turned into one by zoneinfo, imported where it is used.
 #
 # Daylight saving: a local time that comes twice fires twice; one that is left out fires as much later as the clock is put
@@ -3685,9 +3685,8 @@ def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
     fields["day_of_week"] = ",".join(str((day + 6) % 7) for day in set().union(*weekdays))  # APScheduler's, 0 is Monday
     return Trigger("cron", fields, zone, now, not parts[2].startswith("*") and not parts[4].startswith("*"))
 
-
 # == 11 QUEUE =============================================================
-# Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 05, 06. The
+# Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 05 to 07. The
 # table fn_queue is the state, shared by all processes; `Queue` owns a process's claim on what it runs: a lock on a file of
 # its own, which the kernel drops at its death, so that its calls can be given back at once.
 
@@ -3754,15 +3753,16 @@ class Queue:
         self._waiting.append((call, outcome))
         with self._lock:
             if not outcome:
-                batch = list(self._waiting)
-                del self._waiting[:len(batch)]  # who comes meanwhile is added behind these
-                self._commit(batch)
+                self._commit()
         if isinstance(outcome[-1], BaseException):
             raise outcome[-1]
         return outcome[-1]
 
-    def _commit(self, batch: list[tuple[Queued, list[Any]]]) -> None:
+    def _commit(self) -> None:
+        batch: list[tuple[Queued, list[Any]]] = []
         try:
+            batch = list(self._waiting)
+            del self._waiting[:len(batch)]  # who comes meanwhile is added behind these
             with self._store.write(durable=True) as connection:
                 if self._room < len(batch) or not 0 <= monotonic() - self._counted < 1:
                     self._count(connection)
@@ -3879,6 +3879,8 @@ class Queue:
         """Return this process's name in the table, and hold its lock."""
         with self._lock:
             if self._handle < 0 or not os.fstat(self._handle).st_nlink:
+                if self._handle >= 0:
+                    os.close(self._handle)
                 self._owner = f"runner-{os.getpid()}-{os.urandom(4).hex()}.lock"
                 self._handle = lock_file(os.path.join(self._directory, self._owner))
             return self._owner
@@ -3915,7 +3917,7 @@ class Runner:
             sleep(YIELD_SECONDS)
             try:
                 row = self._queue.claim(self._queue.clock(), max(1, self._most - 1))
-            except sqlite3.Error as error:  # locked for long, or the disk is full: the background loop pokes again
+            except (sqlite3.Error, OSError) as error:  # locked for long, or the disk is full: the background loop pokes again
                 log.warning("queue: %s", error)
                 row = None
             if row is not None:
@@ -3949,7 +3951,7 @@ class Runner:
         return False
 
 # == 12 SCHEDULE ==========================================================
-# Jobs and when they fire. Uses 05, 07, 10, 11. Only the leader calls `step`: a run goes into the queue in the transaction
+# Jobs and when they fire. Uses 03, 05 to 11. Only the leader calls `step`: a run goes into the queue in the transaction
 # that moves next_run_time, so it is put once, whoever dies. The table fn_jobs is the state.
 
 JOB_COUNTS = ("planned", "started", "late", "skipped", "missed")
@@ -4132,10 +4134,9 @@ class Schedule:
         body = b"" if name else row["kwargs"].encode()
         return Queued(function, dump_json(request), body, trigger="schedule", job=row["id"], planned=planned)
 
-
 # == 13 PIPELINE ==========================================================
 # One call: resolve, gate, run, respond, record, each a plain function that is handed the app. Uses 01 to 12; App owns
-# what is made here. `handle` never raises, so nothing a client or a function does gets past it.
+# what is made here. `handle` raises nothing but Parked, so nothing a client or a function does gets past it.
 
 NAMES_OF_ADMIN_FUNCTIONS = frozenset(  # beside those that are routes; where the user has such a file, it serves the admin
     "list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
@@ -4328,7 +4329,7 @@ def kept_headers(app: Any, call: Call) -> list[tuple[str, str]]:
 
 
 def run_alone(app: Any, run: Run, stored: Mapping[str, Any], body: bytes) -> Response:
-    """Make a call that no client waits for, and return its answer, cut off beyond ANSWER_BYTES."""
+    """Make a call that no client waits for, and return its answer, read until it is longer than ANSWER_BYTES."""
     environ = make_environ(stored["method"], stored["path"].encode(), stored["query"], body, [
         ("Host", stored.get("host", "localhost")), *stored["headers"]])
     environ.update({"REMOTE_ADDR": stored.get("client") or "", "wsgi.url_scheme": stored.get("scheme", "http"),
@@ -4873,15 +4874,19 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
     bare = code == 204 or code == 304 or code < 200
     if bare or headers != [_HTML]:
         headers = clean_headers(headers, bare, body.__class__ is bytes)
-    if body.__class__ is bytes:
+    whole = body.__class__ is bytes
+    if whole:
         body = b"" if bare else body
         headers += [("X-Request-Id", call.id)] if bare else [("Content-Length", str(len(body))), ("X-Request-Id", call.id)]
+    if whole and not response._on_close:
         call.responding = True
         record(app, call, code, len(body))
         start_response(response._status, headers)
         return [b"" if call.request.method == "HEAD" else body]
     try:
-        chunks = app.watch.run(call, iter, () if bare or call.request.method == "HEAD" else response.response)
+        call.until = call.until or perf_counter() + app.settings.TIMEOUT  # a page of ours has none yet
+        empty = bare or call.request.method == "HEAD"
+        chunks = app.watch.run(call, iter, () if empty else [body] if whole else response.response)
         chunk = next_chunk(app, call, chunks)  # before the headers go out, so that what fails at once is a proper 500
     except BaseException as error:
         with contextlib.suppress(Exception):
@@ -4889,7 +4894,7 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
         late = isinstance(error, DeadlineExceeded)  # the handlers are asked, as for a function that is
         return respond(app, call, recover(app, call, error) if late else answer_failure(call, error), start_response)
     call.responding = True
-    start_response(response.status, headers + [("X-Request-Id", call.id)])
+    start_response(response.status, headers if whole else headers + [("X-Request-Id", call.id)])
     body = stream(app, call, response, chunks, chunk)
     next(body)  # from here on its close() records the call, however it ends
     return body
@@ -4921,7 +4926,7 @@ def _first_chunk(chunks: Iterator[Any]) -> bytes:
 
 def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chunk: bytes) -> Iterator[bytes]:
     """Yield b"" once, then a body as it is made; close it and record the call at its end, or where the client goes."""
-    sent, length = 0, response.headers.get("Content-Length", type=int)
+    sent, length = 0, response.content_length
     try:
         yield b""
         while chunk:
@@ -4942,7 +4947,7 @@ def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chun
                 if hasattr(part, "close"):
                     run_last(app, call, part.close)
             except BaseException as error:  # the function's own code; the other parts must be closed all the same
-                call.error = user_traceback(error)
+                complain(call, user_traceback(error))
         current_call.reset(token)
         app.watch.leave(call)
         record(app, call, 500 if call.error else response.code, sent)
@@ -5029,18 +5034,21 @@ class ErrorLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s"))
         self._path, self._max_bytes, self._backups = path, max_bytes, backups
         self._seen: dict[tuple[str, str], int] = {}  #: what was logged -> how often
+        self._began = 0.0  #: to count, in Unix time
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append one record; a log that can't be written never fails a call. More of the same in a minute are counted."""
         call, key = current_call.get(None), (record.msg, record.getMessage().rpartition("\n")[2][-200:])
         record.request_id = getattr(record, "call", None) or (call.id if call is not None else "-")
+        if not 0 <= record.created - self._began < 120:  # in a supervisor, where nobody sums up once a minute
+            self.sum_up(record.created)
         self._seen[key] = count = self._seen.get(key, 0) + 1
         if count <= FLOOD_COUNT:
             self._append(self.format(record))
 
     def sum_up(self, now: float) -> None:
         """Write how often what was left out came, and begin anew; called once a minute."""
-        seen, self._seen = self._seen, {}
+        seen, self._seen, self._began = self._seen, {}, time()
         for text, more in [(key[1], count - FLOOD_COUNT) for key, count in seen.items() if count > FLOOD_COUNT]:
             self._append(f"{strftime('%Y-%m-%d %H:%M:%S', localtime(now))} {more} more: {text}")
 
@@ -5067,9 +5075,8 @@ class ErrorLog(logging.Handler):
         if not self._backups:
             os.unlink(self._path)
 
-
 # == 14 MONITORING ========================================================
-# Health, process figures from /proc, the metrics text, Loki. Uses 02, 05, 06, 11 and 12; `Loki` owns its thread, the position
+# Health, process figures from /proc, the metrics text, Loki. Uses 02, 06 and 11; `Loki` owns its thread, the position
 # of what was pushed is in the database.
 
 FULL_BYTES = 16 * 1024 * 1024
@@ -5282,7 +5289,7 @@ class Loki:
         try:
             while self._push_some():
                 self._wait = 1.0
-        except (OSError, sqlite3.Error) as error:  # down, too busy or unreachable: what waits stays in the journal
+        except Exception as error:  # it is down, busy, or no Loki at all: what waits stays in the journal
             log.warning("Loki: %s; trying again in %.0f s", error, self._wait)
             sleep(self._wait)
             self._wait = min(self._wait * 2, 60.0)
@@ -5326,7 +5333,7 @@ def loki_streams(lines: list[bytes]) -> list[dict[str, Any]]:
     """Make the streams of Loki's push API of records: labels service, level and endpoint, a JSON line each."""
     streams: dict[tuple[str, str], list[list[str]]] = {}
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError):  # no record of ours
             row = json.loads(line)
             endpoint = "/function/" + row["f"] if row.get("f") else row["r"]
             shown = {"endpoint": endpoint, "request_id": row["id"], "trigger": row.get("via", "http"),
@@ -5341,7 +5348,7 @@ def loki_streams(lines: list[bytes]) -> list[dict[str, Any]]:
 
 # == 15 ASSETS ============================================================
 # What the browser gets that isn't made per request, served from URLs of its own so that the pages' policy can forbid
-# everything inline. Plain strings, nothing else.
+# everything inline. Strings; the settings' help is 02's.
 
 CSS = """\
 :root{color-scheme:light dark;--ink:#1b2733;--soft:#5b6b7a;--line:#d9e0e6;--paper:#fff;--back:#f4f6f8;--main:#0b6b57;
@@ -6296,7 +6303,7 @@ def ask(call: Call, title: str, text: str, **hidden: Any) -> Response:
 
 
 def view_delete(app: Any, call: Call) -> Response:
-    """/function/delete_function?module_name= : GET asks, POST deletes; the versions stay."""
+    """/function/delete_function?module_name= : GET asks, POST and DELETE delete; the versions stay."""
     t, name = Texts(call), text_field(fields(call), "module_name")
     read_current(app, name)
     if call.request.method in ("GET", "HEAD"):
@@ -7189,7 +7196,7 @@ ROUTES = {
 }
 
 # == 17 APP ===============================================================
-# Wires 02 to 16 and is the WSGI callable. One App owns the state of a process; its background loop keeps the journal
+# Wires 01 to 16 and is the WSGI callable. One App owns the state of a process; its background loop keeps the journal
 # folded, in whichever process holds the lock.
 
 FOLD_SECONDS = 60
@@ -7313,7 +7320,7 @@ class App:
 
 
 def capture_output(settings: Settings) -> None:
-    """Let print() and logging be kept with the call, and fnserve's own log go to the error log and to stderr."""
+    """Let print() and logging be kept with the call, and fnserve's own log go to the error log."""
     if not isinstance(sys.stdout, Capture):
         sys.stdout, sys.stderr = Capture(sys.stdout), Capture(sys.stderr)
     root = logging.getLogger()
@@ -7372,7 +7379,7 @@ class Background:
         return max(.01, min([1.0] + [moment - now for moment in (due, following) if moment is not None]))
 
     def _keep_up(self, now: float) -> bool:
-        """Do what isn't about queued calls; tell whether this process leads."""
+        """Do what recurs; tell whether this process leads."""
         self._app.store.follow()
         self._app.config.current()  # os.environ follows .env within a second; `config` does with the next call
         if self._app.journal.handle >= 0:
@@ -7552,7 +7559,7 @@ def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable
 
 # == 18 SERVER ============================================================
 # From a socket to the app: one worker is a waitress on the shared socket, the supervisor forks and replaces them. Uses
-# 17. A worker's signal handler only sets a flag, the supervisor has none.
+# 01 to 17. A worker's signal handler sets a flag and wakes its loop, the supervisor has none.
 #
 # Waitress has one thread for input and output and others for the calls. On several cores they pass the GIL from core to
 # core, which costs more than the work: pinned to one core it serves about twice as many requests (bench/).
@@ -7669,8 +7676,9 @@ def json_error_channel(app: Any, settings: Any) -> Any:
             return environ
 
         def write(self, data: bytes) -> None:
-            if data and (self.content_length is None or len(data) < self.content_length):
-                self.channel.adj = settings
+            if data:
+                piecewise = self.content_length is None or len(data) < self.content_length
+                self.channel.adj = settings if piecewise else self.channel.server.adj
             super().write(data)
 
     class Channel(HTTPChannel):
@@ -8277,10 +8285,10 @@ def cmd_restore(arguments: Any, options: dict[str, Any]) -> None:
 def bring_back(found: sqlite3.Connection, fresh: str, settings: Settings) -> None:
     """Put the functions and the database of a backup in place: both or, where the database can't be written, neither."""
     suffix = strftime(".%Y%m%d-%H%M%S")
-    if os.path.exists(settings.DB_PATH):
-        keep_database(settings.DB_PATH, settings.DB_PATH + suffix)
-    make_private(settings.DB_PATH)
     with contextlib.ExitStack() as undo:
+        if os.path.exists(settings.DB_PATH):
+            keep_database(settings.DB_PATH, settings.DB_PATH + suffix, undo)
+        make_private(settings.DB_PATH)
         if os.path.isdir(settings.FUNCTIONS_DIR):
             os.rename(settings.FUNCTIONS_DIR, settings.FUNCTIONS_DIR + suffix)
             undo.callback(os.rename, settings.FUNCTIONS_DIR + suffix, settings.FUNCTIONS_DIR)
@@ -8291,16 +8299,20 @@ def bring_back(found: sqlite3.Connection, fresh: str, settings: Settings) -> Non
         undo.pop_all()
 
 
-def keep_database(path: str, aside: str) -> None:
+def keep_database(path: str, aside: str, undo: contextlib.ExitStack) -> None:
     """Copy the database beside itself; one that can't be read, which may be why a backup is brought back, is moved there."""
     os.close(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         with contextlib.closing(sqlite3.connect(path)) as old, contextlib.closing(sqlite3.connect(aside)) as copy:
             old.backup(copy)
+    except sqlite3.OperationalError:  # it is locked, or the disk is full
+        os.unlink(aside)
+        raise
     except sqlite3.DatabaseError:
         for end in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path + end, aside + end)
+                undo.callback(os.replace, aside + end, path + end)
 
 
 def serve_exported(name: str, settings: dict[str, Any]) -> Callable[..., Any]:
