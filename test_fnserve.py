@@ -2382,6 +2382,19 @@ class QueueTest(QueueCase):
         self.assertEqual(self.call(app, "POST", "/function/nope", **ask).status_code, 404)
         self.assertEqual(self.call(app, "POST", "/function/f", data=b"x" * 10, headers={**ask["headers"], "Content-Length": "99999999"}).status_code, 413)
 
+    def test_a_full_disk_passes(self):
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        app, real, failed = Case.make_app(self), fnserve.lock_file, []
+
+        def lock_file(path):
+            if "runner" in path and len(failed) < 20:
+                failed.append(path)
+                raise OSError("no space left on device")
+            return real(path)
+        with unittest.mock.patch.object(fnserve, "lock_file", lock_file):
+            self.assertEqual({self.call(app, "POST", "/function/f").code for _ in range(20)}, {202})
+            wait_until(lambda: not app.store.read("SELECT 1 FROM fn_queue WHERE state <> 'done'"), 60)
+
     def test_a_shortage_of_threads_passes(self):
         self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
         app = Case.make_app(self)
@@ -3001,6 +3014,19 @@ class PipelineTest(Case):
             cookie = "session=" + app.signer.sign(payload, self.clock.now)
             self.assertEqual(self.call(app, "GET", "/function/visits", headers={"Cookie": cookie}).json, {})
 
+    def test_what_waits_for_the_end_of_a_plain_answer(self):
+        self.write("f", "from flask import Response\nended = []\ndef main(request):\n    if request.args: return ended\n"
+                        "    response = Response('x')\n    response.call_on_close(lambda: ended.append(1))\n    return response")
+        self.write("bad", "from flask import Response\ndef main(request):\n    response = Response('x')\n"
+                          "    response.call_on_close(lambda: 1/0)\n    return response")
+        app = self.make_app()
+        for method, body in (("GET", b"x"), ("HEAD", b"")):
+            answer = self.call(app, method, "/function/f")
+            self.assertEqual((answer.data, answer.headers["Content-Length"]), (body, "1"))
+        self.assertEqual(self.call(app, "GET", "/function/f?a=b").json, [1, 1])
+        self.assertEqual(self.call(app, "GET", "/function/bad").data, b"x")
+        self.assertIn("ZeroDivisionError", (self.dir / "serverless_error.log").read_text())
+
     def test_headers_that_are_the_servers_are_left_out(self):
         self.write("proxy", "from fnserve import Response\ndef main(request):\n"
                             "    return Response(iter(['x']) if request.args else 'x', 200, {'Connection': 'keep-alive', 'transfer-encoding': 'chunked',\n"
@@ -3299,6 +3325,7 @@ class MonitoringTest(Case):
             for _ in range(count):
                 sent.append(self.call(app, "GET", "/function/f?token=hidden").headers["X-Request-Id"])
         calls(3)
+        app.journal.append("[1]")  # no record of ours
         sent.append(self.call(app, "GET", "/function/bad").headers["X-Request-Id"])
 
         def push() -> None:
@@ -6138,6 +6165,21 @@ class CommandTest(Case):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(self.run_command("stats").returncode, 0)
         self.assertEqual(next(self.dir.glob("serverless.db.*-*")).read_bytes(), b"precious bytes" * 1000)
+
+    def test_restore_on_a_full_disk_puts_all_back(self):
+        class Full:
+            def backup(self, _):
+                raise sqlite3.OperationalError("database or disk is full")
+        hello = self.write("hello", "def main(request): return 'x'")
+        settings, fresh = fnserve.Settings({}, str(self.dir)), self.dir / "fresh"
+        fresh.mkdir()
+        for stored in (b"precious bytes" * 1000, b""):  # one that is no database, and one that is
+            (self.dir / "serverless.db").write_bytes(stored)
+            with self.assertRaises(sqlite3.OperationalError):
+                fnserve.bring_back(Full(), str(fresh), settings)
+            self.assertEqual(((self.dir / "serverless.db").read_bytes(), hello.exists(), fresh.exists()), (stored, True, True))
+            for path in self.dir.glob("serverless.db.*"):
+                path.unlink()
 
     def test_deploy(self):
         server = Server(self.dir, "--workers", "1", FNSERVE_SECRET_TOKEN=TOKEN, FNSERVE_SECRET_KEY="k")
