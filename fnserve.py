@@ -1599,9 +1599,10 @@ def add_up(connection: sqlite3.Connection, table: str, key: Mapping[str, Any], *
 
 
 def make_private(path: str) -> None:
-    """Make a file that isn't there for its owner's eyes only; an existing one stays as it is."""
+    """Make a file that isn't there for its owner's eyes only; one that is there is never opened: closing it would drop the
+    locks that SQLite has on it in this process, and the next who leaves would delete its WAL (howtocorrupt 2.2)."""
     with contextlib.suppress(OSError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def in_children(function: Callable[[], Any]) -> None:
@@ -1615,7 +1616,7 @@ class Store:
 
     #: opened by the first use in each process, so that none crosses a fork (sqlite.org/howtocorrupt 2.6)
     _connection: Optional[sqlite3.Connection] = None
-    _owner = _inode = 0
+    _owner, _opened = 0, [0, 0]
 
     def __init__(self, path: str, tables: Mapping[str, str], migrations: Iterable[tuple[str, str, str]] = ()) -> None:
         self.path, self._tables, self._migrations, self._lock = path, tables, migrations, threading.RLock()
@@ -1623,9 +1624,10 @@ class Store:
         in_children(self._after_fork)
 
     def follow(self) -> None:
-        """Let go of a file that was deleted or replaced while it was open; the next use opens what is there by then."""
+        """Let go of a file that was deleted or replaced while it was open, or whose WAL was, which happens where a function
+        reads the database as a file (howtocorrupt 2.2); the next use opens what is there by then."""
         with self._lock:
-            if self._connection and not (os.path.exists(self.path) and os.stat(self.path).st_ino == self._inode):
+            if self._connection and any(old and old != new for old, new in zip(self._opened, self._files())):
                 log.error("%s was deleted or replaced; what the journal still has is counted anew", self.path)
                 self._inherited.append(self._connection)  # closing it would delete the new one's WAL (howtocorrupt 2.4)
                 self._connection = None
@@ -1711,8 +1713,12 @@ class Store:
             except BaseException:
                 connection.close()
                 raise
-            self._connection, self._owner, self._inode = connection, os.getpid(), os.stat(self.path).st_ino
+            self._connection, self._owner, self._opened = connection, os.getpid(), self._files()
         return self._connection
+
+    def _files(self) -> list[int]:
+        """Return what tells the database and its WAL from other files of these names; 0 where there is none."""
+        return [os.stat(path).st_ino if os.path.exists(path) else 0 for path in (self.path, self.path + "-wal")]
 
 # == 06 JOURNAL ===========================================================
 # One append per call; whatever counts is folded from the lines into SQLite. Uses 03, 05. `Journal` owns this process's
@@ -2266,6 +2272,10 @@ class Functions:
     def exists(self, name: str) -> bool:
         """Tell whether there is a file for this name."""
         return valid_name(name) and os.path.isfile(self.path(name))
+
+    def hider(self, name: str) -> str:
+        """Return the function that would serve the calls of `name`, since its file comes first in the path; "" for none."""
+        return next(filter(self.exists, itertools.accumulate(name.split("/")[:-1], "{}/{}".format)), "")
 
     def resolve(self, path: str) -> tuple[Optional[Function], str, bool]:
         """Find the function for ``hello/sub/path``, the rest of the path, and whether it is loaded as its file says now; where
@@ -5689,6 +5699,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "changes": ("與目前的差異", "Difference to the current one"), "nothing": ("這裡還沒有東西。", "There is nothing here yet."),
     "bad_name": ("名稱必須是 Python 識別字，不以底線開頭，也不是平台保留的名稱。",
                  "The name must be a Python identifier that does not start with _ and is not one of the platform's own."),
+    "hidden": ("{} 是一個檔案，這個名稱的呼叫都會由它處理。", "{} is a file: it would serve every call of this name."),
     "stale": ("別人已經存了新版本。您的文字還在這裡；請先看看新的版本。",
               "Somebody has saved a newer version. Your text is still here; look at theirs first."),
     "restart": ("設定在啟動時讀取，改動在重新啟動後生效；函式的 config 則立即生效。",
@@ -6249,6 +6260,8 @@ def view_save(app: Any, call: Call) -> Response:
     try:
         if fresh and (not valid_name(name) or name in app.reserved):
             raise HTTPException(400, t("bad_name"))
+        if fresh and (hider := app.functions.hider(name)):
+            raise HTTPException(400, t("hidden", hider))
         if fresh and app.functions.exists(name):
             raise HTTPException(409, t("exists"))
         if not fresh:
@@ -8092,6 +8105,8 @@ def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
     app = App(Settings(options))
     if not valid_name(arguments.name) or arguments.name in app.reserved:
         raise SettingError(f"{arguments.name!r}: {TEXTS['bad_name'][1]}")
+    if hider := app.functions.hider(arguments.name):
+        raise SettingError(f"{arguments.name}: {TEXTS['hidden'][1].format(hider)}")
     path = app.functions.path(arguments.name)
     if write_new(path, NEW_FUNCTION):
         return 0
@@ -8252,6 +8267,8 @@ def cmd_backup(arguments: Any, options: dict[str, Any]) -> None:
     """write functions, database and settings into a zip file, while the server runs"""
     app = prepare(**options)
     app.folder.fold()
+    if os.path.exists(arguments.file):
+        raise OSError(f"{arguments.file} exists already, and is not written over")
     with os.fdopen(os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         try:
             write_backup(app.settings, file, arguments.secrets)

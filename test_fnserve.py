@@ -2395,6 +2395,28 @@ class QueueTest(QueueCase):
             self.assertEqual({self.call(app, "POST", "/function/f").code for _ in range(20)}, {202})
             wait_until(lambda: not app.store.read("SELECT 1 FROM fn_queue WHERE state <> 'done'"), 60)
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs /proc")
+    def test_nothing_drops_the_locks_of_the_database(self):
+        """Who closes a file of SQLite's drops its locks; the next process that leaves would delete what is in the WAL."""
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "POST", "/function/f").code, 202)
+        for path in ("/admin/data", "/admin/data?table=call_stats", "/function/list_functions", "/admin/queue", "/health"):
+            self.assertEqual(self.admin(app).get(path).code, 200, path)
+        other = "import sqlite3; db = sqlite3.connect('serverless.db'); db.execute('SELECT 1 FROM call_stats').fetchall(); db.close()"
+        subprocess.run([sys.executable, "-c", other], cwd=self.dir, check=True)
+        opened = []
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+                opened.append(os.readlink(entry))
+        self.assertEqual([path for path in opened if str(self.dir) in path and path.endswith("(deleted)")], [])
+        (self.dir / "serverless.db").read_bytes()  # as a function may
+        subprocess.run([sys.executable, "-c", other], cwd=self.dir, check=True)
+        app.store.follow()
+        self.assertEqual(self.call(app, "POST", "/function/f").code, 202)
+        count = "import sqlite3; print(sqlite3.connect('serverless.db').execute('SELECT count(*) FROM fn_queue').fetchone()[0])"
+        self.assertEqual(subprocess.run([sys.executable, "-c", count], cwd=self.dir, capture_output=True).stdout, b"2\n")
+
     def test_a_shortage_of_threads_passes(self):
         self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
         app = Case.make_app(self)
@@ -6069,6 +6091,7 @@ class CommandTest(Case):
         self.assertEqual(self.run_command("new", "fresh").returncode, 0)
         self.assertEqual(self.run_command("new", "fresh").returncode, 1)
         self.assertEqual(self.run_command("new", "1x").returncode, 2)
+        self.assertIn("fresh is a file", self.run_command("new", "fresh/inner").stderr)
         answer = self.run_command("call", "fresh", "-q", "name=Tony")
         self.assertEqual((answer.returncode, json.loads(answer.stdout)), (0, {"message": "Hello, Tony!"}))
         self.write("echo", "def main(request): return [request.method, request.get_json(), request.headers['X-A']]")
