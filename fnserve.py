@@ -8322,10 +8322,10 @@ def keep_database(path: str, aside: str, undo: contextlib.ExitStack) -> None:
     try:
         with contextlib.closing(sqlite3.connect(path)) as old, contextlib.closing(sqlite3.connect(aside)) as copy:
             old.backup(copy)
-    except sqlite3.OperationalError:  # it is locked, or the disk is full
-        os.unlink(aside)
-        raise
-    except sqlite3.DatabaseError:
+    except sqlite3.DatabaseError as error:
+        if not re.search("not a database|malformed", str(error)):  # it is locked, or the disk is full; 3.9 tells by the text
+            os.unlink(aside)
+            raise
         for end in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path + end, aside + end)
