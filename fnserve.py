@@ -354,8 +354,8 @@ def read_bytes(path: Union[str, int]) -> bytes:
 class Config:
     """The values of .env overlaid by .env.local, and the same in os.environ, as load_dotenv() leaves them."""
 
-    def __init__(self, directory: str) -> None:
-        self._paths = [os.path.join(directory, name) for name in (".env", ".env.local")]
+    def __init__(self, paths: list[str]) -> None:
+        self._paths = paths
         self._values, self._exported = {}, {}  # type: dict[str, Optional[str]], dict[str, str]
         self._lock, self._stamps = threading.Lock(), ()  # type: threading.Lock, tuple[Any, ...]
 
@@ -3726,7 +3726,7 @@ def free_bytes(directory: str) -> int:
     return found.f_bavail * found.f_frsize if found else FREE_BYTES
 
 
-def new_id(now: float) -> str:
+def new_call_id(now: float) -> str:
     """Return an id that can't be guessed (96 random bits), in the order of time, so that the rows lie side by side."""
     return f"{int(now) & 0xffffffff:08x}{os.urandom(12).hex()}"
 
@@ -3798,7 +3798,7 @@ class Queue:
                 if row[1] > now - RESULT_SECONDS:
                     return row[0]
                 connection.execute("UPDATE fn_queue SET key = NULL WHERE id = ?", (row[0],))
-        number, more = new_id(now), {"state": "waiting", "attempts": 0, "created": now, "due": call.due or now}
+        number, more = new_call_id(now), {"state": "waiting", "attempts": 0, "created": now, "due": call.due or now}
         insert_row(connection, "fn_queue", {**call._asdict(), **more, "id": number})
         return number
 
@@ -4239,6 +4239,7 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
         call.settings = settings
         gate_function(app, call, target)
         call.queued = code is not None and wants_queue(call)
+    # most calls are spared the call of is_protected
     protected = target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected)
     if protected and call.trigger not in ("async", "schedule", "cli"):
         if not app.settings.ADMIN:
@@ -6172,8 +6173,8 @@ def save_code(app: Any, t: Texts, name: str, source: bytes, fresh: bool, force: 
     try:
         compile_source(source, app.functions.path(name))
     except LoadError as error:
-        error.message = error.message if source.strip() else t("no_code")
-        raise HTTPException(400, error.message, line=error.line, column=error.column) from None
+        why = error.message if source.strip() else t("no_code")
+        raise HTTPException(400, why, line=error.line, column=error.column) from None
     found = {} if force else try_out(app, t, name, source, LOAD_SECONDS)
     wrong, line = found.pop("error", ""), found.pop("line", 0)
     if not wrong and found and not found["entries"] and app.functions.versions.last_good(name):
@@ -6765,6 +6766,9 @@ def quote_name(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+SQL_SECONDS, SQL_ROWS, CSV_BYTES = 5.0, 1000, 16_000  # a spreadsheet's cell holds 32,767 characters
+
+
 def is_ours(name: Optional[str]) -> bool:
     """Tell whether a table is fnserve's own, to be read only."""
     return (name or "").lower() == "call_stats" or (name or "").lower().startswith("fn_")
@@ -6803,9 +6807,6 @@ def user_data(app: Any, writes: bool = False) -> Iterator[sqlite3.Connection]:
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:  # a second statement was a Warning once
             text = "the statement took longer than 5 s" if "interrupted" in str(error) else str(error)
             raise HTTPException(403 if "prohibited" in text or "authorized" in text else 400, text) from None
-
-
-SQL_SECONDS, SQL_ROWS, CSV_BYTES = 5.0, 1000, 16_000  # a spreadsheet's cell holds 32,767 characters
 
 
 def shown_value(value: Any) -> Any:
@@ -7227,7 +7228,7 @@ class App:
         self.signer = Signer(settings.SECRET_KEY, settings.SECRET_TOKEN)
         self.store = Store(settings.DB_PATH, {**TABLES, **QUEUE_TABLES, **SCHEDULE_TABLES}, MIGRATIONS)
         self.journal = Journal(settings.JOURNAL_DIR)
-        self.config = Config(settings.directory)
+        self.config = Config(settings.env_files)
         casts = {**SETTINGS_CASTS, "verify": read_scheme, "schedule": self._read_schedule}
         self.functions = Functions(settings.FUNCTIONS_DIR, Versions(self.store, clock), make_api(), self.reserved, casts)
         self.queue = Queue(self.store, settings.JOURNAL_DIR, settings.QUEUE_MAX, clock)
@@ -7561,13 +7562,13 @@ def create_app(directory: str = ".", **options: Any) -> App:
     return made
 
 
-FIRST_APP, _MAKING = functools.lru_cache(maxsize=None)(create_app), threading.Lock()
+_first_app, _making = functools.lru_cache(maxsize=None)(create_app), threading.Lock()
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """`fnserve:app` for gunicorn, uWSGI and waitress-serve: made by the first request, so importing does nothing."""
-    with _MAKING:
-        made = FIRST_APP()
+    with _making:
+        made = _first_app()
     return made(environ, start_response)
 
 # == 18 SERVER ============================================================
@@ -7644,7 +7645,7 @@ def waitress_server(app: App, opened: Any, settings: Settings, pin: Optional[Pin
         max_request_body_size=settings.MAX_BODY + settings.MAX_BODY // 8 + CHUNK,  # it counts the framing of chunks, too
         clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(os, "fork"), connection_limit=most,
         channel_timeout=75, cleanup_interval=10, _dispatcher=types.SimpleNamespace(add_task=tasks.put))
-    made.channel_class = json_error_channel(app, copy.copy(made.adj))
+    made.channel_class = channel_class(app, copy.copy(made.adj))
     made.adj.send_bytes = 18_000  # by default headers and body are two packets: 6,400 requests/s instead of 9,000
     made.maintenance = functools.partial(end_stalled, made, made.maintenance)
     return made
@@ -7660,11 +7661,11 @@ def end_stalled(server: Any, maintenance: Callable[[float], Any], now: float) ->
                 channel.socket.shutdown(2)  # or the loop, which waits for room to write, would not look at it
 
 
-def json_error_channel(app: Any, settings: Any) -> Any:
+def channel_class(app: Any, adj: Any) -> Any:
     """Make the class of waitress's connections.
 
     What never reaches the app (malformed or too large) is answered and recorded as the app does it. A body in pieces is sent
-    piece by piece under `settings`; any other goes out with its headers, by the thread that does the input and output.
+    piece by piece under `adj`; any other goes out with its headers, by the thread that does the input and output.
     """
     from waitress.channel import HTTPChannel
     from waitress.task import ErrorTask, WSGITask
@@ -7691,7 +7692,7 @@ def json_error_channel(app: Any, settings: Any) -> Any:
         def write(self, data: bytes) -> None:
             if data:
                 piecewise = self.content_length is None or len(data) < self.content_length
-                self.channel.adj = settings if piecewise else self.channel.server.adj
+                self.channel.adj = adj if piecewise else self.channel.server.adj
             super().write(data)
 
     class Channel(HTTPChannel):

@@ -246,7 +246,7 @@ class SettingsTest(Case):
         (self.dir / ".env.local").write_text("PORT=${P}\nAPI_TOKENS=\n")
         settings = fnserve.Settings({}, str(self.dir))
         self.assertEqual((settings.PORT, settings.API_TOKENS), (48123, ()))
-        self.assertEqual(fnserve.Config(str(self.dir)).current()["PORT"], "48123")
+        self.assertEqual(fnserve.Config([str(self.dir / name) for name in (".env", ".env.local")]).current()["PORT"], "48123")
 
     def test_env_agrees_with_python_dotenv(self):
         dotenv = self.dotenv()
