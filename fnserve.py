@@ -7699,28 +7699,22 @@ def channel_class(app: Any, adj: Any) -> Any:
 def request_parser() -> Any:
     """Make the class that reads waitress's requests: without what could smuggle one, or would cost much to refuse."""
     from waitress.parser import HTTPRequestParser, ParsingError
-    from waitress.receiver import ChunkedReceiver
     from waitress.utilities import BadRequest
 
-    class Chunks(ChunkedReceiver):
+    class Parser(HTTPRequestParser):
         def received(self, data: bytes) -> int:
             used: int = super().received(data)
-            if len(self.control_line) + len(self.trailer) > MOST_CHUNK_CONTROL:
-                self.error = BadRequest("a chunk's size or the trailer is too long")
+            if self.chunked and len(self.body_rcv.control_line) + len(self.body_rcv.trailer) > MOST_CHUNK_CONTROL:
+                self.error, self.completed = BadRequest("a chunk's size or the trailer is too long"), True
             return used
-
-    class Parser(HTTPRequestParser):
-        body_rcv: Any
 
         def parse_header(self, header_plus: bytes) -> None:
             try:
                 super().parse_header(header_plus)
             except ValueError:  # a URL or a number that Python can't read
                 raise ParsingError("malformed") from None
-            if self.chunked:
-                if "CONTENT_LENGTH" in self.headers:  # RFC 9112 6.1: a proxy may have believed the other one
-                    raise ParsingError("Content-Length beside Transfer-Encoding")
-                self.body_rcv = Chunks(self.body_rcv.getbuf())
+            if self.chunked and "CONTENT_LENGTH" in self.headers:  # RFC 9112 6.1: a proxy may have believed the other one
+                raise ParsingError("Content-Length beside Transfer-Encoding")
 
     return Parser
 
