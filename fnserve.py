@@ -7833,8 +7833,7 @@ class Supervisor:
     def __init__(self, app: App, opened: Any, former: Iterable[int]) -> None:
         self._app, self._socket = app, opened
         self._leaving = set(former)  #: who finish what they have: relieved, or of the code before a SIGHUP
-        self._workers: dict[int, int] = {}  #: pid -> number
-        self._born: dict[int, float] = {}  #: number -> monotonic time of birth
+        self._workers: dict[int, tuple[int, float]] = {}  #: pid -> number, monotonic time of birth
         self._due = dict.fromkeys(range(app.settings.WORKERS), 0.0)  #: number -> when it may be forked
         self._backoff = dict.fromkeys(self._due, 0.0)  #: number -> seconds to wait, for workers that die at birth
 
@@ -7853,7 +7852,7 @@ class Supervisor:
                 self._execute_again()
             elif number == signal.SIGUSR1 and pid in self._workers:
                 self._leaving.add(pid)
-                self._due[self._workers.pop(pid)] = 0.0
+                self._due[self._workers.pop(pid)[0]] = 0.0
             self._reap()
             self._replace(monotonic())
             notify("WATCHDOG=1")
@@ -7883,7 +7882,7 @@ class Supervisor:
         supervisor = os.getpid()
         pid, status = os.fork(), 1
         if pid:
-            self._workers[pid], self._born[number] = number, monotonic()
+            self._workers[pid] = number, monotonic()
             return
         try:
             self._work(number, supervisor)
@@ -7911,8 +7910,8 @@ class Supervisor:
                 return
             self._leaving.discard(pid)
             if pid in self._workers:
-                number = self._workers.pop(pid)
-                young = monotonic() - self._born[number] < BIRTH_SECONDS
+                number, born = self._workers.pop(pid)
+                young = monotonic() - born < BIRTH_SECONDS
                 self._backoff[number] = min(MAX_BACKOFF, max(.1, self._backoff[number] * 2)) if young else 0.0
                 self._due[number] = monotonic() + self._backoff[number]
                 code = os.waitstatus_to_exitcode(status)
