@@ -7497,11 +7497,11 @@ def call_on_trial(app: App, name: str, request: Mapping[str, Any]) -> dict[str, 
     query, began = quote(request["query"], safe="=&%+/?:@!$'()*,;-._~"), perf_counter()
     response = run_alone(app, run, {"method": request["method"].upper(), "path": path, "query": query, "headers": headers,
                                     "client": "127.0.0.1"}, a2b_base64(request["body"]))
-    taken, failed = (perf_counter() - began) * 1e3, run.call.failed if run.call else None
-    wrong = failed is not None and not isinstance(failed, HTTPException)  # an abort() is meant
-    line = describe_failure(failed, app.functions.path(name)).line if failed and wrong else 0
-    return {"status": response.code, "headers": list(response.headers), "ms": round(taken, 1), "line": line,
-            "error": run.call.error if run.call else "", **shown_body("body", response.get_data()[:ANSWER_BYTES])}
+    taken, call = (perf_counter() - began) * 1e3, run.call  # type: float, Any
+    wrong = call.failed and not isinstance(call.failed, HTTPException)  # an abort() is meant
+    return {"status": response.code, "headers": list(response.headers), "ms": round(taken, 1), "error": call.error,
+            "line": describe_failure(call.failed, app.functions.path(name)).line if wrong else 0,
+            **shown_body("body", response.get_data()[:ANSWER_BYTES])}
 
 
 def bound_memory() -> None:
@@ -7529,10 +7529,6 @@ def prepare(directory: str = ".", **options: Any) -> App:
             read_zone(settings.TIMEZONE)
     except TriggerError as error:
         raise SettingError(f"TIMEZONE ({settings.sources['TIMEZONE']}): {error}") from None
-    if os.path.isdir(settings.LOG_FILE):
-        raise SettingError(f"LOG_FILE={settings.LOG_FILE!r}: it is a directory")
-    if os.path.exists(settings.JOURNAL_DIR) and not os.path.isdir(settings.JOURNAL_DIR):
-        raise SettingError(f"JOURNAL_DIR={settings.JOURNAL_DIR!r}: it is no directory")
     app = App(settings)
     app.store.check()
     if made.get("SECRET_TOKEN"):
@@ -7730,8 +7726,6 @@ def serve_tasks(take: Callable[[], Any], pin: Optional[Pin]) -> None:
             pass
         except BaseException as error:  # a thread must outlive whatever a connection does
             log.error("connection: %s", user_traceback(error))
-
-
 
 
 def notify(state: str) -> None:
