@@ -7514,12 +7514,6 @@ def bound_memory() -> None:
         file.write("1000")
 
 
-def show_password(token: str) -> None:
-    """Print the password that was just made, to a terminal only: stderr that is a file or systemd's journal is a log."""
-    shown = token if sys.stderr.isatty() else "in .env.local, as SECRET_TOKEN"
-    sys.stderr.write(f"The password of the admin pages is {shown}\n")
-
-
 def prepare(directory: str = ".", **options: Any) -> App:
     """Make the app of a directory: settings read, secrets made, database looked at. SettingError, StoreError."""
     settings = Settings(options, directory)
@@ -7531,8 +7525,9 @@ def prepare(directory: str = ".", **options: Any) -> App:
         raise SettingError(f"TIMEZONE ({settings.sources['TIMEZONE']}): {error}") from None
     app = App(settings)
     app.store.check()
-    if made.get("SECRET_TOKEN"):
-        show_password(made["SECRET_TOKEN"])
+    if "SECRET_TOKEN" in made:  # printed to a terminal only: stderr that is a file or systemd's journal is a log
+        shown = made["SECRET_TOKEN"] if sys.stderr.isatty() else "in .env.local, as SECRET_TOKEN"
+        sys.stderr.write(f"The password of the admin pages is {shown}\n")
     for path in exposed_files(settings):
         log.warning("%s holds secrets and others on this machine can read it: chmod 600 %s", path, path)
     return app
