@@ -3697,9 +3697,9 @@ def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
     return Trigger("cron", fields, zone, now, not parts[2].startswith("*") and not parts[4].startswith("*"))
 
 # == 11 QUEUE =============================================================
-# Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 05 to 07. The
-# table fn_queue is the state, shared by all processes; `Queue` owns a process's claim on what it runs: a lock on a file of
-# its own, which the kernel drops at its death, so that its calls can be given back at once.
+# Calls that must not be lost: a request is on disk before its sender hears 202, and is run at least once. Uses 01 and 05 to
+# 07. The table fn_queue is the state, shared by all processes; `Queue` owns a process's claim on what it runs: a lock on a
+# file of its own, which the kernel drops at its death, so that its calls can be given back at once.
 
 QUEUE_TABLES = {
     "fn_queue": "(id TEXT PRIMARY KEY, function TEXT NOT NULL, state TEXT NOT NULL, due REAL NOT NULL, trigger TEXT NOT NULL,"
@@ -3716,6 +3716,7 @@ KEPT_BODY = 64 * 1024  # of a call that is done; a larger one can't be replayed
 RESULT_SECONDS = 86_400  # results and idempotency keys are kept this long, dead calls KEEP_DAYS
 ANSWER_BYTES = 1024 * 1024
 ANSWER_CUT = f"the answer is longer than {ANSWER_BYTES} bytes; the rest of it is not kept"
+QUEUE_FULL = (503, "The queue is full", [("Retry-After", "60")])
 MAX_BACKOFF_SECONDS = 3600.0
 YIELD_SECONDS = .003  # before a call is run, so that its sender is answered first: 1.7 commits instead of 2.9 (bench/)
 STATES = ("waiting", "running", "done", "dead")
@@ -3730,12 +3731,6 @@ def free_bytes(directory: str) -> int:
 def new_call_id(now: float) -> str:
     """Return an id that can't be guessed (96 random bits), in the order of time, so that the rows lie side by side."""
     return f"{int(now) & 0xffffffff:08x}{os.urandom(12).hex()}"
-
-
-
-
-class QueueFull(Exception):
-    """QUEUE_MAX calls wait already, or the disk is nearly full."""
 
 
 class Queued(NamedTuple):
@@ -3757,11 +3752,11 @@ class Queue:
         self._store, self._directory, self._limit, self.clock = store, directory, limit, clock
         self._waiting: list[tuple[Queued, list[Any]]] = []  #: for a commit, which adds to each its id, or the error
         self._lock, self._owner, self._handle = threading.Lock(), "", -1
-        self._room, self._counted = 0, 0.0  #: how many more calls may wait, as of when
         in_children(self._disown)
 
     def put(self, call: Queued) -> str:
-        """Commit a call with fsync and return its id; who comes while another commits shares the next commit."""
+        """Commit a call with fsync and return its id; who comes while another commits shares the next commit. HTTPException
+        503 where QUEUE_MAX calls wait already, or the disk is nearly full."""
         outcome: list[Any] = []
         self._waiting.append((call, outcome))
         with self._lock:
@@ -3777,21 +3772,14 @@ class Queue:
             batch = list(self._waiting)
             del self._waiting[:len(batch)]  # who comes meanwhile is added behind these
             with self._store.write(durable=True) as connection:
-                if self._room < len(batch) or not 0 <= monotonic() - self._counted < 1:
-                    self._count(connection)
-                for call, outcome in batch:
-                    outcome.append(self.insert(connection, call) if self._room > 0 else QueueFull())
-                    self._room -= 1
+                waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
+                room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
+                for place, (call, outcome) in enumerate(batch):
+                    outcome.append(self.insert(connection, call) if place < room else HTTPException(*QUEUE_FULL))
         except BaseException as error:  # one caller's deadline may end it; the others must not hear of that
             shown = error if isinstance(error, sqlite3.Error) else sqlite3.OperationalError(str(error))
             for _, outcome in batch:
                 outcome.append(shown)
-
-    def _count(self, connection: sqlite3.Connection) -> None:
-        """See how many calls may still wait; once a second will do, since of a full queue it takes 2 ms."""
-        waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
-        self._room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
-        self._counted = monotonic()
 
     def insert(self, connection: sqlite3.Connection, call: Queued) -> str:
         """Add a call within somebody's transaction; return its id, or the first one's where the key is known."""
@@ -7269,8 +7257,6 @@ class App:
         """Queue a call and have it run; 503 where the queue is full or the disk can't be written to."""
         try:
             number = self.queue.put(call)
-        except QueueFull:
-            raise HTTPException(503, "The queue is full", [("Retry-After", "60")]) from None
         except sqlite3.Error as error:
             log.error("%s: the call could not be queued: %s", call.function, error)
             raise HTTPException(503, "The queue can't be written to", [("Retry-After", "5")]) from None
