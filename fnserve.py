@@ -2179,7 +2179,7 @@ class CallSettings(NamedTuple):
     retries: int = 3
     dedupe: str = ""  #: header that tells a repeat
     schedule: Any = None
-    guard: bool = False  #: see Guard
+    guard: bool = False  #: see guard()
 
 
 class Code(NamedTuple):
@@ -4126,7 +4126,7 @@ NAMES_OF_ADMIN_FUNCTIONS = frozenset(  # beside those that are routes; where the
     "list_tables show_schema view_table export_table add_table drop_table delete_record execute_sql".split())
 FAILURES, FAILURE_SECONDS = 5, 300
 TOO_LATE, FAILED = (504, "The function took too long"), (500, "Function execution failed")
-FIRST_CALLS, PROVEN_CALLS = 5, 20  # see Guard
+FIRST_CALLS, PROVEN_CALLS = 5, 20  # see guard()
 MOST_WAITING, WATCH_SECONDS = 1000, .25
 LAST_SECONDS = 1.0  # that hooks and handlers have where the function has used up all of its time
 FLOOD_COUNT = 20  # entries of one kind in a minute; the rest would only wear out the SD card
@@ -4394,61 +4394,45 @@ class Rates:
             recent.append(call.started)
 
 
-class Guard:
-    """Takes a function back to its last good version where the newest fails its first calls (SETTINGS["guard"]).
+_NEWEST_AND_GOOD = "SELECT version, saved_at, source FROM fn_versions WHERE func_name = ?1 AND (loaded > 0 OR version = (" \
+                   "SELECT max(version) FROM fn_versions WHERE func_name = ?1)) ORDER BY version DESC LIMIT 2"
+_FAILED_OF_CALLS = "SELECT count(*), ifnull(sum(status >= 500), 0) FROM (SELECT status FROM fn_calls WHERE function = ? AND" \
+                   " time >= ? AND time < ? AND trigger <> 'queued' ORDER BY number DESC LIMIT ?)"
 
-    Only guarded functions pay for it, and they only when they fail: the journal knows how the calls before went, in
-    every process. Fails: of FIRST_CALLS or more more than half are 5xx, of the version before at most half were.
+
+def guard(app: Any, call: Call, name: str, code: Code) -> None:
+    """Take a function whose call has failed back to its last good version where the newest fails its first calls: more than
+    half of FIRST_CALLS or more, as not of the version before (SETTINGS["guard"]).
+
+    Only failed calls pay for it: the journal knows how the others went, in every process.
     """
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-        self._proven: dict[str, Code] = {}  #: code that has had PROVEN_CALLS
-
-    _NEWEST_AND_GOOD = "SELECT version, saved_at, source FROM fn_versions WHERE func_name = ?1 AND (loaded > 0 OR version = (" \
-                       "SELECT max(version) FROM fn_versions WHERE func_name = ?1)) ORDER BY version DESC LIMIT 2"
-
-    def see(self, call: Call) -> None:
-        """Look at a failed call of a guarded function, once it is recorded."""
-        if call.function and call.code and self._proven.get(call.function) is not call.code:
-            try:
-                self._judge(call.id, call.function, call.code)
-            except (sqlite3.Error, OSError, LoadError) as error:  # a locked database or a full disk; it will try again
-                log.warning("%s: its guard can't act: %s", call.function, error)
-
-    def _judge(self, call_id: str, name: str, code: Code) -> None:
-        self._app.folder.fold()
-        rows = self._app.store.read(self._NEWEST_AND_GOOD, name)
+    try:
+        app.folder.fold()
+        rows = app.store.read(_NEWEST_AND_GOOD, name)
         if len(rows) < 2 or rows[0]["source"] != code.source or rows[1]["source"] == code.source:
             return
         (version, since, _), (good, since_good, source) = rows
-        calls, errors = self._count(name, since, 1e12)
-        oldest = self._app.store.read("SELECT min(time) FROM fn_calls")[0][0]
-        if calls >= PROVEN_CALLS or oldest is not None and oldest > since:  # its first calls may not all be there any more
-            self._proven[name] = code
-        elif calls >= FIRST_CALLS and errors > calls / 2:
-            calls_before, errors_before = self._count(name, since_good, since)
-            if errors_before <= calls_before / 2 and self._roll_back(name, code, version, source):
-                log.error("%s: version %d failed %d of its first %d calls; version %d serves again", name, version, errors,
-                          calls, good, extra={"call": call_id})
+        (calls, errors), (calls_before, errors_before) = (app.store.read(_FAILED_OF_CALLS, name, *span, PROVEN_CALLS)[0]
+                                                          for span in ((since, 1e12), (since_good, since)))
+        all_there = app.store.read("SELECT ifnull(min(time), 0) FROM fn_calls")[0][0] <= since
+        if all_there and FIRST_CALLS <= calls < PROVEN_CALLS and errors > calls / 2 and errors_before <= calls_before / 2 \
+                and roll_back(app, name, code, version, source):
+            log.error("%s: version %d failed %d of its first %d calls; version %d serves again", name, version, errors, calls,
+                      good, extra={"call": call.id})
+    except (sqlite3.Error, OSError, LoadError) as error:  # a locked database or a full disk; it will try again
+        log.warning("%s: its guard can't act: %s", name, error)
 
-    def _count(self, name: str, since: float, until: float) -> tuple[int, int]:
-        """Return how many calls there were, PROVEN_CALLS at most, the newest first, and how many of them failed."""
-        return self._app.store.read(
-            "SELECT count(*), ifnull(sum(status >= 500), 0) FROM (SELECT status FROM fn_calls WHERE function = ? AND time >= ?"
-            " AND time < ? AND trigger <> 'queued' ORDER BY number DESC LIMIT ?)", name, since, until, PROVEN_CALLS)[0]
 
-    def _roll_back(self, name: str, code: Code, version: int, good: bytes) -> bool:
-        """Make the good source the file again, unless another process or somebody's save was first."""
-        functions = self._app.functions
-        with self._app.store.write() as connection:
-            mine = "UPDATE fn_versions SET loaded = -1 WHERE func_name = ?1 AND version = ?2 AND version = (" \
-                   "SELECT max(version) FROM fn_versions WHERE func_name = ?1)"
-            if read_source(functions.path(name)) != code.source or not connection.execute(mine, (name, version)).rowcount:
-                return False
-            functions.save(name, good)
-            functions.versions.add(connection, name, good, loaded=True)
-        return True
+def roll_back(app: Any, name: str, code: Code, version: int, good: bytes) -> bool:
+    """Make the good source the file again, unless another process or somebody's save was first."""
+    with app.store.write() as connection:
+        mine = "UPDATE fn_versions SET loaded = -1 WHERE func_name = ?1 AND version = ?2 AND version = (" \
+               "SELECT max(version) FROM fn_versions WHERE func_name = ?1)"
+        if read_source(app.functions.path(name)) != code.source or not connection.execute(mine, (name, version)).rowcount:
+            return False
+        app.functions.save(name, good)
+        app.functions.versions.add(connection, name, good, loaded=True)
+    return True
 
 
 def waiting_request(call: Call) -> Any:
@@ -4950,8 +4934,8 @@ def record(app: Any, call: Call, status: int, size: int) -> None:
         f'{{"t":{call.started:.6f},"id":"{call.id}",{name},"m":{quote_json(call.request.method[:20])},'
         f'"p":{quote_json(where[:500])},"s":{status},"us":{taken:.0f},"n":{size},'
         f'"c":{quote_json(environ.get("REMOTE_ADDR") or "")}{more}}}')
-    if status >= 500 and call.settings.guard and call.trigger != "cli":
-        app.guard.see(call)
+    if status >= 500 and call.settings.guard and call.trigger != "cli" and call.function and call.code:
+        guard(app, call, call.function, call.code)
 
 
 def record_details(call: Call) -> str:
@@ -7202,8 +7186,7 @@ class App:
         self.schedule = Schedule(self.store, self.queue, settings.TIMEZONE, clock)
         self.runner = Runner(self.queue, functools.partial(run_queued, self), max(1, settings.THREADS // 2))
         self.folder = Folder(self.journal, self.store, settings, lambda name: is_protected(name, self.protected))
-        self.background, self.rates, self.watch = Background(self), Rates(), Watch(self)
-        self.guard, self.trials = Guard(self), threading.Semaphore(2)
+        self.background, self.rates, self.watch, self.trials = Background(self), Rates(), Watch(self), threading.Semaphore(2)
         self.queues = True  #: whether calls may be put into the queue
         self.templates: Any = None  #: Jinja2's environment, once it is used
         self._starting, self._started = threading.Lock(), 0
