@@ -3460,11 +3460,11 @@ YEARS_AHEAD = 41  # every combination of date and weekday that exists comes with
 
 
 class TriggerError(ValueError):
-    """A trigger or a job that can't be: `field` is the one to mend, `status` what the REST API answers."""
+    """A trigger or a job that can't be: `field` is the one to mend."""
 
-    def __init__(self, field: str, message: str, status: int = 400) -> None:
-        super().__init__(f"{field}: {message}" if field else message)
-        self.field, self.status = field, status
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
 
 
 def _number(field: str, text: str, allowed: tuple[int, int, str]) -> int:
@@ -3835,16 +3835,17 @@ class Queue:
         """Return when the next waiting call is due."""
         return self._store.read("SELECT min(due) FROM fn_queue WHERE state = 'waiting'")[0][0]
 
-    def act(self, number: str, action: str) -> Optional[str]:
-        """Retry (go on with a dead call), replay (run the request anew) or discard; return the id, None for no such call,
-        "" where its state or a body that was not kept forbids it."""
+    def act(self, number: str, action: str) -> str:
+        """Retry (go on with a dead call), replay (run the request anew) or discard; return the id. HTTPException 404 for no
+        such call, 409 where its state or a body that was not kept forbids it."""
         with self._store.write() as connection:
             row = self.get(sql_value(number))
             if row is None:
-                return None
+                raise HTTPException(404, "There is no such call")
             if row["state"] == "running" or action == "retry" and row["state"] != "dead" \
                     or action == "replay" and row["body"] is None:
-                return ""
+                raise HTTPException(409, "It can't be done with this call now; of calls that are done, no body over"
+                                         f" {KEPT_BODY} bytes is kept")
             if action == "discard":
                 connection.execute("DELETE FROM fn_queue WHERE id = ?", (number,))
             elif action == "retry":
@@ -3918,7 +3919,7 @@ class Runner:
             self.running.remove(row["function"])
 
 # == 12 SCHEDULE ==========================================================
-# Jobs and when they fire. Uses 03, 05 to 11. Only the leader calls `step`: a run goes into the queue in the transaction
+# Jobs and when they fire. Uses 01, 03, 05 to 11. Only the leader calls `step`: a run goes into the queue in the transaction
 # that moves next_run_time, so it is put once, whoever dies. The table fn_jobs is the state.
 
 JOB_COUNTS = ("planned", "started", "late", "skipped", "missed")
@@ -3953,10 +3954,10 @@ class Schedule:
         return self._store.read("SELECT * FROM fn_jobs ORDER BY id")
 
     def get(self, number: str) -> Any:
-        """Return one stored job; TriggerError 404 for none."""
+        """Return one stored job; HTTPException 404 for none."""
         for row in self._store.read("SELECT * FROM fn_jobs WHERE id = ?", number):
             return row
-        raise TriggerError("", f"Job {number[:100]} not found", 404)
+        raise HTTPException(404, f"Job {number[:100]} not found")
 
     def show(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return a job as Flask-APScheduler shows it, with the counts of its runs."""
@@ -3968,11 +3969,11 @@ class Schedule:
                 "source": row["source"], **{name: row[name] for name in JOB_COUNTS}}
 
     def add(self, sent: Mapping[str, Any], source: str = "api") -> Any:
-        """Store a new job; TriggerError 409 for an id that is taken, 400 naming the field that is wrong."""
+        """Store a new job; HTTPException 409 for an id that is taken, TriggerError for a field that is wrong."""
         row = self._read(sent, source)
         with self._store.write() as connection:
             if connection.execute("SELECT 1 FROM fn_jobs WHERE id = ?", (row["id"],)).fetchone():
-                raise TriggerError("id", f"Job {row['id']} already exists", 409)
+                raise HTTPException(409, f"Job {row['id']} already exists")
             insert_row(connection, "fn_jobs", row)
         return self.get(row["id"])
 
@@ -6581,7 +6582,7 @@ def view_jobs(app: Any, call: Call) -> Response:
             app.put(app.schedule.call(app.schedule.get(number)))
         row = app.schedule.get(number) if action == "run" else app.schedule.pause(number, action == "pause")
     except TriggerError as error:
-        raise HTTPException(error.status, str(error), field=error.field) from None
+        raise HTTPException(400, str(error), field=error.field) from None
     if "html" in call.request.headers.get("Accept", ""):  # a form of the page
         return redirect("/admin/jobs?done=accepted", 303)
     return as_json(app.schedule.show(row))
@@ -6676,9 +6677,6 @@ def act_on_call(app: Any, call: Call) -> Response:
     if action not in ("retry", "replay", "discard"):
         raise HTTPException(400, "action must be retry, replay or discard")
     number = app.queue.act(number, action)
-    if not number:
-        raise HTTPException(404, "There is no such call") if number is None else HTTPException(
-            409, f"It can't be done with this call now; of calls that are done, no body over {KEPT_BODY} bytes is kept")
     app.runner.poke()
     return done(call, action, f"/admin/queue?state={quote(str(sent.get('state', '')))}&done=accepted", id=number)
 
