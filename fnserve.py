@@ -3814,22 +3814,18 @@ class Queue:
             if state == "done":
                 connection.execute("UPDATE fn_queue SET body = NULL WHERE id = ? AND length(body) > ?", (row["id"], KEPT_BODY))
 
-    def reclaim(self, retries: Callable[[str], int]) -> int:
+    def reclaim(self, retries: Callable[[str], int]) -> None:
         """Give back the calls of processes that died, whose file's lock can be had, or give them up after so many `retries` of
-        their function; return how many there were."""
-        count = 0
-        for owner, in self._store.read("SELECT DISTINCT owner FROM fn_queue WHERE state = 'running'"):
+        their function."""
+        running = self._store.read("SELECT owner, id, function, attempts, retries, due FROM fn_queue WHERE state = 'running'")
+        for owner in {row["owner"] for row in running} - {self._owner}:
             path = os.path.join(self._directory, owner)
-            handle = lock_file(path) if owner != self._owner else -1
-            if handle < 0:
-                continue
-            os.close(handle)
-            for row in self._store.read("SELECT id, function, attempts, retries, due FROM fn_queue WHERE state = 'running'"
-                                        " AND owner = ?", owner):
-                self.finish(row, retries(row["function"]), True, "its process died")
-                count += 1
-            os.unlink(path)
-        return count
+            if (handle := lock_file(path)) >= 0:
+                os.close(handle)
+                for row in running:
+                    if row["owner"] == owner:
+                        self.finish(row, retries(row["function"]), True, "its process died")
+                os.unlink(path)
 
     def next_due(self) -> Optional[float]:
         """Return when the next waiting call is due."""
