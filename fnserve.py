@@ -4330,13 +4330,14 @@ def has_api_token(app: Any, request: Request) -> bool:
 
 def share_origin(call: Call, origins: tuple[str, ...]) -> None:
     """Let a function's other origins read its answers (CORS, Fetch standard 3.2); a preflight is answered here."""
-    request, everybody = call.request, "*" in origins
+    request = call.request
+    allowed = "*" if "*" in origins else request.origin if request.origin in origins else None
 
     def add(response: Response) -> None:
-        if not everybody:
+        if allowed:
+            response.access_control_allow_origin = allowed
+        if allowed != "*":
             response.headers.add("Vary", "Origin")
-        if request.origin and (everybody or request.origin in origins):
-            response.access_control_allow_origin = "*" if everybody else request.origin
     call.after.append(add)
     if request.origin and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in request.environ and request.method == "OPTIONS":
         headers = {"Access-Control-Max-Age": "600", "Access-Control-Allow-Methods": ", ".join(call.settings.methods or METHODS)}
