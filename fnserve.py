@@ -3364,10 +3364,6 @@ def _parts(scheme: Scheme, request: Request, now: float) -> Parts:
     return given.split() if before else [given], [before.encode("latin-1", "replace") + request.get_data()]
 
 
-def _standard_key(text: str) -> bytes:
-    return a2b_base64(text.removeprefix("whsec_"))
-
-
 SCHEMES = {
     "line": Scheme("X-Line-Signature", "LINE_CHANNEL_SECRET", encoding="base64"),
     "github": Scheme("X-Hub-Signature-256", "GITHUB_WEBHOOK_SECRET", prefix="sha256="),
@@ -3375,7 +3371,8 @@ SCHEMES = {
     "slack": Scheme("X-Slack-Signature", "SLACK_SIGNING_SECRET", prefix="v0=", before="v0:{X-Slack-Request-Timestamp}:",
                     stamp="X-Slack-Request-Timestamp"),
     "standard": Scheme("webhook-signature", "STANDARD_WEBHOOK_SECRET", encoding="base64", prefix="v1,",
-                       before="{webhook-id}.{webhook-timestamp}.", stamp="webhook-timestamp", key=_standard_key),
+                       before="{webhook-id}.{webhook-timestamp}.", stamp="webhook-timestamp",
+                       key=lambda text: a2b_base64(text.removeprefix("whsec_"))),
     "shopify": Scheme("X-Shopify-Hmac-Sha256", "SHOPIFY_WEBHOOK_SECRET", encoding="base64"),
     "gitlab": Scheme("X-Gitlab-Token", "GITLAB_WEBHOOK_TOKEN", ""),
     "telegram": Scheme("X-Telegram-Bot-Api-Secret-Token", "TELEGRAM_SECRET_TOKEN", ""),
