@@ -4934,11 +4934,6 @@ class Capture:
             self._stream.write(text)
         return len(text)
 
-    def writelines(self, lines: Iterable[str]) -> None:
-        """Write several pieces."""
-        for line in lines:
-            self.write(line)
-
     def flush(self) -> None:
         """Flush the real stream."""
         with contextlib.suppress(OSError, ValueError):
