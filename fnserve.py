@@ -3852,9 +3852,7 @@ class Queue:
     def _own(self) -> str:
         """Return this process's name in the table, and hold its lock."""
         with self._lock:
-            if self._handle < 0 or not os.fstat(self._handle).st_nlink:
-                if self._handle >= 0:
-                    os.close(self._handle)
+            if self._handle < 0 or not os.fstat(self._handle).st_nlink:  # the journal was deleted, with its locks
                 self._owner = f"runner-{os.getpid()}-{os.urandom(4).hex()}.lock"
                 self._handle = lock_file(os.path.join(self._directory, self._owner))
             return self._owner
