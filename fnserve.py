@@ -4743,9 +4743,7 @@ def check_token(app: Any, call: Call, token: str, purpose: str = "") -> bool:
             first, count = connection.execute("SELECT min(at), count(*) FROM fn_failures WHERE address = ? AND at > ? AND"
                                               " at <= ?", (address, now - FAILURE_SECONDS, now)).fetchone()
             right = same_secret(token, app.settings.SECRET_TOKEN) and count < FAILURES
-            if right and count:
-                connection.execute("DELETE FROM fn_failures WHERE address = ?", (address,))
-            elif not right and count < FAILURES:
+            if not right and count < FAILURES:
                 connection.execute("INSERT INTO fn_failures VALUES (?, ?)", (address, now))
     except sqlite3.Error:
         raise HTTPException(503, "The database can't be written to", [("Retry-After", "5")]) from None
