@@ -3388,12 +3388,11 @@ def read_scheme(value: Any) -> Scheme:
     if isinstance(value, dict) and {"header", "secret"} <= value.keys() <= set(Scheme._fields[:5]) \
             and all(isinstance(item, str) for item in value.values()):
         scheme = Scheme(**value)
-        if not scheme.secret.isidentifier():
-            raise ValueError("a dict whose 'secret' is the name of the key in .env, not the key itself")
-        if scheme.algorithm in ("sha1", "sha256", "sha384", "sha512") and scheme.encoding in ("hex", "base64"):
+        if scheme.secret.isidentifier() and scheme.algorithm in ("sha1", "sha256", "sha384", "sha512") \
+                and scheme.encoding in ("hex", "base64"):
             return scheme
-    raise ValueError(f"one of {', '.join(SCHEMES)}, or a dict of header, secret, algorithm (sha1, sha256, sha384, sha512), "
-                     "encoding (hex, base64), prefix")
+    raise ValueError(f"one of {', '.join(SCHEMES)}, or a dict of header, secret (the name of the key in .env), "
+                     "algorithm (sha1, sha256, sha384, sha512), encoding (hex, base64), prefix")
 
 
 def verify(scheme: Scheme, request: Request, config: Mapping[str, Optional[str]], now: float) -> None:
