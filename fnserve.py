@@ -4418,7 +4418,7 @@ class Watch:
         self._late: dict[int, Call] = {}  #: thread -> the call whose function it runs
         self._lines: dict[Share, list[tuple[float, Any]]] = {}  #: (until when, connection or Event) in line
         self.resume: Callable[[Any], Any] = lambda connection: None
-        in_children(self._mark_child)
+        in_children(self._late.clear)  # a child that a function forks ends where it comes back to `run`
         #: ends this process once it has finished what else it has, which may take so many seconds
         self.retire: Optional[Callable[[float], Any]] = None
 
@@ -4508,23 +4508,15 @@ class Watch:
         try:
             return function(*args)
         finally:
-            del self._late[ident]
+            if self._late.pop(ident, None) is None:
+                end_child()
             if outer is not None:
                 self._late[ident] = outer
-            if call.interrupted < 0:
-                end_child()
             if call.interrupted:  # what was thrown may be still on its way: let it arrive here, not in fnserve's own code
                 with contextlib.suppress(DeadlineExceeded), self._lock:
                     for _ in range(1000):
                         pass
                 raise DeadlineExceeded  # also where the function has swallowed it
-
-    def _mark_child(self) -> None:
-        """Let a child that a function forks end where it comes back to `run`."""
-        call = self._late.get(threading.get_ident())
-        if call is not None:
-            call.interrupted = -1
-
 
     def step(self) -> float:
         """Interrupt what is late, answer for what can't be, retire the process where that lasts; return the seconds to wait."""
@@ -4941,12 +4933,13 @@ class CallLog(logging.StreamHandler):
 class ErrorLog(logging.Handler):
     """The error log: one file, appended to by every process, rotated by whoever finds it full."""
 
+    _began = 0.0  #: to count, in Unix time
+
     def __init__(self, path: str, max_bytes: int, backups: int) -> None:
         super().__init__(logging.WARNING)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s"))
         self._path, self._max_bytes, self._backups = path, max_bytes, backups
         self._seen: dict[tuple[str, str], int] = {}  #: what was logged -> how often
-        self._began = 0.0  #: to count, in Unix time
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append one record; a log that can't be written never fails a call. More of the same in a minute are counted."""
