@@ -4384,10 +4384,9 @@ def guard(app: Any, call: Call, name: str, code: Code) -> None:
 def roll_back(app: Any, name: str, code: Code, version: int, good: bytes) -> bool:
     """Make the good source the file again, unless another process or somebody's save was first."""
     with app.store.write() as connection:
-        mine = "UPDATE fn_versions SET loaded = -1 WHERE func_name = ?1 AND version = ?2 AND version = (" \
-               "SELECT max(version) FROM fn_versions WHERE func_name = ?1)"
-        if read_source(app.functions.path(name)) != code.source or not connection.execute(mine, (name, version)).rowcount:
+        if read_source(app.functions.path(name)) != code.source:
             return False
+        connection.execute("UPDATE fn_versions SET loaded = -1 WHERE func_name = ? AND version = ?", (name, version))
         app.functions.save(name, good)
         app.functions.versions.add(connection, name, good, loaded=True)
     return True
@@ -4874,9 +4873,7 @@ def record(app: Any, call: Call, status: int, size: int) -> None:
     if not where.isascii():
         where = decode_wsgi(where)
     taken = (perf_counter() - call.clock) * 1e6
-    more = ""
-    if call.output or call.error or call.run is not _HTTP or call.metrics:
-        more = record_details(call)
+    more = record_details(call) if call.output or call.error or call.run is not _HTTP or call.metrics else ""
     name = f'"f":{quote_json(call.function)}' if call.function is not None else f'"r":{quote_json(call.route)}'
     app.journal.append(
         f'{{"t":{call.started:.6f},"id":"{call.id}",{name},"m":{quote_json(call.request.method[:20])},'
