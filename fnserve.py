@@ -4792,9 +4792,8 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
         start_response(response._status, headers)
         return [b"" if call.request.method == "HEAD" else body]
     try:
-        call.until = call.until or perf_counter() + app.settings.TIMEOUT  # a page of ours has none yet
-        empty = bare or call.request.method == "HEAD"
-        chunks = app.watch.run(call, iter, () if empty else [body] if whole else response.response)
+        made = () if bare or call.request.method == "HEAD" else [body] if whole else response.response
+        chunks = itertools.chain.from_iterable([made])  # its __iter__ is a part of making the first chunk
         chunk = next_chunk(app, call, chunks)  # before the headers go out, so that what fails at once is a proper 500
     except BaseException as error:
         with contextlib.suppress(Exception):
@@ -4850,10 +4849,9 @@ def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chun
         raise ConnectionAbortedError("the function failed in the middle of its answer") from None
     finally:
         token = current_call.set(call)
-        for part in (chunks, response, call.request):
+        for part in (response, call.request):
             try:
-                if hasattr(part, "close"):
-                    run_last(app, call, part.close)
+                run_last(app, call, part.close)
             except BaseException as error:  # the function's own code; the other parts must be closed all the same
                 complain(call, user_traceback(error))
         current_call.reset(token)
