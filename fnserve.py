@@ -3596,22 +3596,18 @@ class Trigger:
         return None if moment is None else datetime.datetime.fromtimestamp(moment, self.zone).isoformat()
 
     def _next_cron(self, after: float) -> float:
-        """Near a change of the clock local times are not in the order of real ones, but off by the change at most."""
+        """Near a change of the clock local times are not in the order of real ones, but off by the change at most. One that
+        comes twice has two moments, by `fold` (PEP 495); of one that is left out the first is the later."""
         start = datetime.datetime.fromtimestamp(after, self.zone).replace(microsecond=0, tzinfo=None)
-        first = next(self._cron.walls(start + datetime.timedelta(seconds=1)), start)
-        offsets: list[Any] = [datetime.datetime.fromtimestamp(min(moment + hours * 3600, LAST_MOMENT), self.zone).utcoffset()
-                              for moment in (after, self._moments(first)[0]) for hours in (-3, 3)]
-        change, best = max(offsets) - min(offsets), float("inf")
-        for wall in self._cron.walls(start - change):
-            best = min([best] + [moment for moment in self._moments(wall) if moment > after])
-            if self._moments(wall)[0] - change.total_seconds() >= best:
+        offsets: list[Any] = [datetime.datetime.fromtimestamp(min(after + seconds, LAST_MOMENT), self.zone).utcoffset()
+                              for seconds in (-10_800, 10_800)]
+        best = float("inf")
+        for wall in self._cron.walls(start - abs(offsets[0] - offsets[1])):
+            first, second = (wall.replace(tzinfo=self.zone, fold=fold).timestamp() for fold in (0, 1))
+            best = min([best] + [moment for moment in (first, max(first, second)) if moment > after])
+            if min(first, second) >= best:
                 break
         return best
-
-    def _moments(self, wall: datetime.datetime) -> list[float]:
-        """Return the Unix times of a local time: two where the clock is put back, the later one where it is put forward."""
-        first, second = (wall.replace(tzinfo=self.zone, fold=fold).timestamp() for fold in (0, 1))
-        return [first, second] if first < second else [first]
 
     def _moment(self, name: str, default: float) -> float:
         value = self.fields.get(name)
