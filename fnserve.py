@@ -173,6 +173,7 @@ def choice(*allowed: str) -> Callable[[Any], str]:
 
 seconds = must(lambda value: re.fullmatch(r"\d+(\.\d+)?", str(value)) and 0 < float(value) <= 31_536_000,
                "a number of seconds above 0", float)
+_ADDRESS = must(re.compile(r"[\d.]*|[\da-fA-F:]*:[\da-fA-F:.]*|\*").fullmatch, "one IP address such as 127.0.0.1, or * for any")
 _ON, _OFF = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
 switch = must(lambda text: text.lower() in _ON + _OFF, "on or off", lambda text: text.lower() in _ON)
 
@@ -188,16 +189,6 @@ def size(value: Any) -> int:
 def words(text: str) -> tuple[str, ...]:
     """Cast a list separated by commas or spaces."""
     return tuple(text.replace(",", " ").split())
-
-
-def is_address(text: str) -> bool:
-    """Tell whether text is an IP address, * for any, or nothing."""
-    with contextlib.suppress(OSError):
-        return text in ("", "*") or bool(socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text))
-    return False
-
-
-ip_address = must(is_address, "one IP address, such as 127.0.0.1, or * for any")
 
 
 def workers(text: str) -> int:
@@ -236,7 +227,7 @@ SETTINGS_TABLE = (
     Setting("TIMEOUT", seconds, "60", "seconds after which a call is interrupted and gets 504; in context.deadline"),
     Setting("GRACE", seconds, "30", "seconds that calls get to finish at a stop"),
     Setting("SESSION_HOURS", seconds, "12", "hours that a login lasts"),
-    Setting("TRUSTED_PROXY", ip_address, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
+    Setting("TRUSTED_PROXY", _ADDRESS, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
     Setting("API_TOKENS", words, "", "tokens that callers of functions with auth 'token' hold, separated by commas", True),
     Setting("PROTECTED_FUNCTIONS", words, "", "further functions, or groups, that only the admin may call"),
     Setting("METRICS_TOKEN", str, "", "Bearer token that /metrics asks for; blank: everybody may read them", True),
