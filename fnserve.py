@@ -2537,29 +2537,17 @@ def read_source(path: str) -> bytes:
         raise LoadError(f"it can't be read: {error.strerror}") from None
 
 
-def coding_of(source: bytes) -> str:
-    """Return the encoding that a file names in its first lines (PEP 263); UTF-8 where it names none, or none that exists."""
-    import tokenize  # only where source is shown or saved
-    with contextlib.suppress(SyntaxError, LookupError):
-        found = tokenize.detect_encoding(io.BytesIO(source).readline)[0]
-        b"".decode(found)  # rot13 and such are no encodings of text
-        return found
-    return "utf-8"
-
-
 def encode_source(code: str) -> bytes:
-    """Turn a file's text into what is saved; HTTPException 400 where the encoding it names lacks a character."""
-    code = code.lstrip("\ufeff")
-    coding = coding_of(code.encode("utf-8", "replace"))
-    try:
-        return code.encode(coding)
-    except UnicodeError as error:
-        raise HTTPException(400, f"{coding}, which the file names as its encoding: {error}") from None
+    """Turn a file's text into what is saved; what can't be told in UTF-8 does not compile either."""
+    return code.lstrip("\ufeff").encode("utf-8", "surrogatepass")
 
 
 def decode_source(source: bytes) -> str:
-    """Turn a file into text, for people."""
-    return source.decode(coding_of(source), "replace")
+    """Turn a file into text that can be saved again; HTTPException 400 where it is not UTF-8."""
+    try:
+        return source.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise HTTPException(400, f"the file is not UTF-8: {error}") from None
 
 
 def describe_failure(error: BaseException, path: str) -> LoadError:
@@ -6347,7 +6335,7 @@ def view_versions(app: Any, call: Call) -> Response:
 def view_version(app: Any, call: Call) -> Response:
     """Show one version, its difference to the one before and to what is current."""
     t, name, number = Texts(call), call.request.args["module_name"], call.request.args["version"]
-    code, before, newest = map(decode_source, read_version(app, name, number))
+    code, before, newest = (source.decode("utf-8", "replace") for source in read_version(app, name, number))
     if wants_json(call):
         return as_json({"module_name": name, "version": int(number), "code": code})
     every = link(t("Versions"), "/admin/versions", "button plain", module_name=name)
@@ -7340,7 +7328,7 @@ def load_on_trial(app: App, job: Mapping[str, Any]) -> dict[str, Any]:
     import faulthandler
     began, name, source = perf_counter(), job["name"], job["source"].encode("utf-8", "surrogateescape")
     path = app.functions.path(name)
-    linecache.cache[path] = len(source), None, decode_source(source).splitlines(True), path  # for tracebacks
+    linecache.cache[path] = len(source), None, source.decode("utf-8", "replace").splitlines(True), path  # for tracebacks
     code = app.functions.pretend(name, source)
     if job["request"]:
         faulthandler.dump_traceback_later(min(job["seconds"], code.settings.timeout or job["seconds"]), exit=True)
@@ -8048,7 +8036,7 @@ def cmd_deploy(arguments: Any, options: dict[str, Any]) -> int:
         name = name.removesuffix(".py").replace(os.sep, "/")
         try:
             print(f"{name}: version {send_code(arguments.to, token, name, read_source(full))}")
-        except LoadError as error:
+        except (LoadError, HTTPException) as error:
             print(f"{path}: {error}", file=sys.stderr)
             failed = 1
     return failed
