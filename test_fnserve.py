@@ -6216,8 +6216,10 @@ class CommandTest(Case):
         made = self.run_command("deploy", "elsewhere/functions/v2/users.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
         self.assertEqual((made.returncode, made.stdout), (0, "v2/users: version 1\n"))
         path.write_bytes(b"x = '\xff'")
-        for to, status in ((f"http://127.0.0.1:{server.port}", 1), (f"http://127.0.0.1:{server.port}/health?", 1), ("nonsense", 2),
-                           ("http://127.0.0.1:1", 1)):
+        done = self.run_command("deploy", "fresh.py", "--to", f"http://127.0.0.1:{server.port}", "--token", TOKEN)
+        self.assertEqual((done.returncode, "is not UTF-8" in done.stderr), (1, True), done.stderr)
+        path.write_text("x = 1")
+        for to, status in ((f"http://127.0.0.1:{server.port}/health?", 1), ("nonsense", 2), ("http://127.0.0.1:1", 1)):
             done = self.run_command("deploy", "fresh.py", "--to", to, "--token", TOKEN)
             self.assertEqual((done.returncode, "Traceback" in done.stderr), (status, False), done.stderr)
         path.write_text("def main(")
