@@ -2328,19 +2328,15 @@ class Functions:
 
     def names(self) -> list[str]:
         """List every function there is a file for."""
-        found, groups = [], [""]
+        found = []
         for name in filter(self.exists, self._reserved - self._warned):
             log.warning("%s: this name is the platform's own, so the file is not served", self.path(name))
             self._warned.add(name)
-        while groups:
-            group = groups.pop()
-            with contextlib.suppress(OSError), os.scandir(os.path.join(self.root, group)) as entries:
-                for entry in entries:
-                    name = group + entry.name
-                    if name.endswith(".py") and valid_name(name[:-3]) and name[:-3] not in self._reserved:
-                        found.append(name[:-3])
-                    elif valid_name(name) and name.count("/") < GROUP_DEPTH and entry.is_dir():
-                        groups.append(name + "/")
+        for directory, groups, files in os.walk(self.root, followlinks=True):
+            group = directory[len(self.root) + 1:].replace(os.sep, "/") + "/"
+            groups[:] = filter(valid_name, groups) if group.count("/") < GROUP_DEPTH else ()
+            names = ((group + file[:-3]).lstrip("/") for file in files if file.endswith(".py"))
+            found += [name for name in names if valid_name(name) and name not in self._reserved]
         return sorted(found)
 
     def describe(self, name: str) -> tuple[Description, float]:
