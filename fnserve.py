@@ -2011,6 +2011,7 @@ class Folder:
 HOOKS = "_hooks"
 PACKAGE = "functions"  # what functions are called in sys.modules, whatever FUNCTIONS_DIR is called
 KEEP_VERSIONS = 50
+KEEP_READ = 20_000  # files whose descriptions are kept in memory, as of a stamp
 GROUP_DEPTH = 8
 KEYWORDS = ("config", "protected", "context")
 UNREADABLE = object()  #: stands for what of a file can't be told
@@ -2072,7 +2073,8 @@ def describe_source(source: bytes, path: str) -> Description:
     return Description(next(filter(None, docstrings), ""), hint, settings, serves)
 
 
-def read_schedule(path: str) -> Any:
+@functools.lru_cache(KEEP_READ)
+def read_schedule(path: str, stamp: Any) -> Any:
     """Return a file's literal SETTINGS["schedule"], None where there is none, UNREADABLE where that can't be told."""
     try:
         source = read_source(path)
@@ -2230,7 +2232,7 @@ class Functions:
         self._watched: dict[str, Any] = {}  #: helper file -> its stamp when it was imported
         self._looked, self._warned = 0.0, set()  # type: float, set[str]
         self._generation = 0  #: how often helpers have changed
-        self._kept: dict[Any, tuple[Any, Any]] = {}  #: (reader, file) -> the file's stamp when it was read, and what it gave
+        self._describe = functools.lru_cache(KEEP_READ)(self._read)
         self._hooked: dict[str, bool] = {}  #: group -> whether it has hooks, as of the last look
 
     def install(self) -> None:
@@ -2341,10 +2343,11 @@ class Functions:
 
     def describe(self, name: str) -> tuple[Description, float]:
         """Return what a function's file says of itself, and its time."""
-        stamp, said = self._read_once(self.path(name), self._describe)
-        return said, stamp[0] / 1e9 if stamp else 0.0
+        path = self.path(name)
+        stamp = file_stamp(path)
+        return self._describe(path, stamp), stamp[0] / 1e9 if stamp else 0.0
 
-    def _describe(self, path: str) -> Description:
+    def _read(self, path: str, stamp: Any) -> Description:
         said = Description()
         try:
             said = describe_source(read_source(path), path)
@@ -2353,12 +2356,6 @@ class Functions:
             return said._replace(error=error)
         return said
 
-    def _read_once(self, path: str, read: Callable[[str], Any]) -> tuple[Any, Any]:
-        stamp = file_stamp(path)
-        if self._kept.get((read, path), ("",))[0] != stamp:
-            self._kept[read, path] = stamp, read(path)
-        return self._kept[read, path]
-
     def retries(self, name: str) -> int:
         """Return how often a function's failed calls are run again, as its file says; nothing of it is run."""
         found = self.describe(name)[0].settings.get("retries") if valid_name(name) else None
@@ -2366,7 +2363,8 @@ class Functions:
 
     def schedules(self) -> dict[str, Any]:
         """Return SETTINGS["schedule"] of every function that has one; nothing is run, so it must be a literal."""
-        found = {name: self._read_once(self.path(name), read_schedule)[1] for name in self.names()}
+        paths = {name: self.path(name) for name in self.names()}
+        found = {name: read_schedule(path, file_stamp(path)) for name, path in paths.items()}
         return {name: schedule for name, schedule in found.items() if schedule is not None}
 
     def save(self, name: str, source: bytes) -> None:
