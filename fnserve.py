@@ -2136,10 +2136,9 @@ class Versions:
     def mark_broken(self, name: str, error: Optional[LoadError]) -> None:
         """Note that a function can't be loaded, or can again."""
         with contextlib.suppress(sqlite3.Error):
-            known = self.broken().get(name)
-            if error is not None and known != str(error):
+            if error is not None:
                 self._store.run("REPLACE INTO fn_broken VALUES (?, ?, ?)", name, self._clock(), str(error))
-            elif error is None and known is not None:
+            elif name in self.broken():
                 self._store.run("DELETE FROM fn_broken WHERE func_name = ?", name)
 
     def broken(self) -> dict[str, str]:
@@ -2417,7 +2416,7 @@ class Functions:
             function.stamp, function.source = (), None
 
     def _swap(self, function: Function, source: bytes) -> None:
-        broken, function.source, function.tried = function.error is not None, source, monotonic()
+        function.source, function.tried = source, monotonic()
         code = self._execute(function, source)
         error = None if code.entries or function.is_hooks else NoEntry("it has no main()")
         if error and (function.code is not None and function.code.entries or self.versions.last_good(function.name)):
@@ -2425,8 +2424,7 @@ class Functions:
         function.code, function.error = code, error
         if error is None:  # after it serves: this waits for a database that somebody has locked
             function.stored = bool(self.versions.remember(function.name, source, loaded=True))
-        if broken:
-            self.versions.mark_broken(function.name, None)  # a helper module without main() is not broken either
+        self.versions.mark_broken(function.name, None)  # a helper module without main() is not broken either
 
     def _fail(self, function: Function, error: LoadError) -> None:
         """Have the last good version serve, whichever process has loaded it."""

@@ -1694,6 +1694,15 @@ class FunctionsTest(Case):
         self.assertEqual(self.call(app, "GET", "/function/a").data, b"v2")
         self.assertEqual(app.functions.versions.last_good("a"), b"def main(request): return 'v2'")  # by now
 
+    def test_what_was_mended_while_nobody_served_is_fine(self):
+        self.write("f", "import nowhere\ndef main(request): return 'x'")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "GET", "/function/f").status_code, 500)
+        self.write("f", "def main(request): return 'x'")
+        later = self.make_app()
+        self.assertEqual(list(later.functions.versions.broken()), ["f"])
+        self.assertEqual((self.call(later, "GET", "/function/f").status_code, later.functions.versions.broken()), (200, {}))
+
     def test_a_changed_helper_leaves_others_alone(self):
         self.write("helper", "X = 1")
         self.write("u", "from helper import X\ndef main(request): return str(X)")
