@@ -2534,10 +2534,9 @@ def encode_source(code: str) -> bytes:
 
 def decode_source(source: bytes) -> str:
     """Turn a file into text that can be saved again; HTTPException 400 where it is not UTF-8."""
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         return source.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise HTTPException(400, f"the file is not UTF-8: {error}") from None
+    raise HTTPException(400, "the file is not UTF-8")
 
 
 def describe_failure(error: BaseException, path: str) -> LoadError:
