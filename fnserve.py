@@ -51,7 +51,7 @@ import threading
 import traceback
 import types
 from binascii import a2b_base64, b2a_base64
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from json.encoder import encode_basestring_ascii as quote_json
 from time import asctime, gmtime, localtime, mktime, monotonic, perf_counter, sleep, strftime, struct_time, time, time_ns
@@ -1883,8 +1883,9 @@ def sql_value(value: Any) -> Any:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def quantile(buckets: list[int], q: float) -> float:
-    """Estimate a quantile in seconds from bucket counts, as Prometheus's histogram_quantile() does."""
+def quantile(texts: str, q: float) -> float:
+    """Estimate a quantile in seconds from bucket counts, lists in JSON with commas between, as histogram_quantile() does."""
+    buckets = [sum(column) for column in zip(*json.loads(f"[{texts}]"))]
     rank, below = q * sum(buckets), 0.0
     for index, count in enumerate(buckets[:len(BUCKETS)]):
         if count and below + count >= rank:
@@ -5686,12 +5687,18 @@ def bars(values: Sequence[Any], width: int, height: int, label: str, over: Itera
                preserveAspectRatio="none")
 
 
-def chart_card(label: str, values: Sequence[Any], edges: Iterable[int], shape: str, over: Iterable[Any] = (),
+def chart_card(label: str, values: Sequence[Any], spans: Iterable[range], shape: str, over: Iterable[Any] = (),
                kind: str = "div.card") -> Markup:
     """Make the box of one chart: what it shows and its maximum, the bars, the times of the minutes where it begins and ends."""
-    names = [strftime(shape, localtime(minute * 60)) for minute in edges]
+    names = [strftime(shape, localtime(span.start * 60)) for span in spans]
     return tag(kind, tag("div.soft", f"{label} · max {round(max(values), 1):,}"), bars(values, 300, 60, label, over, names),
                tag("div.ends.soft", tag("span", names[0]), tag("span", names[-1])))
+
+
+def spark(history: list[dict[str, Minutes]], name: str, label: str) -> Markup:
+    """Draw a function's calls, and errors over them, of some spans of minutes."""
+    calls, errors, _ = zip(*(found.get("/function/" + name, NOTHING) for found in history))
+    return bars(calls, 120, 24, f"{label}: {sum(calls)}", errors)
 
 
 def last_line(text: Optional[str]) -> str:
@@ -5812,6 +5819,24 @@ def error_page(call: Call, error: HTTPException) -> Response:
     return page(call, t("failed"), note(text, BAD), again, tag("div.soft", call.id), menu=False)
 
 
+Minutes = tuple[int, int, str]  #: calls, errors, and for `quantile` the latency buckets of each minute
+NOTHING: Minutes = (0, 0, "")
+
+
+def read_minutes(app: Any, minutes: range, functions: str = "*", by: str = "endpoint") -> dict[Any, Minutes]:
+    """Return what was called within some minutes `by` endpoint, of functions by a pattern (GLOB); * is all there is, but for
+    streams, which last as long as somebody looks."""
+    return {key: (calls, errors, texts) for key, calls, errors, texts in app.store.read(
+        f"SELECT {by}, sum(calls), sum(errors), group_concat(buckets) FROM fn_minutes WHERE minute >= ?1 AND minute < ?2"
+        " AND endpoint <> '/monitoring/stream' AND endpoint GLOB ?3 AND (?3 = '*' OR endpoint IN (SELECT '/function/' ||"
+        " func_name FROM fn_functions)) GROUP BY 1", minutes.start, minutes.stop, functions)}
+
+
+def sum_minutes(app: Any, minutes: range, functions: str = "*") -> Minutes:
+    """Return what was called within some minutes, all in all."""
+    return read_minutes(app, minutes, functions, "'all'").get("all", NOTHING)
+
+
 def function_rows(app: Any) -> list[dict[str, Any]]:
     """Gather what was counted of every function; what stands in its file is for `describe_row` to add."""
     app.folder.fold()
@@ -5858,12 +5883,12 @@ def view_list(app: Any, call: Call) -> Response:
     rows.sort(key=lambda row: (row["name"].rpartition("/")[0], rank(row), row["name"]))
     groups = itertools.groupby(rows, lambda row: row["name"].rpartition("/")[0])
     parts, left, first, minute = [], LIST_ROWS, args.get("start", 0, type=whole(0, 1 << 53)), int(call.started) // 60
-    sparks = {name: row[0] for name, row in call_history(app, list(range(minute - 59, minute, 3))).items()}
+    history = [read_minutes(app, range(at, at + 3), "/function/*") for at in range(minute - 59, minute, 3)]
     for name, members in ((name, list(found)) for name, found in groups if group in (None, name)):
         shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
         left, end = left - len(shown), first + len(shown)
         more = link(t("Go on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": end})
-        part = join(list_table(t, shown, sparks) if shown else None, tag("p", more) if len(members) > end else None)
+        part = join(list_table(t, shown, history) if shown else None, tag("p", more) if len(members) > end else None)
         head, wrong = tag("summary", f"{name}/ ", tag("span.soft", f"{len(members):,}")), any(row["reason"] for row in shown)
         parts.append(tag("details", head, part, open=bool(text or group or wrong)) if name else part)
     found = tag("input", type="search", name="q", value=args.get("q", ""), aria_label=t("Search"), placeholder=t("Search"))
@@ -5873,18 +5898,18 @@ def view_list(app: Any, call: Call) -> Response:
     return page(call, t("Functions"), asked, *(parts or [note(t("nothing"))]))
 
 
-def list_table(t: Texts, rows: list[dict[str, Any]], sparks: Mapping[str, list[int]]) -> Markup:
+def list_table(t: Texts, rows: list[dict[str, Any]], history: list[dict[str, Minutes]]) -> Markup:
     """Show functions: what is said and was counted of each, and what can be done with it."""
     columns = {"Name": None, "Calls": "n", "Errors": "n", "Last call": "n soft wide", "Last hour": "wide", "Status": None}
     cells = []
     for row in rows:
-        name, failed, spark = row["name"], row["last_error"], sparks.get(row["name"], [0])
+        name, failed = row["name"], row["last_error"]
         last = link((failed or "")[:200], "/admin/logs", "bad", function=name, status="5xx")
         about = join(link(name, "/function/edit_function", module_name=name), tag("div.soft", row["summary"]),
                      tag("div.soft", last) if failed and failed != row["reason"] else None, function_links(t, name))
         status = tag("div.bad" if row["reason"] else "div.good", t(row["status"]), tag("div.soft", row["reason"]))
         cells.append((about, f"{row['calls']:,}", tag("span.bad" if row["errors"] else "span", f"{row['errors']:,}"),
-                      local_time(row["last_call"]), bars(spark, 120, 24, f"{t('Last hour')}: {sum(spark)}"), status))
+                      local_time(row["last_call"]), spark(history, name, t("Last hour")), status))
     return table(t, columns, cells)
 
 
@@ -5894,17 +5919,6 @@ def function_links(t: Texts, name: str) -> Markup:
                link(t("Edit"), "/function/edit_function", module_name=name), link(t("Logs"), "/admin/logs", function=name),
                link(t("Versions"), "/admin/versions", module_name=name),
                link(t("Delete"), "/function/delete_function", "bad", module_name=name))
-
-
-def call_history(app: Any, edges: list[int], grain: int = 1) -> dict[str, tuple[list[int], list[int]]]:
-    """Return each function's calls and errors since each of the minutes `edges`, which are multiples of `grain`."""
-    found: dict[str, tuple[list[int], list[int]]] = {}
-    for minute, name, calls, errors in app.store.read(
-            "SELECT minute / ?1 * ?1, func_name, sum(calls), sum(m.errors) FROM fn_minutes m JOIN fn_functions ON func_name ="
-            " substr(endpoint, 11) WHERE minute >= ?2 AND endpoint LIKE '/function/%' GROUP BY 1, 2", grain, edges[0]):
-        row, at = found.setdefault(name, ([0] * len(edges), [0] * len(edges))), bisect_right(edges, minute) - 1
-        row[0][at], row[1][at] = row[0][at] + calls, row[1][at] + errors
-    return found
 
 
 def read_current(app: Any, name: str) -> tuple[bytes, int]:
@@ -6168,36 +6182,13 @@ def view_delete(app: Any, call: Call) -> Response:
     return done(call, "deleted", LIST + "?done=deleted", module_name=name)
 
 
-def sum_buckets(texts: str) -> list[int]:
-    """Add up latency buckets, lists in JSON with commas between."""
-    return [sum(column) for column in zip(*json.loads(f"[{texts}]"))]
-
-
-def endpoint_buckets(app: Any, since: int) -> dict[str, list[int]]:
-    """Return the latency buckets of each endpoint since a minute, but of streams, which last as long as somebody looks."""
-    return {endpoint: sum_buckets(texts) for endpoint, texts in app.store.read(
-        "SELECT endpoint, group_concat(buckets) FROM fn_minutes WHERE minute >= ? AND endpoint <> '/monitoring/stream'"
-        " GROUP BY endpoint", since)}
-
-
-def sum_minutes(app: Any, span: range, endpoints: str) -> list[Any]:
-    """Return calls, errors and latency buckets of each step of minutes, of functions by a pattern (GLOB), * is all there is."""
-    found: list[Any] = [(0, 0, [0]) for _ in span]
-    for at, calls, errors, texts in app.store.read(
-            "SELECT (minute - ?1) / ?2, sum(calls), sum(errors), group_concat(buckets) FROM fn_minutes WHERE minute >= ?1"
-            " AND minute < ?3 AND endpoint GLOB ?4 AND endpoint <> '/monitoring/stream' AND (?4 = '*' OR endpoint IN"
-            " (SELECT '/function/' || func_name FROM fn_functions)) GROUP BY 1", span.start, span.step, span.stop, endpoints):
-        found[at] = calls, errors, sum_buckets(texts)
-    return found
-
-
 def stats_rows(app: Any, now: float) -> list[dict[str, Any]]:
     """Gather counts, errors and latencies of every function that was called."""
     app.folder.fold()
     errors = dict(app.store.read("SELECT func_name, errors FROM fn_functions"))
-    buckets = endpoint_buckets(app, int(now) // 60 - 1439)
+    today = read_minutes(app, range(int(now) // 60 - 1439, int(now) // 60 + 1), "/function/*")
     return [{"name": name, "calls": count, "errors": errors.get(name, 0),
-             **{key: quantile(buckets.get("/function/" + name, [0]), q) for key, q in (("p50", .5), ("p95", .95))}}
+             **{key: quantile(today.get("/function/" + name, NOTHING)[2], q) for key, q in (("p50", .5), ("p95", .95))}}
             for name, count in app.store.read("SELECT func_name, call_count FROM call_stats ORDER BY call_count DESC")]
 
 
@@ -6208,28 +6199,26 @@ def view_stats(app: Any, call: Call) -> Response:
         return as_json({"stats": {row["name"]: row["calls"] for row in rows}})
     t, one = Texts(call), args.get("function")
     year, month, today = localtime(call.started)[:3]
-    days = [int(mktime((year, month, today - back, 0, 0, 0, 0, 0, -1))) // 60
-            for back in range(min(app.settings.KEEP_DAYS, 31), -1, -1)]
-    history = call_history(app, days, 15)
+    edges = [int(mktime((year, month, today - back, 0, 0, 0, 0, 0, -1))) // 60
+             for back in range(min(app.settings.KEEP_DAYS, 31), -2, -1)]
+    days = [range(*pair) for pair in zip(edges, edges[1:])]
+    history = [read_minutes(app, day, "/function/*") for day in days]
     shown = table(t, {"Function": None, "Calls": "n", "Errors": "n", "p50": "n", "p95": "n", "by_day": "wide"}, (
         (link(row["name"], "/function/show_stats", function=row["name"]), f"{row['calls']:,}", f"{row['errors']:,}",
-         *(milliseconds(row[key]) for key in ("p50", "p95")),
-         bars(history[row["name"]][0], 120, 24, t("by_day"), history[row["name"]][1]) if row["name"] in history else None)
+         *(milliseconds(row[key]) for key in ("p50", "p95")), spark(history, row["name"], t("by_day")))
         for row in rows[:LIST_ROWS]))
-    charts = stats_charts(app, t, int(call.started) // 3600, one, days, history)
+    charts = stats_charts(app, t, int(call.started) // 3600, f"/function/{one or '*'}", days)
     more = note(t("first_rows", LIST_ROWS)) if len(rows) > LIST_ROWS else None
     return page(call, t("Statistics") + (f": {one}" if one else ""), charts, shown, more,
                 tag("p", link(t("Clear statistics"), "/function/clear_stats", "button plain")))
 
 
-def stats_charts(app: Any, t: Texts, hour: int, one: Optional[str], days: list[int],
-                 history: Mapping[str, tuple[list[int], list[int]]]) -> Markup:
-    """Draw calls by day and by hour with errors over them, and p95 with p50 over it, of one function or all."""
-    rows = [row for name, row in history.items() if one in (None, name)]
-    calls, errors = ([sum(column) for column in zip([0] * len(days), *(row[kind] for row in rows))] for kind in (0, 1))
-    hours = range((hour - 23) * 60, (hour + 1) * 60, 60)
-    hourly, hourly_errors, buckets = zip(*sum_minutes(app, hours, f"/function/{one or '*'}"))
-    high, low = ([round(quantile(row, q) * 1000, 1) for row in buckets] for q in (.95, .5))
+def stats_charts(app: Any, t: Texts, hour: int, functions: str, days: list[range]) -> Markup:
+    """Draw calls by day and by hour with errors over them, and p95 with p50 over it, of functions by a pattern."""
+    hours = [range(at * 60, at * 60 + 60) for at in range(hour - 23, hour + 1)]
+    (calls, errors, _), (hourly, hourly_errors, texts) = (
+        zip(*(sum_minutes(app, span, functions) for span in spans)) for spans in (days, hours))
+    high, low = ([round(quantile(text, q) * 1000, 1) for text in texts] for q in (.95, .5))
     return tag("div.charts", chart_card(t("by_day"), calls, days, "%m-%d", errors),
                chart_card(t("Calls by hour, one day"), hourly, hours, "%H:%M", hourly_errors),
                chart_card(t("latency"), high, hours, "%H:%M", low, "div.card.calm"))
@@ -6386,8 +6375,9 @@ def recent_figures(app: Any, now: float) -> dict[str, Any]:
     """Gather the rates and latency of the last five minutes, the slowest endpoints of the hour, the last errors."""
     app.folder.fold()
     minute = int(now) // 60
-    calls, errors, buckets = sum_minutes(app, range(minute - 4, minute + 1, 5), "*")[0]
-    slow = sorted(((quantile(found, .95), name) for name, found in endpoint_buckets(app, minute - 59).items()), reverse=True)
+    calls, errors, buckets = sum_minutes(app, range(minute - 4, minute + 1))
+    hour = read_minutes(app, range(minute - 59, minute + 1)).items()
+    slow = sorted(((quantile(texts, .95), name) for name, (_, _, texts) in hour), reverse=True)
     last = app.store.read("SELECT id, time, function, status, error FROM fn_calls WHERE status >= 500"
                           " AND function <> '/monitoring/stream' ORDER BY number DESC LIMIT 5")
     return {"requests_per_second": round(calls / (240 + now % 60), 2), "error_rate": round(errors / calls, 4) if calls else 0.0,
@@ -6415,21 +6405,22 @@ def dashboard(app: Any, t: Texts) -> Markup:
     slow = table(t, {"Endpoint": None, "p95": "n"}, (row.values() for row in recent["slowest"]))
     last = table(t, {"Time": "soft time", "Function": None, "Error": "break"}, (
         (local_time(row["time"]), row["function"], last_line(row["error"])) for row in recent["last_errors"]))
-    charts = (*dashboard_charts(app, t, range(minute - 59, minute + 1), t("Last hour")),
-              *dashboard_charts(app, t, range(minute - 1439, minute + 1, 24), t("one day")))
+    charts = (*dashboard_charts(app, t, [range(at, at + 1) for at in range(minute - 59, minute + 1)], t("Last hour")),
+              *dashboard_charts(app, t, [range(at, at + 24) for at in range(minute - 1439, minute + 1, 24)], t("one day")))
     return join(tag("div.row.figures", *boxes), tag("div.charts", *charts), tag("h2", t("Slowest")), slow,
                 tag("h2", t("Last errors")), last)
 
 
-def dashboard_charts(app: Any, t: Texts, span: range, title: str) -> Iterator[Markup]:
-    """Draw calls, errors, p95, memory and CPU of each step of a range of minutes."""
-    samples = {at: more for at, *more in app.store.read(
-        "SELECT (minute - ?1) / ?2, max(memory_rss_mb), max(cpu_percent) FROM fn_samples WHERE minute >= ?1 GROUP BY 1",
-        span.start, span.step)}
-    rows = ((calls, errors, round(quantile(buckets, .95) * 1000, 1), *samples.get(at, (0.0, 0.0)))
-            for at, (calls, errors, buckets) in enumerate(sum_minutes(app, span, "*")))
+def dashboard_charts(app: Any, t: Texts, spans: list[range], title: str) -> Iterator[Markup]:
+    """Draw calls, errors, p95, memory and CPU of some spans of minutes."""
+    rows = []
+    for span in spans:
+        calls, errors, texts = sum_minutes(app, span)
+        sample = app.store.read("SELECT ifnull(max(memory_rss_mb), 0), ifnull(max(cpu_percent), 0) FROM fn_samples"
+                                " WHERE minute >= ? AND minute < ?", span.start, span.stop)[0]
+        rows.append((calls, errors, round(quantile(texts, .95) * 1000, 1), *sample))
     for name, values in zip(("Calls", "Errors", "p95 (ms)", "Memory", "CPU"), zip(*rows)):
-        yield chart_card(f"{t(name)}, {title}", values, span, "%H:%M")
+        yield chart_card(f"{t(name)}, {title}", values, spans, "%H:%M")
 
 
 def view_dashboard(app: Any, call: Call) -> Response:
