@@ -4942,11 +4942,6 @@ def _database_fault(app: Any) -> str:
         return "" if os.path.exists(app.settings.DB_PATH) else "the file is gone"
 
 
-def _functions_fault(app: Any) -> str:
-    os.scandir(app.settings.FUNCTIONS_DIR).close()
-    return ""
-
-
 def _journal_fault(app: Any) -> str:
     os.makedirs(app.settings.JOURNAL_DIR, exist_ok=True)
     return "" if os.access(app.settings.JOURNAL_DIR, os.W_OK) else "not writable"
@@ -4964,10 +4959,10 @@ def _queue_fault(app: Any) -> str:
     return f"a call has been due for {late:.0f} s" if late > STUCK_SECONDS else ""
 
 
-#: what must work -> what says what is wrong with it, "" for nothing; so do OSError and sqlite3.Error
-CHECKS: dict[str, Callable[[Any], str]] = {
-    "database": _database_fault, "functions": _functions_fault, "journal": _journal_fault, "disk": _disk_fault,
-    "queue": _queue_fault}
+#: what must work -> what says what is wrong with it, if anything; so do OSError and sqlite3.Error
+CHECKS: dict[str, Callable[[Any], Optional[str]]] = {
+    "database": _database_fault, "functions": lambda served: os.scandir(served.settings.FUNCTIONS_DIR).close(),
+    "journal": _journal_fault, "disk": _disk_fault, "queue": _queue_fault}
 
 
 def check_health(app: Any) -> tuple[str, dict[str, str]]:
