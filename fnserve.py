@@ -5196,7 +5196,7 @@ def loki_streams(lines: list[bytes]) -> list[dict[str, Any]]:
 
 # == 15 ASSETS ============================================================
 # What the browser gets that isn't made per request, served from URLs of its own so that the pages' policy can forbid
-# everything inline. Strings; the settings' help is 02's.
+# everything inline. Strings.
 
 CSS = """\
 :root{color-scheme:light dark;--ink:#1b2733;--soft:#5b6b7a;--line:#d9e0e6;--paper:#fff;--back:#f4f6f8;--main:#0b6b57;
@@ -5497,7 +5497,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "Function": "函式", "Request": "請求", "Took": "耗時", "Restore": "還原", "Size": "大小", "current": "目前",
     "Go on": "繼續", "Data": "資料", "Rows": "列數", "Add a row": "新增一列", "Create a table": "新增資料表", "Columns": "欄位",
     "Drop this table": "刪除資料表", "Schema": "結構", "Settings": "設定", "API": "API 說明", "Value": "值", "Source": "來源",
-    "What for": "說明", "default": "預設", "option": "命令列選項", "environment": "環境變數", "Download a backup": "下載備份",
+    "default": "預設", "option": "命令列選項", "environment": "環境變數", "Download a backup": "下載備份",
     "Monitoring": "監控", "Memory": "記憶體", "Threads": "執行緒", "Uptime": "運行時間", "Processes": "行程",
     "Requests/s": "請求/秒", "Error rate": "錯誤率", "Endpoint": "端點", "Slowest": "最慢", "Last errors": "最近錯誤",
     "one day": "一天", "Stop": "停止更新", "Go live": "即時更新", "Filter": "篩選", "Text": "文字", "Follow": "持續更新",
@@ -5524,7 +5524,6 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "diff": ("與前一版的差異", "Difference to the one before"),
     "read_only": ("fnserve 的資料表（唯讀）", "fnserve's own tables (read only)"),
     "first_rows": ("只顯示前 {} 列。", "Only the first {} rows are shown."),
-    "waits": ("已改動，等待重新啟動", "changed; waits for a restart"),
     "secrets": ("包含金鑰與密碼（SECRET_TOKEN 等）", "With secrets (SECRET_TOKEN and such)"),
     "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
     "no_main": ("沒有 main()，所以只能被匯入。", "It has no main(), so it can only be imported."),
@@ -5558,26 +5557,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "keys": ("Tab 與 Shift+Tab 縮排，Ctrl+S 儲存，Ctrl+Enter 測試，Esc 離開編輯器。",
              "Tab and Shift+Tab indent, Ctrl+S saves, Ctrl+Enter tries, Esc leaves the editor."),
 }
-SETTINGS_ZH = {  # what the settings are for; in English it stands in their table
-    "SECRET_TOKEN": "管理頁面的密碼；空白時在第一次啟動產生", "SECRET_KEY": "簽署 session cookie；空白時在第一次啟動產生",
-    "HOST": "監聽的位址", "PORT": "監聽的連接埠；0 自動選一個空的",
-    "WORKERS": "行程數；auto 是每個核心一個，0 是沒有監督者的單一行程",
-    "THREADS": "每個行程同時執行的函式呼叫數", "FUNCTIONS_DIR": "函式檔案的目錄",
-    "DB_PATH": "SQLite 資料庫", "LOG_FILE": "錯誤紀錄檔",
-    "LOG_MAX_BYTES": "錯誤紀錄檔達到此大小時輪替", "LOG_BACKUPS": "保留幾個輪替後的錯誤紀錄檔", "JOURNAL_DIR": "存取日誌的目錄",
-    "KEEP_INVOCATIONS": "紀錄頁保留的呼叫數", "KEEP_DAYS": "已彙整的日誌、圖表與失敗的佇列呼叫保留的天數",
-    "MAX_BODY": "請求內容的大小上限",
-    "TIMEOUT": "呼叫超過此秒數會被中斷並回應 504；見 context.deadline", "GRACE": "停止時留給呼叫完成的秒數",
-    "SESSION_HOURS": "登入有效的小時數", "TRUSTED_PROXY": "信任其 X-Forwarded 標頭的位址；空白：都不信任",
-    "API_TOKENS": "呼叫 auth 為 'token' 的函式所用的權杖，以逗號分隔",
-    "PROTECTED_FUNCTIONS": "另外只有管理者能呼叫的函式或群組",
-    "METRICS_TOKEN": "/metrics 要求的 Bearer 權杖；空白：任何人都能讀", "LOKI_USER": "Loki 的使用者",
-    "LOKI_URL": "日誌推送到的 Loki，例如 http://127.0.0.1:3100；空白：不推送", "LOKI_PASSWORD": "Loki 的密碼",
-    "LOKI_TENANT": "Loki 的租戶", "QUEUE_MAX": "佇列中等待的呼叫上限；超過回應 503", "TIMEZONE": "排程的時區；空白：機器的時區",
-    "SCHEDULER_ALLOWED_HOSTS": "執行排程的機器名稱；* 是全部", "ADMIN": "off：所有管理網址都回應 404",
-    "DOCS": "誰能讀 /docs 與 /openapi.json：管理者，或任何人", "UI_LANG": "頁面的語言；auto：依瀏覽器"}
 TEXTS = {key: text if isinstance(text, tuple) else (text, key) for key, text in TEXTS.items()}
-TEXTS.update({row.name: (SETTINGS_ZH[row.name], row.help) for row in SETTINGS_TABLE})
 
 NEW_FUNCTION = '''"""What this function does, in one line."""
 from flask import jsonify
@@ -6867,25 +6847,17 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
 
 
 def view_settings(app: Any, call: Call) -> Response:
-    """/admin/settings : every setting, its value (secrets masked), its source, and whether a change waits for a restart."""
-    t, bad = Texts(call), None
-    try:
-        fresh = Settings(app.settings.options, app.settings.directory)
-    except SettingError as error:
-        fresh, bad = app.settings, note(str(error), BAD)
-    texts = app.settings.texts
+    """/admin/settings : every setting, its value (secrets masked) and its source."""
+    t, texts = Texts(call), app.settings.texts
     rows = [{"name": row.name, "value": "***" if row.secret and texts[row.name] else getattr(app.settings, row.name),
-             "source": app.settings.sources[row.name], "restart": fresh.texts[row.name] != texts[row.name], "help": row.help}
-            for row in SETTINGS_TABLE]
+             "source": app.settings.sources[row.name], "help": row.help} for row in SETTINGS_TABLE]
     if wants_json(call):
         return as_json({"settings": rows})
-    waits = tag("div.bad", t("waits"))
-    shown = table(t, {"Name": None, "Value": "break", "Source": "soft", "What for": "soft"}, ((
-        row["name"], join("***" if row["value"] == "***" else texts[row["name"]], waits if row["restart"] else None),
-        t(row["source"]), t(row["name"])) for row in rows))
+    shown = table(t, {"Name": None, "Value": "break", "Source": "soft"}, (
+        (row["name"], "***" if row["value"] == "***" else texts[row["name"]], t(row["source"])) for row in rows))
     saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
                  tag("p", tag("button", t("Download a backup"))))
-    return page(call, t("Settings"), bad, tag("p", t("restart")), shown,
+    return page(call, t("Settings"), tag("p", t("restart")), shown,
                 tag("div.card", tag("h2", t("Download a backup")), tag("p", t("backup_help")), saved))
 
 
