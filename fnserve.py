@@ -5559,16 +5559,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
 }
 TEXTS = {key: text if isinstance(text, tuple) else (text, key) for key, text in TEXTS.items()}
 
-NEW_FUNCTION = '''"""What this function does, in one line."""
-from flask import jsonify
-
-
-def main(request):
-    name = request.args.get("name", "World")
-    return jsonify(message=f"Hello, {name}!")
-'''
-
-HELLO = '''"""Say hello: /function/hello?name=Tony or /function/hello/Tony"""
+HELLO = '''"""Say hello: to ?name=Tony, or to what follows the function's name, /Tony."""
 from flask import escape
 
 
@@ -6082,7 +6073,7 @@ def try_panel(t: Texts) -> Markup:
 def view_save(app: Any, call: Call) -> Response:
     """/function/add_function, save_function, update_function : an empty form; POST saves, as new by another original_name."""
     if call.request.method != "POST":
-        return as_json({"module_name": "", "code": NEW_FUNCTION}) if wants_json(call) else editor_page(call, "", NEW_FUNCTION)
+        return as_json({"module_name": "", "code": HELLO}) if wants_json(call) else editor_page(call, "", HELLO)
     t, sent = Texts(call), fields(call)
     name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
     seen = str(sent.get("replaces") or sent.get("version") or "")
@@ -7846,14 +7837,14 @@ def cmd_init(arguments: Any, options: dict[str, Any]) -> None:
 
 
 def cmd_new(arguments: Any, options: dict[str, Any]) -> int:
-    """make a function from a template"""
+    """make a function that says hello"""
     app = App(Settings(options))
     if not valid_name(arguments.name) or arguments.name in app.reserved:
         raise SettingError(f"{arguments.name!r}: {TEXTS['bad_name'][1]}")
     if hider := app.functions.hider(arguments.name):
         raise SettingError(f"{arguments.name}: {TEXTS['hidden'][1].format(hider)}")
     path = app.functions.path(arguments.name)
-    if write_new(path, NEW_FUNCTION):
+    if write_new(path, HELLO):
         return 0
     print(f"{path} exists already", file=sys.stderr)
     return 1

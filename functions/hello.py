@@ -1,4 +1,4 @@
-"""Say hello: /function/hello?name=Tony or /function/hello/Tony"""
+"""Say hello: to ?name=Tony, or to what follows the function's name, /Tony."""
 from flask import escape
 
 
