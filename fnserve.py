@@ -5834,34 +5834,31 @@ LIST_ORDERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "name": ("Name", lambda row: 0), "calls": ("Calls", lambda row: -row["calls"]),
     "errors": ("Errors", lambda row: -row["errors"]), "last": ("Last call", lambda row: -(row["last_call"] or 0)),
     "broken": ("broken", lambda row: not row["reason"])}
-LIST_ROWS, GROUP_ROWS = 300, 100  # of one page, of one group on it: 10,000 functions are a page of 250 kB
+LIST_ROWS = 300  # of one page, the others are found by searching: 10,000 functions are a page of 250 kB
 
 
 def view_list(app: Any, call: Call) -> Response:
-    """/function/list_functions?q=&sort=&group=&start= : what there is, a folded part for each group."""
-    args, rows = call.request.args, function_rows(app)
-    text, order, group, t = args.get("q", "").strip().lower(), args.get("sort", "name"), args.get("group"), Texts(call)
+    """/function/list_functions?q=&sort= : what there is, a folded part for each group."""
+    args, rows, parts = call.request.args, function_rows(app), []
+    text, order, t, minute = args.get("q", "").strip().lower(), args.get("sort", "name"), Texts(call), int(call.started) // 60
     if text or order == "broken" or wants_json(call):  # else only the rows that are shown have their files read
         rows = [row for row in (describe_row(app, row) for row in rows) if text in f"{row['name']}\n{row['summary']}".lower()]
     if wants_json(call):
         return as_json({"functions": rows})
     _, rank = LIST_ORDERS.get(order, LIST_ORDERS["name"])
     rows.sort(key=lambda row: (row["name"].rpartition("/")[0], rank(row), row["name"]))
-    groups = itertools.groupby(rows, lambda row: row["name"].rpartition("/")[0])
-    parts, left, first, minute = [], LIST_ROWS, args.get("start", 0, type=whole(0, 1 << 53)), int(call.started) // 60
     history = [read_minutes(app, range(at, at + 3), "/function/*") for at in range(minute - 59, minute, 3)]
-    for name, members in ((name, list(found)) for name, found in groups if group in (None, name)):
-        shown = [describe_row(app, row) for row in members[first:first + min(GROUP_ROWS, left)]]
-        left, end = left - len(shown), first + len(shown)
-        more = link(t("Go on"), LIST, "button plain", **{**args.to_dict(), "group": name, "start": end})
-        part = join(list_table(t, shown, history) if shown else None, tag("p", more) if len(members) > end else None)
-        head, wrong = tag("summary", f"{name}/ ", tag("span.soft", f"{len(members):,}")), any(row["reason"] for row in shown)
-        parts.append(tag("details", head, part, open=bool(text or group or wrong)) if name else part)
-    found = tag("input", type="search", name="q", value=args.get("q", ""), aria_label=t("Search"), placeholder=t("Search"))
+    for name, found in itertools.groupby(rows[:LIST_ROWS], lambda row: row["name"].rpartition("/")[0]):
+        shown = [describe_row(app, row) for row in found]
+        head, wrong = tag("summary", f"{name}/ ", tag("span.soft", len(shown))), any(row["reason"] for row in shown)
+        part = list_table(t, shown, history)
+        parts.append(tag("details", head, part, open=wrong or text != "") if name else part)
+    search = tag("input", type="search", name="q", value=text, aria_label=t("Search"), placeholder=t("Search"))
     orders = (tag("option", t(label), value=key, selected=key == order) for key, (label, _) in LIST_ORDERS.items())
-    asked = tag("form.row", link(t("Add function"), MENU["Add function"], "button"), found, tag("label", t("Sort by"), tag(
+    asked = tag("form.row", link(t("Add function"), MENU["Add function"], "button"), search, tag("label", t("Sort by"), tag(
         "select", *orders, name="sort")), tag("button.plain", t("Filter")), method="get", action=LIST)
-    return page(call, t("Functions"), asked, *(parts or [note(t("nothing"))]))
+    return page(call, t("Functions"), asked, *(parts or [note(t("nothing"))]),
+                note(t("first_rows", LIST_ROWS)) if len(rows) > LIST_ROWS else None)
 
 
 def list_table(t: Texts, rows: list[dict[str, Any]], history: list[dict[str, Minutes]]) -> Markup:

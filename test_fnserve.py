@@ -3487,7 +3487,7 @@ class OpenApiTest(Case):
 EVIL = """"><img src=x onerror="window.evil=1"><script>window.evil=1</script>'"""
 EVIL_TABLE = "/admin/data/" + urllib.parse.quote(EVIL, safe="")
 PAGES = [  # every page there is, for who is logged in
-    "/", "/login", "/function/list_functions", "/function/list_functions?sort=broken&q=e", "/function/list_functions?group=v1",
+    "/", "/login", "/function/list_functions", "/function/list_functions?sort=broken&q=e", 
     "/function/add_function", "/function/show_stats", "/function/show_stats?function=evil", "/function/clear_stats",
     "/function/edit_function?module_name=evil", "/function/delete_function?module_name=evil", "/admin/logs?limit=9",
     "/admin/logs?status=5xx&q=" + urllib.parse.quote(EVIL), "/admin/versions?module_name=evil", "/admin/versions?module_name=evil&version=1",
@@ -3629,7 +3629,7 @@ class AdminTest(Case):
         for query, names in (("q=SAY", ["hello"]), ("q=v1/", ["v1/half", "v1/text"]), ("q=nothing", []), ("sort=calls", list(rows))):
             found = self.admin(app).get("/function/list_functions?" + query).json["functions"]
             self.assertEqual(sorted(row["name"] for row in found), sorted(names), query)
-        for query, first in (("", "bad"), ("sort=calls", "hello"), ("sort=errors", "bad"), ("sort=nonsense", "bad"), ("sort=broken&group=v1", "v1/half")):
+        for query, first in (("", "bad"), ("sort=calls", "hello"), ("sort=errors", "bad"), ("sort=nonsense", "bad"), ("sort=broken&q=v1", "v1/half")):
             page = self.html(app, "/function/list_functions?" + query).text
             self.assertEqual(re.search(r'<td data-label="Name"><a href="[^"]*">([^<]+)', page)[1], first, query)
         page = self.html(app, "/function/list_functions").text
@@ -3644,19 +3644,13 @@ class AdminTest(Case):
         for number in range(450):
             self.write(f"{('', 'a/', 'b/', 'c/')[number % 4]}f{number:03}", "def main(request): return 'x'")
         app = self.make_app()
-        page = self.html(app, "/function/list_functions").text
-        self.assertEqual(page.count("/function/edit_function?"), 2 * 300)
-        self.assertIn("group=c&amp;start=0", page)  # for which there was no room
         looked, described = [], app.functions.describe
         app.functions.describe = lambda name: looked.append(name) or described(name)
-        seen, url = [], "/function/list_functions?group=b"
-        while url:
-            page = self.html(app, url).text
-            seen += re.findall(r'<td data-label="Name"><a href="[^"]*">([^<]+)', page)
-            more = re.search(r'href="([^"]*start=[^"]*)"', page)
-            url = more and more[1].replace("&amp;", "&")
-        self.assertEqual(seen, [f"b/f{number:03}" for number in range(2, 450, 4)])
-        self.assertEqual(looked, seen)  # no other file was read
+        page = self.html(app, "/function/list_functions").text
+        seen = re.findall(r'<td data-label="Name"><a href="[^"]*">([^<]+)', page)
+        self.assertEqual((len(seen), looked), (300, seen))  # no other file was read
+        self.assertIn("Only the first 300 rows are shown.", page)
+        self.assertIn("c/f447", self.html(app, "/function/list_functions?q=f447").text)
         self.assertEqual(len(self.admin(app).get("/function/list_functions").json["functions"]), 450)
 
     def test_stats_page(self):
