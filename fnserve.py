@@ -5495,7 +5495,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "Delete": "刪除", "Versions": "版本", "Save": "儲存", "Code": "程式碼", "Cancel": "取消", "Search": "搜尋",
     "Sort by": "排序", "Clear statistics": "清除統計", "Calls by hour, one day": "一天內每小時呼叫", "Time": "時間",
     "Function": "函式", "Request": "請求", "Took": "耗時", "Restore": "還原", "Size": "大小", "current": "目前",
-    "Go on": "繼續", "Data": "資料", "Rows": "列數", "Add a row": "新增一列", "Create a table": "新增資料表", "Columns": "欄位",
+    "Go on": "繼續", "Data": "資料", "Rows": "列數", "Create a table": "新增資料表", "Columns": "欄位",
     "Drop this table": "刪除資料表", "Schema": "結構", "Settings": "設定", "API": "API 說明", "Value": "值", "Source": "來源",
     "default": "預設", "option": "命令列選項", "environment": "環境變數", "Download a backup": "下載備份",
     "Monitoring": "監控", "Memory": "記憶體", "Threads": "執行緒", "Uptime": "運行時間", "Processes": "行程",
@@ -5522,7 +5522,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "exists": ("這個名稱已經存在。", "A function of this name exists already."),
     "failed": ("請求無法完成。", "The request could not be completed."),
     "diff": ("與前一版的差異", "Difference to the one before"),
-    "read_only": ("fnserve 的資料表（唯讀）", "fnserve's own tables (read only)"),
+    "read_only": ("fnserve 的（唯讀）", "fnserve's own, read only"),
     "first_rows": ("只顯示前 {} 列。", "Only the first {} rows are shown."),
     "secrets": ("包含金鑰與密碼（SECRET_TOKEN 等）", "With secrets (SECRET_TOKEN and such)"),
     "saved_as": ("已存成第 {} 版。", "Saved as version {}."), "serves": ("提供 {}。", "It serves {}."),
@@ -6128,10 +6128,9 @@ def view_edit(app: Any, call: Call) -> Response:
 
 def ask(call: Call, title: str, text: str, **hidden: Any) -> Response:
     """Show a page that asks before something is done."""
-    if wants_json(call):
-        return as_json({"message": text, **hidden})
     buttons = tag("p.row", tag("button.danger", title), link(Texts(call)("Cancel"), LIST, "button plain"))
-    return page(call, title, tag("div.card", form(call.request.path, tag("p", text), buttons, **hidden)))
+    asked = tag("div.card", form(call.request.path, tag("p", text), buttons, **hidden))
+    return as_json({"message": text, **hidden}) if wants_json(call) else page(call, title, asked)
 
 
 def view_delete(app: Any, call: Call) -> Response:
@@ -6608,11 +6607,6 @@ def shown_value(value: Any) -> Any:
     return f"{len(value)} bytes" if isinstance(value, bytes) else value
 
 
-def field_text(value: Any) -> str:
-    """Return a value as the form of a row shows it."""
-    return "" if value is None else str(shown_value(value)).replace("\r\n", "\n")
-
-
 def read_key(given: Any) -> list[Any]:
     """Return the values of a row's key from JSON, or from its text; ``{"hex": ...}`` is a blob. 400 where it is none."""
     try:
@@ -6640,6 +6634,7 @@ class Table:
             rowid = next(word for word in ("rowid", "_rowid_", "oid") if word not in taken)
             self._run(f"SELECT {rowid} FROM {self._quoted} LIMIT 0")
             self._key = [rowid]
+        self._where = " AND ".join(f"{name} = ?" for name in self._key)
 
     def rows(self, after: Any, limit: int, shown: Callable[[Any], Any]) -> list[dict[str, Any]]:
         """Return keys and values of the rows that follow the key `after`: by the key, so as fast in a million as in ten.
@@ -6653,44 +6648,24 @@ class Table:
 
     def find(self, key: list[Any]) -> dict[str, Any]:
         """Return one row by its key; 404 where there is none."""
-        for row in self._run(f"SELECT * FROM {self._quoted} WHERE {self._where(key)}", key):
+        for row in self._run(f"SELECT * FROM {self._quoted} WHERE {self._where}", key):
             return {column["name"]: value for column, value in zip(self.columns, row)}
         raise HTTPException(404, "There is no such row")
 
-    def _where(self, key: list[Any]) -> str:
-        if len(key) != len(self._key):
-            raise HTTPException(400, f"key must hold {', '.join(self._key)}")
-        return " AND ".join(f"{name} = ?" for name in self._key)
-
-    def change(self, action: str, sent: Mapping[str, Any]) -> None:
-        """Write one row: `key` tells which, `values` (or value_<column> of a form) what; 404 where there is none."""
-        key = read_key(sent.get("key") or [])
-        values = sent["values"] if "values" in sent else self._form_values(key, action, sent)
-        if not isinstance(values, dict) or not values.keys() <= {column["name"] for column in self.columns}:
-            raise HTTPException(400, "values must be an object of the table's columns")
-        names, marks, given = ", ".join(map(quote_name, values)), ", ".join("?" * len(values)), list(values.values())
-        if action == "insert":
-            self._run(f"INSERT INTO {self._quoted} " + (f"({names}) VALUES ({marks})" if values else "DEFAULT VALUES"), given)
-            return
+    def delete(self, key: list[Any]) -> None:
+        """Delete one row by its key; 404 where there is none."""
         self.find(key)
-        if action == "delete":
-            self._run(f"DELETE FROM {self._quoted} WHERE {self._where(key)}", key)
-        elif values:
-            self._run(f"UPDATE {self._quoted} SET ({names}) = ({marks}) WHERE {self._where(key)}", given + key)
+        self._run(f"DELETE FROM {self._quoted} WHERE {self._where}", key)
 
-    def _form_values(self, key: list[Any], action: str, sent: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a form changed in a row, or gives a new one. A field left as it was shown isn't written, since a blob
-        is shown as its size; a blank one is the column's default or, but for text, NULL."""
-        before = self.find(key) if action == "update" else {}
-        changed: dict[str, Any] = {}
-        for column in self.columns if action != "delete" else ():
-            name, old = column["name"], before.get(column["name"])
-            text = text_field(sent, "value_" + name).replace("\r\n", "\n") if "value_" + name in sent else field_text(old)
-            if text != field_text(old):
-                changed[name] = text if text or "TEXT" in column["type"].upper() else None
-                with contextlib.suppress(ValueError):  # a column without a type would keep a number as text
-                    changed[name] = type(old)(text) if isinstance(old, (int, float)) and text else changed[name]
-        return changed
+    def update(self, key: list[Any], given: Any) -> None:
+        """Write what differs of one row: an object of its columns, or the text of one; 404 where there is no such row."""
+        with contextlib.suppress(ValueError):
+            given, row = json.loads(given) if isinstance(given, str) else given, self.find(key)
+        if not isinstance(given, dict) or not given.keys() <= row.keys():
+            raise HTTPException(400, "values must be a JSON object of the table's columns")
+        if new := {name: value for name, value in given.items() if value != row[name]}:
+            self._run(f"UPDATE {self._quoted} SET ({', '.join(map(quote_name, new))}) = ({', '.join('?' * len(new))})"
+                      f" WHERE {self._where}", [*new.values(), *key])
 
 
 def count_rows(connection: sqlite3.Connection, name: str) -> Optional[int]:
@@ -6707,18 +6682,17 @@ def view_data(app: Any, call: Call) -> Response:
     with user_data(app) as connection:
         names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
         data = [{"name": name, "rows": count_rows(connection, name), "read_only": is_ours(name)}
-                for name in names if not name.startswith("sqlite_")]
+                for name in sorted(names, key=is_ours) if not name.startswith("sqlite_")]
     if wants_json(call):
         return as_json({"tables": data})
     t = Texts(call)
-    theirs, ours = (table(t, {"Name": None, "Rows": "n"}, (
-        (link(row["name"], "/admin/data/" + row["name"]), "?" if row["rows"] is None else f"{row['rows']:,}")
-        for row in data if row["read_only"] is kind)) for kind in (False, True))
+    shown = table(t, {"Name": None, "Rows": "n", "": "soft"}, (
+        (link(row["name"], "/admin/data/" + row["name"]), "?" if row["rows"] is None else f"{row['rows']:,}",
+         t("read_only") if row["read_only"] else "") for row in data))
     asked = form("/admin/data", field(t("Name"), "table", required=True, placeholder="notes"),
                  field(t("Columns"), "columns", required=True, placeholder="id INTEGER PRIMARY KEY, text TEXT"),
                  tag("p", tag("button", t("Create a table"))), action="create")
-    return page(call, t("Data"), theirs, tag("details.card", tag("summary", t("Create a table")), asked), sql_form(t, ""),
-                tag("details", tag("summary", t("read_only")), ours))
+    return page(call, t("Data"), shown, tag("details.card", tag("summary", t("Create a table")), asked), sql_form(t, ""))
 
 
 def sql_form(t: Texts, text: str) -> Markup:
@@ -6734,10 +6708,7 @@ def view_rows(app: Any, call: Call) -> Response:
     with user_data(app) as connection:
         found = Table(connection, name)
         if "key" in args:
-            t, row, key = Texts(call), found.find(read_key(args["key"])), args["key"]
-            gone = form("/admin/data", tag("button.danger", t("Delete")), action="delete", table=found.name, key=key)
-            return page(call, f"{found.name}: {t('Edit')}", tag(
-                "div.card", row_form(t, found, row, action="update", key=key), gone))
+            return row_page(call, found, found.find(read_key(args["key"])))
         rows = found.rows(args.get("after"), limit, shown_value)
     if args.get("format") == "csv":
         headers = {**PAGE_HEADERS, "Content-Disposition": content_disposition(True, name + ".csv")}
@@ -6778,39 +6749,40 @@ def rows_page(call: Call, found: Table, rows: list[dict[str, Any]], following: O
           for value in row["values"].values()),
         None if ours else link(t("Edit"), url, key=json.dumps(row["key"]))) for row in rows), False)
     more = link(t("Go on"), url, "button plain", after=json.dumps(following)) if following else None
-    parts = {"Schema": tag("pre", found.sql), "Add a row": row_form(t, found, {}, action="insert"), "Drop this table": form(
+    parts = {"Schema": tag("pre", found.sql), "Drop this table": form(
         "/admin/data", tag("button.danger", t("Drop this table")), action="drop", table=found.name)}
     folded = (tag("details.card", tag("summary", t(key)), part) for key, part in parts.items() if not ours or key == "Schema")
     return page(call, found.name, tag("p.row", more, link("CSV", url, "button plain", format="csv")), shown, *folded)
 
 
-def row_box(column: Mapping[str, Any], text: str) -> Markup:
-    """Make the box of one column, as high as what stands in it."""
-    box = tag("textarea", "\n" + text, name="value_" + column["name"], spellcheck="false", rows=min(12, text.count("\n") + 1))
-    return tag("label", f"{column['name']} ", tag("span.soft", column["type"]), box)
-
-
-def row_form(t: Texts, found: Table, values: Mapping[str, Any], **hidden: str) -> Markup:
-    """Make the form of one row: a box for each column."""
-    boxes = (row_box(column, field_text(values.get(column["name"]))) for column in found.columns)
-    return form("/admin/data", *boxes, tag("p", tag("button", t("Save"))), table=found.name, **hidden)
+def row_page(call: Call, found: Table, row: Mapping[str, Any]) -> Response:
+    """Show one row as JSON, to change or delete it; a blob isn't shown, and so stays as it is."""
+    t, which = Texts(call), {"table": found.name, "key": call.request.args["key"]}
+    shown = {name: value for name, value in row.items() if not isinstance(value, bytes)}
+    text = json.dumps(shown, indent=2, ensure_ascii=False)
+    box = tag("textarea.mono", "\n" + text, name="values", aria_label=t("Edit"), spellcheck="false", rows=len(row) + 2)
+    return page(call, f"{found.name}: {t('Edit')}", tag(
+        "div.card", form("/admin/data", box, tag("p", tag("button", t("Save"))), action="update", **which),
+        form("/admin/data", tag("button.danger", t("Delete")), action="delete", **which)))
 
 
 def change_data(app: Any, call: Call) -> Response:
-    """Create or drop a table, insert, update or delete one row, run SQL."""
+    """Create or drop a table, update or delete one row, run SQL."""
     sent = fields(call)
     action, name = text_field(sent, "action"), text_field(sent, "table")
     if action == "sql":
         return run_sql(app, call, text_field(sent, "sql"))
-    if action not in ("create", "drop", "insert", "update", "delete") or not name:
-        raise HTTPException(400, "action must be create, drop, insert, update, delete or sql, table the name of one")
+    if action not in ("create", "drop", "update", "delete") or not name:
+        raise HTTPException(400, "action must be create, drop, update, delete or sql, table the name of one")
     with user_data(app, writes=True) as connection:
         if action == "create":
             connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
         elif action == "drop":
             connection.execute(f"DROP TABLE {quote_name(Table(connection, name).name)}")
+        elif action == "delete":
+            Table(connection, name).delete(read_key(sent.get("key") or []))
         else:
-            Table(connection, name).change(action, sent)
+            Table(connection, name).update(read_key(sent.get("key") or []), sent.get("values"))
     return done(call, action, "/admin/data" + ("/" + quote(name, safe="") if action not in ("create", "drop") else ""))
 
 

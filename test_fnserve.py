@@ -3509,7 +3509,9 @@ def fill(case: Case, ask) -> None:
     case.assertEqual(ask("POST", "/scheduler/jobs", json={"id": "evil", "name": EVIL, "func": "plain", "kwargs": {EVIL: EVIL},
                                                           "trigger": "interval", "hours": 1}).status_code, 200)
     quoted = EVIL.replace('"', '""')
-    for sent in ({"action": "create", "columns": f'"{quoted}" TEXT, n INTEGER, b BLOB'}, {"action": "insert", "values": {EVIL: EVIL, "n": 1}}):
+    text = EVIL.replace("'", "''")
+    for sent in ({"action": "create", "columns": f'"{quoted}" TEXT, n INTEGER, b BLOB'},
+                 {"action": "sql", "sql": f"""INSERT INTO "{quoted}" VALUES ('{text}', 1, NULL)"""}):
         case.assertEqual(ask("POST", "/admin/data", json={"table": EVIL, **sent}).status_code, 200)
     ask("GET", "/function/edit_function?module_name=evil")
 
@@ -3713,7 +3715,7 @@ class AdminTest(Case):
         self.assertEqual(post(action="delete", table='x"; DROP', key=[3]).status_code, 200)
         self.assertEqual(post(action="delete", table='x"; DROP', key=[3]).status_code, 404)
         self.assertEqual(post(action="update", table="pairs", key=["k", 1], values={"c": "w"}).status_code, 200)
-        self.assertEqual(post(action="insert", table="pairs", values={"a": "l", "b": 2}).status_code, 200)
+        self.assertEqual(post(action="sql", sql="INSERT INTO pairs (a, b) VALUES ('l', 2)").json, {"rowcount": 1})
         self.assertEqual(post(action="update", table="pairs", key=["k"], values={"c": "w"}).status_code, 400)
         self.assertEqual(post(action="sql", sql="SELECT a, c FROM pairs ORDER BY a").json, {"columns": ["a", "c"], "rows": [["k", "w"], ["l", None]]})
         self.assertEqual(post(action="sql", sql="UPDATE pairs SET c = 1").json, {"rowcount": 2})
@@ -3755,17 +3757,17 @@ class AdminTest(Case):
             with contextlib.closing(sqlite3.connect(self.dir / "serverless.db")) as db:
                 return db.execute(sql).fetchone()
         page = self.html(app, "/admin/data/t?key=[1]").text
-        self.assertIn(">\na\nb</textarea>", page)
-        form = {"action": "update", "table": "t", "key": "[1]", "value_id": "1", "value_text": "a\r\nb", "value_n": "5", "value_any": "6",
-                "value_data": "2 bytes", "value_nil": ""}
+        shown = json.loads(html.unescape(re.search(r"(?s)<textarea[^>]*>(.*?)</textarea>", page)[1]))
+        self.assertEqual(shown, {"id": 1, "text": "a\r\nb", "n": 5, "any": 6, "nil": None})
         before = row("SELECT *, typeof(any), typeof(data) FROM t")
-        for changes, after in (({}, before), ({"value_any": "7"}, (*before[:3], 7, *before[4:])),
-                               ({"value_any": "7", "value_n": ""}, (*before[:2], None, 7, *before[4:])),
-                               ({"value_any": "7", "value_n": "", "value_text": ""}, (1, "", None, 7, *before[4:]))):
-            self.assertEqual(self.html(app, "/admin/data", "POST", data={**form, **changes}).status_code, 303)
+        for changes, after in (({}, before), ({"any": 7}, (*before[:3], 7, *before[4:])), ({"n": None}, (*before[:2], None, 7, *before[4:])),
+                               ({"text": ""}, (1, "", None, 7, *before[4:]))):
+            shown.update(changes)
+            sent = {"action": "update", "table": "t", "key": "[1]", "values": json.dumps(shown)}
+            self.assertEqual(self.html(app, "/admin/data", "POST", data=sent).status_code, 303)
             self.assertEqual(row("SELECT *, typeof(any), typeof(data) FROM t"), after)
-        self.assertEqual(self.html(app, "/admin/data", "POST", data={"action": "insert", "table": "t", "value_id": "", "value_text": "new"}).status_code, 303)
-        self.assertEqual(row("SELECT id, text, n FROM t WHERE id = 2"), (2, "new", None))
+        for bad in ("{", "[]", '{"nope": 1}', '{"n": [1]}'):
+            self.assertEqual(self.html(app, "/admin/data", "POST", data={**sent, "values": bad}).status_code, 400, bad)
         for bad in ("[2, 3]", "5", "[[1]]", '["x"]', "{", "[99999999999999999999]", '[{"a": 1}]', ""):
             self.assertIn(self.html(app, "/admin/data/t", query={"key": bad}).status_code, (400, 404), bad)
             self.assertIn(self.html(app, "/admin/data/t", query={"after": bad}).status_code, (200, 400), bad)
@@ -3781,13 +3783,14 @@ class AdminTest(Case):
         self.assertEqual(admin.post("/admin/data", json={"action": "delete", "table": "blobs", "key": second[0]["key"]}).status_code, 200)
         self.assertEqual(row("SELECT count(*) FROM blobs"), (1,))
         self.assertEqual(admin.get("/admin/data/made").json["rows"][0]["values"], {"a": 4, "twice": 8, "z": "last"})
-        changed = {"action": "update", "table": "made", "key": "[1]", "value_a": "5", "value_twice": "8", "value_z": "last"}
+        changed = {"action": "update", "table": "made", "key": "[1]", "values": '{"a": 5, "twice": 8, "z": "last"}'}
         self.assertEqual(self.html(app, "/admin/data", "POST", data=changed).status_code, 303)
         self.assertEqual(row("SELECT * FROM made"), (5, 10, "last"))
         self.assertIn("ff,one", admin.get("/admin/data/blobs?format=csv").text)
         self.assertIn("\ufffd", admin.get("/admin/data/torn").text)
-        for sent in ({"action": "insert", "table": "t", "values": {"n": 1 << 70}}, {"action": "insert", "table": "t", "values": {"text": "\ud800"}},
-                     {"action": "insert", "table": "t", "values": {"nope": 1}}, {"action": "sql", "sql": "SELECT '\ud800'"},
+        update = {"action": "update", "table": "t", "key": [1]}
+        for sent in ({**update, "values": {"n": 1 << 70}}, {**update, "values": {"text": "\ud800"}}, {**update, "values": {"nope": 1}}, update,
+                     {"action": "sql", "sql": "SELECT '\ud800'"}, {"action": "insert", "table": "t", "values": {}},
                      {"action": "create", "table": "", "columns": "a"}, {"action": "create", "table": "u", "columns": "a); DROP TABLE t; --"},
                      {"action": "sql", "sql": "SELECT \0"}):
             self.assertEqual(admin.post("/admin/data", json=sent).status_code, 400, sent)
@@ -4577,12 +4580,12 @@ class EveryPageTest(BrowserTest):
         self.press("form input[value=create] ~ p button")
         self.press("main td a[href*=DROP]")
         self.assertEqual(self.find("h1").text, name)
-        self.browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
-        self.put(value_text="line <b>1</b>\nline 2")
-        self.press("form input[value=insert] ~ p button")
+        sent = {"action": "sql", "sql": """INSERT INTO "x""; DROP" (text) VALUES ('line <b>1</b>')"""}
+        self.assertEqual(self.ask("POST", "/admin/data", json=sent).status_code, 200)
+        self.browser.refresh()
         self.assertIn("line <b>1</b>", self.text())
         self.press("td a[href*=key]")
-        self.put(value_text="changed")
+        self.put(values='{"text": "changed"}')
         self.press("form input[value=update] ~ p button")
         self.assertIn("changed", self.text())
         self.shot("table")
@@ -6033,7 +6036,7 @@ class FuzzTest(Case):
     def test_json_of_the_admin(self):
         st, names = self.st, self.st.sampled_from(["id", "func", "trigger", "hour", "minute", "seconds", "args", "kwargs", "run_date", "action", "table",
                                                    "key", "values", "columns", "sql", "module_name", "code", "version", "token", "name"])
-        values = st.one_of(self.json(), st.sampled_from(["echo", "echo:main", "cron", "interval", "date", "5", "*/2", "retry", "sql", "insert", "SELECT 1", "create"]))
+        values = st.one_of(self.json(), st.sampled_from(["echo", "echo:main", "cron", "interval", "date", "5", "*/2", "retry", "sql", "SELECT 1", "create"]))
         paths = st.sampled_from(["/scheduler/jobs", "/scheduler/jobs/x", "/scheduler/jobs/a/pause", "/admin/queue", "/admin/data", "/admin/restore",
                                  "/function/save_function", "/function/update_function", "/function/delete_function", "/login", "/admin/settings"])
 
