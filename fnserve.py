@@ -5234,9 +5234,10 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;overflow:auto;background:var(--b
 margin:.4rem 0}
 .editor{display:flex;border:1px solid var(--line);border-radius:.4rem;overflow:hidden;height:min(52vh,40rem)}
 .gutter{margin:0;padding:8px .4rem;text-align:right;color:var(--soft);background:none;overflow:visible;user-select:none;
-min-width:3rem;border-radius:0} .gutter *{display:block}
-.gutter i{font-style:normal;background:var(--warn);color:var(--paper);margin:0 -.4rem;padding:0 .4rem}
-textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:8px .6rem}
+min-width:3rem;border-radius:0;white-space:pre}
+textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:8px .6rem;
+background:linear-gradient(var(--mark),var(--mark)) no-repeat local 0 calc(8px + (var(--wrong,-9) - 1)*1lh)/100% 1lh,
+var(--paper)}
 textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
 .beside{display:grid;grid-template-columns:minmax(0,1fr);gap:1rem;align-items:start}
 #try .row>*{flex:1}
@@ -5275,39 +5276,25 @@ const post = async (url, data) => {
 };
 if (code) {
   const form = code.form, fields = form.elements, gutter = find(".gutter"), news = find("#news"), draft = find("#draft");
-  const name = () => "draft:" + fields.original_name.value;
-  let height = 0, lines = 0, saved = code.value, wrong = Number(code.dataset.line), many = false, timer = 0;
-  let sending = Promise.resolve();
+  const theirs = find("#theirs"), name = "draft:" + fields.original_name.value;
+  let lines = 0, saved = code.value, many = false, timer = 0, sending = Promise.resolve();
   const draw = () => {  // only the numbers in sight are there, so a long file costs no more than a short one
-    const first = Math.floor(code.scrollTop / height);
-    gutter.replaceChildren();
-    for (let i = first + 1; i <= Math.min(lines, first + code.clientHeight / height + 2); i++) {
-      const line = document.createElement(i === wrong ? "i" : "span");
-      line.textContent = i;
-      gutter.append(line);
-    }
+    const height = parseFloat(getComputedStyle(code).lineHeight), first = Math.floor(code.scrollTop / height);
+    const length = Math.min(code.clientHeight / height + 2, lines - first);
+    gutter.textContent = Array.from({length}, (_, at) => first + at + 1).join("\n");
     gutter.style.transform = `translateY(${first * height - code.scrollTop}px)`;
   };
   const count = () => {
-    const found = code.value.split("\n").length;
-    if (found === lines) return;
-    lines = found;
-    draw();
-  };
-  const fit = () => {
-    height = parseFloat(getComputedStyle(code).lineHeight);
-    code.style.background = wrong ? "linear-gradient(var(--mark),var(--mark)) no-repeat local 0 "
-      + `${8 + (wrong - 1) * height}px/100% ${height}px, var(--paper)` : "";
+    lines = code.value.split("\n").length;
     draw();
   };
   const mark = line => {
-    wrong = line;
-    fit();
+    code.style.setProperty("--wrong", line || -9);
     if (!line) return;
     const at = code.value.split("\n").slice(0, line - 1).join("\n").length + (line > 1 ? 1 : 0);
     code.focus();
     code.setSelectionRange(at, at);
-    code.scrollTop = Math.max(0, (line - 5) * height);
+    code.scrollTop = code.scrollHeight * (line - 5) / lines;
   };
   const put = text => document.execCommand(text ? "insertText" : "delete", false, text);  // which can be undone
   const lineStart = () => code.value.lastIndexOf("\n", code.selectionStart - 1) + 1;
@@ -5325,16 +5312,14 @@ if (code) {
   };
   const store = () => {
     timer = clearTimeout(timer);
-    const changed = code.value !== saved;
-    if (changed || draft.hidden) keep(name(), changed && {code: code.value, version: fields.version.value, at: Date.now()});
+    keep(name, code.value !== saved && {code: code.value, version: fields.version.value});
   };
-  const send = async more => {
-    const sent = {...Object.fromEntries(new FormData(form)), ...more}, [status, found] = await post(form.action, sent);
+  const send = async () => {
+    const sent = Object.fromEntries(new FormData(form)), [status, found] = await post(form.action, sent);
     const good = status === 200 || status === 201;
     find("#anyway").hidden = !found.can_force;
-    find("#replace").hidden = find("#theirs").hidden = status !== 409 || !found.version;
-    find("#replace").value = found.version;
-    find("#theirs").search = new URLSearchParams({module_name: sent.module_name, version: found.version});
+    theirs.hidden = status !== 409 || !found.version;
+    theirs.search = new URLSearchParams({module_name: sent.module_name, version: found.version});
     fields.force.checked = false;
     find("#done")?.remove();
     news.textContent = found.message || found.error;
@@ -5343,6 +5328,7 @@ if (code) {
     mark(good ? 0 : found.line || 0);
     if (!good) return;
     saved = sent.code.replaceAll("\r\n", "\n");
+    draft.hidden = true;
     store();
     fields.version.value = found.version;
     if (status === 201) {
@@ -5351,10 +5337,9 @@ if (code) {
     }
   };
   code.addEventListener("keydown", event => {
-    const deletes = event.key === "Backspace" && code.selectionStart === code.selectionEnd && /^( {4})+$/.test(before());
-    if ((event.key === "Tab" || deletes) && !event.ctrlKey && !event.altKey) {
+    if (event.key === "Tab" && !event.ctrlKey && !event.altKey) {
       event.preventDefault();
-      step(deletes || event.shiftKey);
+      step(event.shiftKey);
     } else if (event.key === "Escape") form.querySelector("button").focus();
   });
   code.addEventListener("beforeinput", event => {
@@ -5380,10 +5365,12 @@ if (code) {
   });
   form.addEventListener("submit", event => {
     event.preventDefault();
-    const more = event.submitter?.id === "replace" ? {replaces: event.submitter.value} : {};
-    sending = sending.then(() => send(more));  // one after another: each needs the version before
+    sending = sending.then(send);  // one after another: each needs the version before
   });
-  addEventListener("resize", fit);
+  theirs.addEventListener("click", () => {  // who has seen it may replace it
+    fields.version.value = new URLSearchParams(theirs.search).get("version");
+  });
+  addEventListener("resize", draw);
   addEventListener("pagehide", store);
   addEventListener("beforeunload", event => {
     if (code.value === saved) return;
@@ -5391,21 +5378,20 @@ if (code) {
     event.preventDefault();
     event.returnValue = "";
   });
-  const left = recall(name()), [take, discard] = draft.querySelectorAll("button");
+  const left = recall(name), served = fields.version.value;
   if (left && left.code !== code.value) {
+    code.value = left.code;
+    fields.version.value = left.version;
     draft.hidden = false;
-    draft.querySelector("span").textContent = new Date(left.at).toLocaleString();
-    take.addEventListener("click", () => {
-      code.value = left.code;
-      fields.version.value = left.version;
-      draft.hidden = true;
-      code.focus();
-      code.dispatchEvent(new Event("input"));
-    });
-    discard.addEventListener("click", () => { draft.hidden = true; keep(name()); });
   }
-  mark(wrong);
+  draft.querySelector("button").addEventListener("click", () => {
+    code.value = saved;
+    fields.version.value = served;
+    draft.hidden = true;
+    code.dispatchEvent(new Event("input"));
+  });
   count();
+  mark(Number(code.dataset.line));
 }
 if (panel) {
   const fields = panel.elements, outcome = find("#outcome");
@@ -5505,7 +5491,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "Planned": "已排定", "Started": "已開始", "Late": "延遲", "Skipped": "略過", "Missed": "錯過", "paused": "已暫停",
     "never": "不再執行", "Pause": "暫停", "Resume": "恢復", "All": "全部", "Runs": "次數", "Due": "到期", "Error": "錯誤",
     "Answer": "回應", "waiting": "等待中", "running": "執行中", "done": "完成", "dead": "失敗", "Version": "版本",
-    "Take the draft": "取用草稿", "See theirs": "看看新版本", "Save anyway": "仍要儲存", "Indent": "縮排",
+    "See theirs": "看看新版本", "Save anyway": "仍要儲存", "Indent": "縮排",
     "Outdent": "取消縮排", "Try": "測試", "Earlier requests": "之前的請求", "Method": "方法", "in the editor": "編輯器裡的",
     "as saved": "已儲存的", "Subpath": "子路徑", "Query": "查詢字串", "Headers": "標頭", "Body": "主體", "none": "無",
     "form": "表單", "raw": "原文", "File": "檔案", "Content": "主體內容", "Output": "輸出",
@@ -5530,15 +5516,14 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "too_long": ("它執行太久。", "It took too long."), "too_much": ("它印出太多。", "It printed too much."),
     "ended": ("它的行程結束了：{}。", "Its process ended: {}."),
     "admin_only": ("這個名稱只有管理者能呼叫。", "Only the admin may call this name."),
-    "draft": ("這裡有沒存過的草稿：", "There is a draft that was never saved, of"),
-    "replace": ("用我的文字取代", "Replace theirs with mine"),
+    "draft": ("這是沒存過的草稿。", "This is a draft that was never saved."),
     "ask_restore": ("要把「{}」還原成第 {} 版嗎？", "Make version {1} of “{0}” the newest again?"),
     "changes": ("與目前的差異", "Difference to the current one"), "nothing": ("這裡還沒有東西。", "There is nothing here yet."),
     "bad_name": ("名稱必須是 Python 識別字，不以底線開頭，也不是平台保留的名稱。",
                  "The name must be a Python identifier that does not start with _ and is not one of the platform's own."),
     "hidden": ("{} 是一個檔案，這個名稱的呼叫都會由它處理。", "{} is a file: it would serve every call of this name."),
-    "stale": ("別人已經存了新版本。您的文字還在這裡；請先看看新的版本。",
-              "Somebody has saved a newer version. Your text is still here; look at theirs first."),
+    "stale": ("別人已經存了新版本。您的文字還在這裡；看過新的版本，再存一次就會取代它。",
+              "Somebody has saved a newer version. Your text is still here; look at theirs, then saving replaces it."),
     "restart": ("設定在啟動時讀取，改動在重新啟動後生效；函式的 config 則立即生效。",
                 "Settings are read at the start, so a change takes effect after a restart; functions' config follows at once."),
     "backup_help": ("函式、資料庫與設定；用 fnserve.py restore 還原。",
@@ -6013,8 +5998,8 @@ def editor_page(call: Call, name: str, code: str, original: Optional[str] = None
     """Show the editor: of a new function where there is no `original`, with an error and the text that caused it. The draft,
     and the buttons that only an error calls for, are hidden, for the script to show."""
     t, wrong = Texts(call), error.body if error else {}
-    choose = (tag("button", t("Take the draft"), type="button"), tag("button.plain", t("Discard"), type="button"))
-    draft = tag("div.card.note", t("draft"), " ", tag("span"), tag("p.row", *choose), id="draft", hidden=True)
+    discard = tag("button.plain", t("Discard"), type="button")
+    draft = tag("div.card.note", t("draft"), " ", discard, id="draft", hidden=True)
     text = tag("textarea.code", "\n" + code, id="code", name="code", spellcheck="false", wrap="off", autocapitalize="off",
                autocomplete="off", aria_describedby="keys", data_line=wrong.get("line") or None)
     shown = form("/function/save_function" if original is None else "/function/update_function",
@@ -6034,12 +6019,11 @@ def editor_buttons(t: Texts, name: str, wrong: Mapping[str, Any]) -> Markup:
     theirs = wrong.get("version")
     see = tag("a.button.plain", t("See theirs"), id="theirs", target="_blank", hidden=not theirs,
               href=f"/admin/versions?module_name={quote(name)}&version={theirs}")
-    replaces = tag("button.danger", t("replace"), id="replace", name="replaces", value=theirs, hidden=not theirs)
     anyway = tag("label", tag("input", type="checkbox", name="force", value="1"), " ", t("Save anyway"), id="anyway",
                  hidden=not wrong.get("can_force"))
     steps = (tag("button.plain", sign, type="button", data_key=key.lower(), aria_label=t(key), title=t(key))
              for key, sign in (("Outdent", "⇤"), ("Indent", "⇥")))
-    return tag("p.row", tag("button", t("Save")), anyway, see, replaces, *steps, link(t("Cancel"), LIST, "button plain"))
+    return tag("p.row", tag("button", t("Save")), anyway, see, *steps, link(t("Cancel"), LIST, "button plain"))
 
 
 def error_text(t: Texts, error: HTTPException) -> str:
@@ -6073,7 +6057,7 @@ def view_save(app: Any, call: Call) -> Response:
         return as_json({"module_name": "", "code": HELLO}) if wants_json(call) else editor_page(call, "", HELLO)
     t, sent = Texts(call), fields(call)
     name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
-    seen = str(sent.get("replaces") or sent.get("version") or "")
+    seen = str(sent.get("version") or "")
     original = (text_field(sent, "original_name") or name) if call.request.path == "/function/update_function" else None
     fresh = name != original
     try:

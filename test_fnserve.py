@@ -4059,7 +4059,7 @@ class CheckTest(Case):
         self.assertEqual(sorted(answer.status_code for answer in answers), [200, 409])
         told = next(answer for answer in answers if answer.status_code == 409)
         self.assertEqual(told.json["version"], version + 1)
-        self.assertEqual(self.save(app, "# c\n" + self.GOOD, version=version, replaces=version + 1).status_code, 200)
+        self.assertEqual(self.save(app, "# c\n" + self.GOOD, version=version + 1).status_code, 200)
         other.store.close()
 
     def test_restore_is_checked(self):
@@ -4197,6 +4197,9 @@ class BrowserTest(Case):
         if where:
             self.browser.save_screenshot(os.path.join(where, f"{self.browser.execute_script('return innerWidth')}-{name}.png"))
 
+    def marked_line(self) -> str:
+        return self.browser.execute_script("return document.querySelector('textarea.code').style.getPropertyValue('--wrong')")
+
     def type_code(self, code: str) -> None:
         self.browser.execute_script("const c = document.querySelector('textarea.code'); c.value = arguments[0];"
                                     "c.dispatchEvent(new Event('input'))", code)
@@ -4270,7 +4273,7 @@ class BrowserTest(Case):
             self.wait(lambda: not self.find("#news").get_property("hidden"))
         self.type_code("")
         for typed, text in (("if x:\nfor y in z:  # why\n", "if x:\n    for y in z:  # why\n        "), ("pass\n", "pass\n    "),
-                            (keys.BACKSPACE, None), ("ab" + keys.TAB + "c", "ab  c"), (keys.SHIFT + keys.TAB, None)):
+                            (keys.SHIFT + keys.TAB, None), ("ab" + keys.TAB + "c", "ab  c"), (keys.SHIFT + keys.TAB, None)):
             area.send_keys(typed)
             if text:
                 self.assertTrue(value().endswith(text), value())
@@ -4283,7 +4286,7 @@ class BrowserTest(Case):
         self.assertEqual(self.find(".gutter").text.split(), ["1", "2", "3", "4"])
         save()
         self.assertIn("Line 4", self.find("#news").text)
-        self.assertEqual(self.find(".gutter i").text, "4")
+        self.assertEqual(self.marked_line(), "4")
         self.shot("error-line")
         self.type_code("def main(request):\n    print('out')\n    return {'q': request.args, 'j': request.json}\n")
         save()
@@ -4306,8 +4309,10 @@ class BrowserTest(Case):
         self.open("/function/edit_function?module_name=edited")
         self.assertTrue(self.find("#draft").is_displayed())
         self.shot("draft")
-        self.find("#draft button").click()
         self.assertEqual(self.find("textarea.code").get_property("value"), "# never saved\n")
+        self.find("#draft button").click()
+        self.assertEqual(self.find("textarea.code").get_property("value"), "1/0\n")
+        self.assertFalse(self.find("#draft").is_displayed())
         self.browser.execute_script("document.querySelector('textarea.code').value = '1/0\\n'")
         self.try_panel()
 
@@ -4363,10 +4368,13 @@ class BrowserTest(Case):
         self.assertTrue(path.read_text().startswith("# first"))
         self.assertTrue(self.find("textarea.code").get_property("value").startswith("# second"))
         self.find("textarea.code").send_keys(webkeys().CONTROL + "s")  # once more tells once more
-        self.wait(lambda: self.find("#replace").is_displayed())
+        self.wait(lambda: self.find("#theirs").is_displayed())
         self.assertTrue(path.read_text().startswith("# first"))
         theirs = self.find("#theirs").get_attribute("href")
-        self.find("#replace").click()
+        mine = self.browser.current_window_handle
+        self.find("#theirs").click()
+        self.browser.switch_to.window(mine)
+        self.find("textarea.code").send_keys(webkeys().CONTROL + "s")
         self.wait(lambda: "Saved as version 3" in self.find("#news").text)
         self.assertTrue(path.read_text().startswith("# second"))
         self.assert_quiet()
@@ -4393,7 +4401,7 @@ class BrowserTest(Case):
         self.find("form button").click()
         self.wait(lambda: "Line 2" in self.text())
         self.assertIn("retrun", self.find("textarea.code").get_property("value"))
-        self.assertEqual(self.find(".gutter i").text, "2")
+        self.assertEqual(self.marked_line(), "2")
         self.shot("mistake")
         self.type_code("def main(request):\n    print('seen')\n    return 'one'\n")
         self.find("form button").click()
