@@ -5526,8 +5526,6 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
               "Somebody has saved a newer version. Your text is still here; look at theirs, then saving replaces it."),
     "restart": ("設定在啟動時讀取，改動在重新啟動後生效；函式的 config 則立即生效。",
                 "Settings are read at the start, so a change takes effect after a restart; functions' config follows at once."),
-    "backup_help": ("函式、資料庫與設定；用 fnserve.py restore 還原。",
-                    "Functions, database and settings; fnserve.py restore brings them back."),
     "forced": ("沒有試載入；載入不了時，由上一個好的版本繼續服務。",
                "It was not tried. Where it can't be loaded, the last good version goes on serving."),
     "no_code": ("程式碼是空的。", "The code is empty."),
@@ -5535,8 +5533,6 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
                   "It has no main(), which the version before has, so it is not saved."),
     "unchecked": ("無法啟動檢查用的行程，所以沒有試載入。",
                   "No process to load it in could be started, so it was not checked."),
-    "slow_load": ("載入超過一秒，每個行程的第一次呼叫都要等。",
-                  "Loading takes more than a second, and the first call of every process waits for it."),
     "offline": ("連不上伺服器，還沒有存；文字保留在這裡。",
                 "The server can't be reached. Nothing is saved; your text stays here."),
     "keys": ("Tab 與 Shift+Tab 縮排，Ctrl+S 儲存，Ctrl+Enter 測試，Esc 離開編輯器。",
@@ -5932,22 +5928,18 @@ def run_child(job: bytes, seconds: float) -> tuple[int, bytes, bytes]:
 
 def read_trial(t: Texts, path: str, status: int, answer: bytes, output: bytes) -> dict[str, Any]:
     """Make of a child's answer, or of its end without one, what `try_out` returns."""
-    text, crash = output.decode("utf-8", "replace"), None  # type: str, Optional[re.Match[str]]
+    text, found = output.decode("utf-8", "replace"), None  # type: str, Any
     if not answer:  # not even the blank that says it is there
         raise OSError(text[-500:])
-    found: Any = None
     with contextlib.suppress(ValueError):  # nothing, or something that the code itself wrote there
         found = json.loads(answer)
     if not isinstance(found, dict):
-        crash = re.search(r"^(Timeout \(|Fatal Python error)", text, re.M)  # what faulthandler writes
-        trace = "".join(line for line in text[crash.start():].splitlines(True) if __file__ not in line) if crash else ""
-        place = re.search(rf'File "{re.escape(path)}", line (\d+)', trace)
-        late, end = trace.startswith("Timeout"), signal.Signals(-status).name if status < 0 else f"status {status}"
+        late, place = "\nTimeout (" in "\n" + text, re.search(rf'File "{re.escape(path)}", line (\d+)', text)  # by faulthandler
+        end = signal.Signals(-status).name if status < 0 else f"status {status}"
         why = t("too_long" if late else "too_much" if len(output) >= MOST_PRINTED else "ended", end)
-        found = {"error": why, "trace": trace, "line": int(place[1]) if place else 0, "late": late}
-    printed = text[:crash.start()] if crash else text
-    dropped = len(printed) - OUTPUT_BYTES
-    return {**found, "output": printed[:OUTPUT_BYTES] + (f"\n... {dropped} more characters" if dropped > 0 else "")}
+        found = {"error": why, "line": int(place[1]) if place else 0, "status": 504 if late else None}
+    dropped = len(text) - OUTPUT_BYTES
+    return {**found, "output": text[:OUTPUT_BYTES] + (f"\n... {dropped} more characters" if dropped > 0 else "")}
 
 
 def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str = "") -> int:
@@ -5985,7 +5977,7 @@ def save_code(app: Any, t: Texts, name: str, source: bytes, fresh: bool, force: 
     if wrong:
         raise HTTPException(400, wrong, line=line, column=0, output=found["output"], can_force=True)
     warnings = {"forced": force, "unchecked": not found and not force, "no_main": found.get("entries") == [],
-                "admin_only": is_protected(name, app.protected), "slow_load": found.get("ms", 0) > 1000}
+                "admin_only": is_protected(name, app.protected)}
     check = {"entries": [], "settings": {}, "output": "", **found, "warnings": [t(key) for key in warnings if warnings[key]]}
     version = swap_in(app, t, name, source, fresh, seen)
     entries, settings = (", ".join(map(str, check[key])) for key in ("entries", "settings"))
@@ -6096,9 +6088,7 @@ def view_try(app: Any, call: Call) -> Response:
         "host": call.request.host, "body": b2a_base64(body, newline=False).decode()})
     if not found:
         raise HTTPException(503, t("unchecked"))
-    trace, late = found.pop("trace", ""), found.pop("late", False)
-    found["error"] = "\n".join(filter(None, (found.get("error"), trace)))
-    return as_json({"status": 504 if late else None, "headers": [], "body": "", "ms": 0, "line": 0, **found})
+    return as_json({"headers": [], "body": "", "ms": 0, "line": 0, **found})
 
 
 def view_edit(app: Any, call: Call) -> Response:
@@ -6801,8 +6791,7 @@ def view_settings(app: Any, call: Call) -> Response:
         (row["name"], "***" if row["value"] == "***" else texts[row["name"]], t(row["source"])) for row in rows))
     saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
                  tag("p", tag("button", t("Download a backup"))))
-    return page(call, t("Settings"), tag("p", t("restart")), shown,
-                tag("div.card", tag("h2", t("Download a backup")), tag("p", t("backup_help")), saved))
+    return page(call, t("Settings"), tag("p", t("restart")), shown, tag("div.card", saved))
 
 
 def view_backup(app: Any, call: Call) -> Response:
