@@ -5658,8 +5658,21 @@ def local_time(moment: Optional[float]) -> str:
     return strftime("%Y-%m-%d %H:%M:%S", localtime(moment)) if moment else ""
 
 
-def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 200) -> Response:
-    """Make a page: head, menu, what has just been done (``?done=saved``), body."""
+def wants_json(call: Call) -> bool:
+    """Tell whether a page is asked for as JSON: a JSON body, or JSON preferred in Accept."""
+    accept = call.request.accept_mimetypes
+    return call.request.is_json or accept.quality("application/json") > accept.quality("text/html")
+
+
+def as_json(data: Any, status: int = 200) -> Response:
+    """Answer the data of a page as JSON."""
+    return Response(dump_json(data, sort_keys=False, ensure_ascii=False) + "\n", status, PAGE_HEADERS, "application/json")
+
+
+def page(call: Call, title: str, *body: Any, data: Any = None, menu: bool = True, status: int = 200) -> Response:
+    """Make a page: head, menu, what has just been done (``?done=saved``), body; `data` is its JSON, for who asks for that."""
+    if data is not None and wants_json(call):
+        return as_json(data, status)
     t, last = Texts(call), call.request.args.get("done")
     links = [tag("a", t(key), href=url, aria_current="page" if url == call.request.path else None)
              for key, url in MENU.items() if menu]
@@ -5670,17 +5683,6 @@ def page(call: Call, title: str, *body: Any, menu: bool = True, status: int = 20
     content = tag("body", tag("header", tag("b", "fnserve"), *links), tag("main", tag("h1", title), news, *body),
                   tag("script", src=f"/admin/assets/fnserve.js?v={__version__}"))
     return Response(Markup("<!doctype html>\n") + tag("html", head, content, lang=t.lang), status, PAGE_HEADERS, "text/html")
-
-
-def wants_json(call: Call) -> bool:
-    """Tell whether a page is asked for as JSON: a JSON body, or JSON preferred in Accept."""
-    accept = call.request.accept_mimetypes
-    return call.request.is_json or accept.quality("application/json") > accept.quality("text/html")
-
-
-def as_json(data: Any, status: int = 200) -> Response:
-    """Answer the data of a page as JSON."""
-    return Response(dump_json(data, sort_keys=False, ensure_ascii=False) + "\n", status, PAGE_HEADERS, "application/json")
 
 
 def done(call: Call, message: str, url: str, status: int = 200, **data: Any) -> Response:
@@ -5712,11 +5714,9 @@ def view_index(app: Any, call: Call) -> Response:
     """/ : to the list for who is logged in; else that the server runs."""
     if app.settings.ADMIN and app.signer.is_login(call.session.get("_login"), call.started):
         return redirect(LIST)
-    if wants_json(call):
-        return as_json({"status": "running"})
     t = Texts(call)
     return page(call, "fnserve", tag("p", t("alive")), link(t("Log in"), "/login", "button") if app.settings.ADMIN else None,
-                menu=False)
+                menu=False, data={"status": "running"})
 
 
 def login_page(call: Call, going_to: str, status: int, news: Optional[Markup] = None) -> Response:
@@ -6104,7 +6104,7 @@ def ask(call: Call, title: str, text: str, **hidden: Any) -> Response:
     """Show a page that asks before something is done."""
     buttons = tag("p.row", tag("button.danger", title), link(Texts(call)("Cancel"), LIST, "button plain"))
     asked = tag("div.card", form(call.request.path, tag("p", text), buttons, **hidden))
-    return as_json({"message": text, **hidden}) if wants_json(call) else page(call, title, asked)
+    return page(call, title, asked, data={"message": text, **hidden})
 
 
 def view_delete(app: Any, call: Call) -> Response:
@@ -6194,8 +6194,6 @@ def view_logs(app: Any, call: Call) -> Response:
         after = dict(app.store.read("SELECT id, number FROM fn_calls WHERE id = ?", after)).get(after, 0)
     rows = read_calls(app, args.get("function", ""), args.get("status", ""), args.get("q", ""),
                       max(1, min(1000, args.get("limit", 100, type=int))), int(after))
-    if wants_json(call):
-        return as_json({"invocations": rows})
     t, columns = Texts(call), {"Time": "soft time", "Function": None, "Request": "break", "Status": None, "Took": "n"}
     asked = (tag("label", t(label), tag("input", name=name, value=args.get(name, ""))) for name, label in (
         ("function", "Function"), ("status", "Status"), ("q", "Text")))
@@ -6206,7 +6204,7 @@ def view_logs(app: Any, call: Call) -> Response:
             f"{row['method']} {row['path']}", *(tag("pre", row[key]) for key in ("output", "error") if row[key]),
             tag("div.soft", row["id"])),
         tag("span.bad" if row["status"] >= 500 else "span", row["status"]), f"{row['ms']:.1f} ms") for row in rows))
-    response = page(call, t("Logs"), filters, shown)
+    response = page(call, t("Logs"), filters, shown, data={"invocations": rows})
     if "follow" in args:
         response.headers["Refresh"] = "3"
     return response
@@ -6232,29 +6230,26 @@ def view_versions(app: Any, call: Call) -> Response:
             for at, (version, moment, size, loaded, same) in enumerate(app.store.read(
                 "SELECT version, saved_at, length(source), loaded, source = ? FROM fn_versions WHERE func_name = ?"
                 " ORDER BY version DESC LIMIT ?", now, name, KEEP_VERSIONS))]
-    if wants_json(call):
-        return as_json({"versions": rows})
     shown = table(t, {"Version": None, "Time": None, "Size": "n", "Status": None, "": None}, ((
         link(f"#{row['version']}", "/admin/versions", module_name=name, version=row["version"]), local_time(row["saved_at"]),
         row["size"], tag("span.good", t("current")) if row["current"] else
         tag("span.bad", t("failed, rolled back")) if row["rolled_back"] else "",
         None if row["current"] else link(t("Restore"), "/admin/restore", "button plain", module_name=name,
                                          version=row["version"])) for row in rows))
-    return page(call, f"{t('Versions')}: {name}", tag("p", link(
-        t("Edit"), "/function/edit_function", "button", module_name=name)) if now is not None else None, shown)
+    edit = tag("p", link(t("Edit"), "/function/edit_function", "button", module_name=name)) if now is not None else None
+    return page(call, f"{t('Versions')}: {name}", edit, shown, data={"versions": rows})
 
 
 def view_version(app: Any, call: Call) -> Response:
     """Show one version, its difference to the one before and to what is current."""
     t, name, number = Texts(call), call.request.args["module_name"], call.request.args["version"]
     code, before, newest = (source.decode("utf-8", "replace") for source in read_version(app, name, number))
-    if wants_json(call):
-        return as_json({"module_name": name, "version": int(number), "code": code})
     every = link(t("Versions"), "/admin/versions", "button plain", module_name=name)
     restore = link(t("Restore"), "/admin/restore", "button", module_name=name, version=number)
     return page(call, f"{name} #{number}", tag("p.row", every, restore if newest != code else None),
                 show_diff(t("diff"), before, code), show_diff(t("changes"), code, newest) if newest != code else None,
-                tag("div.card", tag("h2", t("Code")), tag("pre", code, tabindex="0")))
+                tag("div.card", tag("h2", t("Code")), tag("pre", code, tabindex="0")),
+                data={"module_name": name, "version": int(number), "code": code})
 
 
 def show_diff(title: str, old: str, new: str) -> Markup:
@@ -6486,8 +6481,6 @@ def view_queue(app: Any, call: Call) -> Response:
     rows = app.store.read(f"SELECT {', '.join(QUEUE_COLUMNS)} FROM fn_queue WHERE {' AND '.join(['1', *wanted])}"
                           " ORDER BY created DESC LIMIT ?", *wanted.values(), limit)
     one = whole_call(app.queue.get(args["id"])) if rows and args.get("id") else None
-    if wants_json(call):
-        return as_json({"calls": [dict(row) for row in rows], **({"call": one} if one else {})})
     columns = {"Function": None, "Status": "time", "Runs": "n", "Due": "soft time", "Answer": "n", "Error": "break", "": None}
     shown = table(t, columns, ((
         join(link(row["function"], "/admin/queue", id=row["id"]), tag("div.soft", row["id"])),
@@ -6498,7 +6491,8 @@ def view_queue(app: Any, call: Call) -> Response:
     states = (link(t(name or "All"), "/admin/queue", "button" if name == state else "button plain", state=name)
               for name in ("", *STATES))
     details = tag("pre", json.dumps(one, indent=2, ensure_ascii=False)) if one else None
-    return page(call, t("Queue"), tag("p.row", *states), shown, details)
+    return page(call, t("Queue"), tag("p.row", *states), shown, details,
+                data={"calls": [dict(row) for row in rows], **({"call": one} if one else {})})
 
 
 def whole_call(row: Any) -> dict[str, Any]:
@@ -6539,16 +6533,13 @@ def is_ours(name: Optional[str]) -> bool:
     return (name or "").lower() == "call_stats" or (name or "").lower().startswith("fn_")
 
 
-def _authorize(done: set[int], action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
+def _authorize(action: int, first: Optional[str], second: Optional[str], *_: Any) -> int:
     """Let SQL do everything but write to fnserve's tables, attach files and set pragmas (sqlite3_set_authorizer)."""
     written = {1: second, 2: first, 7: second, 9: first, 10: second, 11: first, 16: second, 18: first, 23: first, 26: second}
     pragma = action == 19 and first not in ("table_info", "table_xinfo", "index_list", "data_version")  # FTS5 asks for the last
-    sequence = action in (18, 23) and first == "sqlite_sequence" and 26 not in done  # ALTER TABLE does it by itself
-    denied = action in (24, 25) or pragma or sequence or is_ours(written.get(action))
-    done.add(action)
     if action == 20 and first == "fn_queue" and second in ("request", "headers", "body", "answer"):
         return 2  # reads as NULL: they hold the callers' secrets
-    return 1 if denied else 0
+    return 1 if action in (24, 25) or pragma or is_ours(written.get(action)) else 0
 
 
 @contextlib.contextmanager
@@ -6559,7 +6550,7 @@ def user_data(app: Any, writes: bool = False) -> Iterator[sqlite3.Connection]:
     make_private(app.settings.DB_PATH)
     with contextlib.closing(sqlite3.connect(app.settings.DB_PATH, timeout=5, isolation_level=None)) as connection:
         known = connection.execute("SELECT sql FROM sqlite_master").fetchall()
-        connection.set_authorizer(functools.partial(_authorize, set()))
+        connection.set_authorizer(_authorize)
         connection.set_progress_handler(lambda: monotonic() > until, 10_000)
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         try:
@@ -6657,8 +6648,6 @@ def view_data(app: Any, call: Call) -> Response:
         names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
         data = [{"name": name, "rows": count_rows(connection, name), "read_only": is_ours(name)}
                 for name in sorted(names, key=is_ours) if not name.startswith("sqlite_")]
-    if wants_json(call):
-        return as_json({"tables": data})
     t = Texts(call)
     shown = table(t, {"Name": None, "Rows": "n", "": "soft"}, (
         (link(row["name"], "/admin/data/" + row["name"]), "?" if row["rows"] is None else f"{row['rows']:,}",
@@ -6666,7 +6655,8 @@ def view_data(app: Any, call: Call) -> Response:
     asked = form("/admin/data", field(t("Name"), "table", required=True, placeholder="notes"),
                  field(t("Columns"), "columns", required=True, placeholder="id INTEGER PRIMARY KEY, text TEXT"),
                  tag("p", tag("button", t("Create a table"))), action="create")
-    return page(call, t("Data"), shown, tag("details.card", tag("summary", t("Create a table")), asked), sql_form(t, ""))
+    return page(call, t("Data"), shown, tag("details.card", tag("summary", t("Create a table")), asked), sql_form(t, ""),
+                data={"tables": data})
 
 
 def sql_form(t: Texts, text: str) -> Markup:
@@ -6774,10 +6764,9 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
         if wants_json(call):
             raise
         return page(call, t("Data"), sql_form(t, text), note(error.description, BAD), status=error.code)
-    if wants_json(call):
-        return as_json({"columns": columns, "rows": rows} if columns else {"rowcount": max(0, changed)})
     result = table(t, dict.fromkeys(columns), rows, False) if columns else note(f"{t('Rows')}: {changed}")
-    return page(call, t("Data"), sql_form(t, text), note(t("first_rows", SQL_ROWS)) if len(rows) == SQL_ROWS else None, result)
+    return page(call, t("Data"), sql_form(t, text), note(t("first_rows", SQL_ROWS)) if len(rows) == SQL_ROWS else None, result,
+                data={"columns": columns, "rows": rows} if columns else {"rowcount": max(0, changed)})
 
 
 def view_settings(app: Any, call: Call) -> Response:
@@ -6785,13 +6774,11 @@ def view_settings(app: Any, call: Call) -> Response:
     t, texts = Texts(call), app.settings.texts
     rows = [{"name": row.name, "value": "***" if row.secret and texts[row.name] else getattr(app.settings, row.name),
              "source": app.settings.sources[row.name], "help": row.help} for row in SETTINGS_TABLE]
-    if wants_json(call):
-        return as_json({"settings": rows})
     shown = table(t, {"Name": None, "Value": "break", "Source": "soft"}, (
         (row["name"], "***" if row["value"] == "***" else texts[row["name"]], t(row["source"])) for row in rows))
     saved = form("/admin/backup", tag("label", tag("input", type="checkbox", name="secrets", value="1"), " ", t("secrets")),
                  tag("p", tag("button", t("Download a backup"))))
-    return page(call, t("Settings"), tag("p", t("restart")), shown, tag("div.card", saved))
+    return page(call, t("Settings"), tag("p", t("restart")), shown, tag("div.card", saved), data={"settings": rows})
 
 
 def view_backup(app: Any, call: Call) -> Response:
