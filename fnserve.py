@@ -2046,6 +2046,7 @@ class Description(NamedTuple):
     returns: str = ""  #: main's hint: dict, str, ...
     settings: Mapping[str, Any] = types.MappingProxyType({})  #: as far as they are literals
     serves: bool = True  #: False for a helper module, which names nothing that could be an entry point
+    methods: Sequence[str] = ()  #: those of its settings, if they name any
     error: Optional[LoadError] = None  #: why it can't be loaded, as far as that can be told
 
     @property
@@ -2349,10 +2350,9 @@ class Functions:
         said = Description()
         try:
             said = describe_source(read_source(path), path)
-            read_settings(said.settings, self._casts)
+            return said._replace(methods=read_settings(said.settings, self._casts).methods)
         except LoadError as error:
             return said._replace(error=error)
-        return said
 
     def retries(self, name: str) -> int:
         """Return how often a function's failed calls are run again, as its file says; nothing of it is run."""
@@ -5800,15 +5800,8 @@ def describe_row(app: Any, row: dict[str, Any]) -> dict[str, Any]:
     """Add what a function's file says, of which nothing is run."""
     said, modified = app.functions.describe(row["name"])
     reason = str(said.error or row["reason"])
-    return {**row, "summary": said.summary, "methods": literal_methods(said.settings) or METHODS, "modified": modified,
+    return {**row, "summary": said.summary, "methods": list(said.methods or METHODS), "modified": modified,
             "status": "broken" if reason else "fine", "reason": reason}
-
-
-def literal_methods(settings: Mapping[str, Any]) -> list[str]:
-    """Return the methods that a file's SETTINGS name, if any."""
-    with contextlib.suppress(ValueError, KeyError):
-        return list(SETTINGS_CASTS["methods"](settings["methods"]))
-    return []
 
 
 LIST_ORDERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
@@ -6821,16 +6814,12 @@ def describe_functions(app: Any) -> list[dict[str, Any]]:
     import textwrap
     rows = []
     for name in app.functions.names():
-        said, settings = (found := app.functions.describe(name)[0]), found.settings
-        if said.serves and not said.error and settings.get("auth") != "internal" and not is_protected(name, app.protected):
+        said, auth = (found := app.functions.describe(name)[0]), found.settings.get("auth", "public")
+        if said.serves and not said.error and auth != "internal" and not is_protected(name, app.protected):
             text = textwrap.dedent(said.docstring.partition("\n")[2]).strip()
-            parameters, given = read_parameters(text), settings.get("parameters")
-            for key, item in given.items() if isinstance(given, dict) else ():
-                more = item if isinstance(item, dict) else {"description": item}
-                parameters[str(key)] = {**parameters.get(str(key), {}), **more}
             rows.append({"name": name, "summary": said.summary, "description": text, "answers": ANSWERS.get(said.returns),
-                         "methods": literal_methods(settings) or ["GET", "POST"], "auth": settings.get("auth", "public"),
-                         "parameters": [describe_parameter(key, item) for key, item in parameters.items()]})
+                         "methods": said.methods or ["GET", "POST"], "auth": auth,
+                         "parameters": read_parameters(text, said.settings.get("parameters"))})
     return rows
 
 
@@ -6838,15 +6827,22 @@ ANSWERS = {"dict": "application/json", "list": "application/json", "str": "text/
 KINDS = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object"}
 
 
-def read_parameters(text: str) -> dict[str, dict[str, Any]]:
-    """Read what a docstring says of parameters: ``:param int n: how many``, or ``n (int): how many`` below ``Args:``."""
-    import textwrap
-    found = re.findall(r"^[ \t]*:param[ \t]+(?:(\w+)[ \t]+)?(\w+)[ \t]*:(.*)$", text, re.M)
+def read_parameters(text: str, given: Any) -> list[dict[str, Any]]:
+    """Make Parameter Objects (OpenAPI 3.1 4.8.12) of what a docstring says, ``:param int n: how many``, or ``n (int): how
+    many`` below ``Args:``, and of SETTINGS, which go before it; a word that OpenAPI doesn't know becomes the most usual one."""
+    rows = re.findall(r"^[ \t]*:param[ \t]+(?:(\w+)[ \t]+)?(\w+)[ \t]*:(.*)$", text, re.M)
     for block in re.findall(r"^(?:Args|Arguments|Parameters):[ \t]*\n((?:[ \t]+\S.*\n?)+)", text, re.M):
-        rows = re.findall(r"^(\w+)[ \t]*(?:\((\w*).*?\))?[ \t]*:(?!//)(.*)$", textwrap.dedent(block), re.M)
-        found += [(kind, name, said) for name, kind, said in rows]
-    return {name: {"type": KINDS.get(kind, kind), "description": said.strip()} for kind, name, said in found
-            if name not in ("request", "req", *KEYWORDS)}  # what the platform gives
+        indent = block[:-len(block.lstrip())]  # what is deeper goes on with what stands above it
+        rows += [(kind, name, said) for name, kind, said in re.findall(
+            rf"^{indent}(\w+)[ \t]*(?:\((\w*).*?\))?[ \t]*:(?!//)(.*)$", block, re.M)]
+    found: dict[str, Any] = {name: {"type": KINDS.get(kind, kind), "description": said.strip()} for kind, name, said in rows
+                             if name not in ("request", "req", *KEYWORDS)}  # what the platform gives
+    for name, item in given.items() if isinstance(given, dict) else ():
+        found[str(name)] = {**found.get(str(name), {}), **(item if isinstance(item, dict) else {"description": item})}
+    return [{"name": name, "in": item["in"] if item.get("in") in ("query", "header", "cookie", "body") else "query",
+             "schema": {"type": item["type"] if item.get("type") in KINDS.values() else "string"},
+             "description": str(item.get("description", "")), "required": bool(item.get("required", False))}
+            for name, item in found.items()]
 
 
 def view_openapi(app: Any, call: Call) -> Response:
@@ -6855,13 +6851,6 @@ def view_openapi(app: Any, call: Call) -> Response:
              for row in describe_functions(app)}
     return as_json({"openapi": "3.1.0", "info": {"title": "Functions", "version": __version__}, "paths": paths,
                     "components": {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}})
-
-
-def describe_parameter(name: str, item: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a Parameter Object (OpenAPI 3.1 4.8.12); a word that OpenAPI doesn't know becomes the most usual one."""
-    return {"name": name, "in": item["in"] if item.get("in") in ("query", "header", "cookie", "body") else "query",
-            "schema": {"type": item["type"] if item.get("type") in KINDS.values() else "string"},
-            "description": str(item.get("description", "")), "required": bool(item.get("required", False))}
 
 
 def describe_operation(row: Mapping[str, Any], method: str) -> dict[str, Any]:
