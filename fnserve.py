@@ -5396,32 +5396,27 @@ if (code) {
 if (panel) {
   const fields = panel.elements, outcome = find("#outcome");
   const key = () => "requests:" + code.form.elements.module_name.value;
-  const show = () => {
-    fields.content.parentNode.hidden = ["none", "file"].includes(fields.kind.value);
-    fields.file.parentNode.hidden = fields.kind.value !== "file";
-  };
   const list = () => {
     const past = recall(key()) || [];
-    find("#pasts").hidden = !past.length;
     fields.past.replaceChildren(new Option(""), ...past.map((row, at) => new Option(
       `${row.method} /${row.subpath}${row.query && "?" + row.query} ${row.content.slice(0, 40)}`, at)));
   };
-  const pack = async (kind, content) => {
+  const pack = async ({kind, content}) => {  // the content, else the file, else nothing
     const types = {json: "application/json", form: "application/x-www-form-urlencoded", raw: "text/plain"};
-    const data = new FormData();
-    for (const file of fields.file.files) data.append("file", file);
-    const body = new Response(kind === "file" ? data : kind === "none" ? null : new Blob([content], {type: types[kind]}));
+    const data = new FormData(), [file] = fields.file.files;
+    data.append("file", file);
+    const body = new Response(content ? new Blob([content], {type: types[kind]}) : file ? data : null);
     const bytes = Array.from(new Uint8Array(await body.arrayBuffer()), byte => String.fromCharCode(byte));
     return [btoa(bytes.join("")), body.headers.get("content-type")];
   };
-  const pretty = (found, type) => {
-    if (found.body_base64) return `${atob(found.body_base64).length} bytes, ${type}`;
+  const pretty = found => {
+    if (found.body_base64) return `${atob(found.body_base64).length} bytes`;
     try { return JSON.stringify(JSON.parse(found.body), null, 2); } catch { return found.body; }
   };
   panel.addEventListener("submit", async event => {
     event.preventDefault();
     const {past, file, which, ...row} = Object.fromEntries(new FormData(panel)), button = panel.querySelector("button");
-    const [body_base64, sent_type] = await pack(row.kind, row.content), headers = sent_type ? {"Content-Type": sent_type} : {};
+    const [body_base64, sent_type] = await pack(row), headers = sent_type ? {"Content-Type": sent_type} : {};
     for (const [, name, value] of row.headers.matchAll(/^\s*([^:\n]+?)\s*:(.*)$/gm)) headers[name] = value.trim();
     const sent = {...row, headers, body_base64, module_name: code.form.elements.module_name.value};
     if (which === "editor") sent.code = code.value;
@@ -5429,12 +5424,11 @@ if (panel) {
     button.disabled = true;
     outcome.textContent = "…";
     const [status, found] = await post("/admin/try", sent), ran = status === 200, parts = ran ? found : {headers: []};
-    const type = (parts.headers.find(pair => pair[0].toLowerCase() === "content-type") || [])[1] || "";
     button.disabled = false;
     outcome.textContent = ran ? [found.status, found.ms && found.ms + " ms"].filter(Boolean).join(" · ")
       : found.message || found.error;
     outcome.className = ran && found.status && found.status < 500 ? "good" : "bad";
-    const texts = {...parts, body: pretty(parts, type), headers: parts.headers.map(pair => pair.join(": ")).join("\n")};
+    const texts = {...parts, body: pretty(parts), headers: parts.headers.map(pair => pair.join(": ")).join("\n")};
     for (const name of ["error", "body", "output", "headers"]) {
       const box = find("#a_" + name);
       box.textContent = texts[name] || "";
@@ -5445,10 +5439,7 @@ if (panel) {
   });
   fields.past.addEventListener("change", () => {
     for (const [name, value] of Object.entries((recall(key()) || [])[fields.past.value] || {})) fields[name].value = value;
-    show();
   });
-  fields.kind.addEventListener("change", show);
-  show();
   list();
 }
 if (live) {
@@ -5493,7 +5484,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
     "Answer": "回應", "waiting": "等待中", "running": "執行中", "done": "完成", "dead": "失敗", "Version": "版本",
     "See theirs": "看看新版本", "Save anyway": "仍要儲存", "Indent": "縮排",
     "Outdent": "取消縮排", "Try": "測試", "Earlier requests": "之前的請求", "Method": "方法", "in the editor": "編輯器裡的",
-    "as saved": "已儲存的", "Subpath": "子路徑", "Query": "查詢字串", "Headers": "標頭", "Body": "主體", "none": "無",
+    "as saved": "已儲存的", "Subpath": "子路徑", "Query": "查詢字串", "Headers": "標頭", "Body": "主體",
     "form": "表單", "raw": "原文", "File": "檔案", "Content": "主體內容", "Output": "輸出",
     "failed, rolled back": "失敗，已退回", "Retry": "重試", "Replay": "重新執行", "Discard": "捨棄",
     "alive": ("fnserve 執行中。", "fnserve is running."), "token": ("管理密碼 (SECRET_TOKEN)", "Password (SECRET_TOKEN)"),
@@ -6024,13 +6015,13 @@ def try_panel(t: Texts) -> Markup:
     shown = (tag("div", tag("h3", t(key)), tag("pre", id="a_" + key.lower(), tabindex="0", aria_label=t(key)), hidden=True)
              for key in ("Error", "Body", "Output", "Headers"))
     return tag(
-        "form.card", tag("h2", t("Try")), tag("div", select(t("Earlier requests"), "past"), id="pasts", hidden=True),
+        "form.card", tag("h2", t("Try")), select(t("Earlier requests"), "past"),
         tag("div.row", select(t("Method"), "method", **dict(zip(METHODS, METHODS))),
             select(t("Code"), "which", editor=t("in the editor"), saved=t("as saved"))),
         tag("div.row", field(t("Subpath"), "subpath", autocapitalize="off"),
             field(t("Query"), "query", placeholder="name=Tony&n=1")),
         field(t("Headers"), "headers", "textarea", rows="1", placeholder="X-Name: value", spellcheck="false"),
-        select(t("Body"), "kind", none=t("none"), json="JSON", form=t("form"), raw=t("raw"), file=t("File")),
+        select(t("Body"), "kind", json="JSON", form=t("form"), raw=t("raw")),
         field(t("Content"), "content", "textarea", rows="3", spellcheck="false"), field(t("File"), "file", type="file"),
         tag("p", tag("button", t("Run")), " ", tag("span", id="outcome", role="status")),
         *shown, id="try")

@@ -4338,7 +4338,7 @@ class BrowserTest(Case):
         run("500")
         self.assertIn("ZeroDivisionError", self.find("#a_error").text)
         choose("which", "editor")
-        choose("kind", "file")
+        self.find("#content").clear()
         upload = self.dir / "sent.txt"
         upload.write_text("hi")
         self.find("#file").send_keys(str(upload))
