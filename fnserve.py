@@ -5254,12 +5254,9 @@ svg{display:block;max-width:100%} svg rect{fill:var(--main)} svg .over{fill:var(
 @media(max-width:40rem){textarea.code,.gutter{font-size:16px;line-height:24px} .gutter{min-width:2.2rem}
 main{padding:.6rem} th,td{padding:.4rem} .wide,thead{display:none}
 header{flex-wrap:nowrap;overflow-x:auto;white-space:nowrap;scrollbar-width:none}
-tr{display:block;padding:.4rem 0;border-bottom:1px solid var(--line)} tr:last-child{border:0}
-td{display:block;position:relative;border:0;padding:.15rem 0 .15rem 6.5rem;min-height:1.8rem;overflow-wrap:anywhere}
-td.wide,td:empty{display:none} td:first-child{padding-left:0;font-weight:600} td:first-child .soft{font-weight:400}
-td::before{content:attr(data-label);position:absolute;left:0;color:var(--soft);font-size:.85rem}
-td:first-child::before{content:none}
-td.n{display:inline-block;padding:.1rem 1.2rem .1rem 0} td.n::before{position:static;margin-right:.5rem}}
+tr{display:block;padding:.4rem 0;border-bottom:1px solid var(--line)} tr:last-child,td{border:0}
+td{display:block;padding:.15rem 0;overflow-wrap:anywhere} td.n{display:inline-block;padding-right:1.2rem}
+td.wide,td:empty{display:none} td+td::before{content:attr(data-label);color:var(--soft);font-size:.85rem;margin-right:.5rem}}
 """
 
 JS = r"""
@@ -5970,24 +5967,23 @@ def save_code(app: Any, t: Texts, name: str, source: bytes, fresh: bool, force: 
 
 
 def editor_page(call: Call, name: str, code: str, original: Optional[str] = None, version: Any = "",
-                error: Optional[HTTPException] = None) -> Response:
-    """Show the editor: of a new function where there is no `original`, with an error and the text that caused it. The draft,
-    and the buttons that only an error calls for, are hidden, for the script to show."""
-    t, wrong = Texts(call), error.body if error else {}
-    discard = tag("button.plain", t("Discard"), type="button")
-    draft = tag("div.card.note", t("draft"), " ", discard, id="draft", hidden=True)
+                wrong: Mapping[str, Any] = types.MappingProxyType({}), status: int = 200) -> Response:
+    """Show the editor: of a new function where there is no `original`, with what is `wrong` and the text that caused it. The
+    draft, and the buttons that only an error calls for, are hidden, for the script to show."""
+    t = Texts(call)
+    draft = tag("div.card.note", t("draft"), " ", tag("button.plain", t("Discard"), type="button"), id="draft", hidden=True)
     text = tag("textarea.code", "\n" + code, id="code", name="code", spellcheck="false", wrap="off", autocapitalize="off",
                autocomplete="off", aria_describedby="keys", data_line=wrong.get("line") or None)
     shown = form("/function/save_function" if original is None else "/function/update_function",
                  field(t("Name"), "module_name", value=name, required=True, autocapitalize="off", autofocus=not name,
                        placeholder="hello"), tag("label", t("Code"), for_="code"),
                  tag("div.editor", tag("pre.gutter", aria_hidden="true"), text),
-                 note(error_text(t, error) if error else "", BAD, id="news", hidden=not error),
+                 note(wrong.get("message", ""), BAD, id="news", hidden=not wrong),
                  editor_buttons(t, name, wrong), tag("p.soft", t("keys"), id="keys"),
                  function_links(t, original) if original else None, original_name=original or "", version=version)
     return page(call, t("Add function" if original is None else "Edit"), draft, tag(
-        "div.beside", tag("div.card", shown), try_panel(t), id="edit", data_offline=t("offline")),
-        status=error.code if error else 200)
+        "div.beside", tag("div.card", shown), try_panel(t), id="edit", data_offline=t("offline")), status=status,
+        data={"module_name": name, "code": code, "version": version} if status == 200 else wrong)
 
 
 def editor_buttons(t: Texts, name: str, wrong: Mapping[str, Any]) -> Markup:
@@ -6000,12 +5996,6 @@ def editor_buttons(t: Texts, name: str, wrong: Mapping[str, Any]) -> Markup:
     steps = (tag("button.plain", sign, type="button", data_key=key.lower(), aria_label=t(key), title=t(key))
              for key, sign in (("Outdent", "⇤"), ("Indent", "⇥")))
     return tag("p.row", tag("button", t("Save")), anyway, see, *steps, link(t("Cancel"), LIST, "button plain"))
-
-
-def error_text(t: Texts, error: HTTPException) -> str:
-    """Say what kept code from being saved, and where."""
-    line = error.body.get("line")
-    return (t("line", line) + ": " if line else "") + str(error.description)
 
 
 def try_panel(t: Texts) -> Markup:
@@ -6030,7 +6020,7 @@ def try_panel(t: Texts) -> Markup:
 def view_save(app: Any, call: Call) -> Response:
     """/function/add_function, save_function, update_function : an empty form; POST saves, as new by another original_name."""
     if call.request.method != "POST":
-        return as_json({"module_name": "", "code": HELLO}) if wants_json(call) else editor_page(call, "", HELLO)
+        return editor_page(call, "", HELLO)
     t, sent = Texts(call), fields(call)
     name, code = text_field(sent, "module_name").strip(), text_field(sent, "code")
     seen = str(sent.get("version") or "")
@@ -6047,8 +6037,10 @@ def view_save(app: Any, call: Call) -> Response:
             read_current(app, name)
         saved = save_code(app, t, name, encode_source(code.replace("\r\n", "\n")), fresh, sent.get("force"), seen)
     except HTTPException as error:
-        said = {"line": 0, "column": 0, **error.body, "message": error_text(t, error), "request_id": call.id}
-        return as_json(said, error.code) if wants_json(call) else editor_page(call, name, code, original, seen, error)
+        line = error.body.get("line")
+        message = (t("line", line) + ": " if line else "") + str(error.description)
+        wrong = {"line": 0, "column": 0, **error.body, "message": message, "request_id": call.id}
+        return editor_page(call, name, code, original, seen, wrong, error.code)
     url = f"/function/edit_function?module_name={quote(name)}&done=saved"
     return done(call, url=url, status=201 if fresh else 200, **saved)
 
@@ -6080,8 +6072,7 @@ def view_edit(app: Any, call: Call) -> Response:
     name = call.request.args.get("module_name", "")
     source, version = read_current(app, name)
     code, reason = decode_source(source), app.functions.versions.broken().get(name)
-    return as_json({"module_name": name, "code": code, "version": version}) if wants_json(call) else editor_page(
-        call, name, code, name, version, HTTPException(200, reason) if reason else None)
+    return editor_page(call, name, code, name, version, {"message": reason} if reason else {})
 
 
 def ask(call: Call, title: str, text: str, **hidden: Any) -> Response:
