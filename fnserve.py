@@ -5713,7 +5713,8 @@ def login_page(call: Call, going_to: str, status: int, news: Optional[Markup] = 
     asked = field(t("token"), "token", type="password", autocomplete="current-password", autofocus=True, required=True)
     user = tag("input", name="user", value="admin", autocomplete="username", hidden=True)  # for password managers
     shown = form("/login", user, asked, tag("p", tag("button", t("Log in"))), next=going_to)
-    return page(call, t("Log in"), news, tag("div.card.narrow", shown), menu=False, status=status)
+    return page(call, t("Log in"), news, tag("div.card.narrow", shown), menu=False, status=status,
+                data={"message": "登入失敗"} if news else None)
 
 
 def local_path(text: str) -> str:
@@ -5731,8 +5732,7 @@ def view_login(app: Any, call: Call) -> Response:
         call.session.clear()
         call.session["_login"] = app.signer.login_mark(int(call.started + app.settings.SESSION_HOURS * 3600))
         return done(call, "登入成功", going_to)
-    return as_json({"message": "登入失敗"}, 401) if wants_json(call) else login_page(
-        call, going_to, 401, note(Texts(call)("That password is wrong"), BAD))
+    return login_page(call, going_to, 401, note(Texts(call)("That password is wrong"), BAD))
 
 
 def view_logout(app: Any, call: Call) -> Response:
@@ -6424,8 +6424,6 @@ def answer_job(app: Any, call: Call, number: str) -> Response:
 
 def view_admin_jobs(app: Any, call: Call) -> Response:
     """/admin/jobs : the jobs, when they fire next, and what became of their runs."""
-    if wants_json(call):
-        return answer_job(app, call, "")
     t, jobs = Texts(call), [app.schedule.show(row) for row in app.schedule.jobs()]
     last = {job: f"{t(state)} {status or ''}" for job, state, status, _ in app.store.read(
         "SELECT job, state, status, max(created) FROM fn_queue WHERE job IS NOT NULL GROUP BY job")}
@@ -6439,7 +6437,7 @@ def view_admin_jobs(app: Any, call: Call) -> Response:
         *(job[name] for name in JOB_COUNTS),
         tag("div.row", *(form(f"/scheduler/jobs/{quote(job['id'])}/{action}", tag("button.plain", t(action.capitalize())))
                          for action in ("resume" if job["paused"] else "pause", "run")))) for job in jobs))
-    return page(call, t("Jobs"), shown)
+    return page(call, t("Jobs"), shown, data=jobs)
 
 
 QUEUE_COLUMNS = "id function state attempts due status error trigger job planned created started finished".split()
@@ -6652,9 +6650,7 @@ def view_rows(app: Any, call: Call) -> Response:
     if args.get("format") == "csv":
         headers = {**PAGE_HEADERS, "Content-Disposition": content_disposition(True, name + ".csv")}
         return Response(csv_pages(app, name), headers=headers, content_type="text/csv; charset=utf-8")
-    following = rows[-1]["key"] if len(rows) == limit else None
-    data = {"table": found.name, "columns": found.columns, "read_only": is_ours(name), "rows": rows, "next": following}
-    return as_json(data) if wants_json(call) else rows_page(call, found, rows, following)
+    return rows_page(call, found, rows, rows[-1]["key"] if len(rows) == limit else None)
 
 
 def csv_pages(app: Any, name: str) -> Iterator[str]:
@@ -6691,7 +6687,8 @@ def rows_page(call: Call, found: Table, rows: list[dict[str, Any]], following: O
     parts = {"Schema": tag("pre", found.sql), "Drop this table": form(
         "/admin/data", tag("button.danger", t("Drop this table")), action="drop", table=found.name)}
     folded = (tag("details.card", tag("summary", t(key)), part) for key, part in parts.items() if not ours or key == "Schema")
-    return page(call, found.name, tag("p.row", more, link("CSV", url, "button plain", format="csv")), shown, *folded)
+    return page(call, found.name, tag("p.row", more, link("CSV", url, "button plain", format="csv")), shown, *folded, data={
+        "table": found.name, "columns": found.columns, "read_only": ours, "rows": rows, "next": following})
 
 
 def row_page(call: Call, found: Table, row: Mapping[str, Any]) -> Response:
@@ -6736,9 +6733,8 @@ def run_sql(app: Any, call: Call, text: str) -> Response:
             rows = [list(map(shown_value, row)) for _, row in zip(range(SQL_ROWS), cursor)]
             columns, changed = [column[0] for column in cursor.description or ()], cursor.rowcount
     except HTTPException as error:
-        if wants_json(call):
-            raise
-        return page(call, t("Data"), sql_form(t, text), note(error.description, BAD), status=error.code)
+        return page(call, t("Data"), sql_form(t, text), note(error.description, BAD), status=error.code,
+                    data={"error": error.description, "request_id": call.id})
     result = table(t, dict.fromkeys(columns), rows, False) if columns else note(f"{t('Rows')}: {changed}")
     return page(call, t("Data"), sql_form(t, text), note(t("first_rows", SQL_ROWS)) if len(rows) == SQL_ROWS else None, result,
                 data={"columns": columns, "rows": rows} if columns else {"rowcount": max(0, changed)})
