@@ -5371,7 +5371,6 @@ if (code) {
   addEventListener("pagehide", store);
   addEventListener("beforeunload", event => {
     if (code.value === saved) return;
-    store();
     event.preventDefault();
     event.returnValue = "";
   });
