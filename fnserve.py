@@ -5742,15 +5742,11 @@ def view_logout(app: Any, call: Call) -> Response:
 
 def error_page(call: Call, error: HTTPException) -> Response:
     """Answer an error to a browser on one of our own pages; the login page where a login is what is missing."""
-    t, request = Texts(call), call.request
+    t, request, cross = Texts(call), call.request, error.code == 403
     if error.code == 401:
-        query = request.environ.get("QUERY_STRING", "")
-        going_to = request.path + ("?" + query if query else "") if request.method == "GET" else ""
-        return login_page(call, local_path(going_to), 401)
-    text, again = f"{error.code} {error.description}", None
-    if error.code == 403:
-        text, again = t("cross"), link(t("Go on"), request.path, "button")
-    return page(call, t("failed"), note(text, BAD), again, tag("div.soft", call.id), menu=False)
+        return login_page(call, local_path(request.full_path.rstrip("?") if request.method == "GET" else ""), 401)
+    return page(call, t("failed"), note(t("cross") if cross else f"{error.code} {error.description}", BAD),
+                link(t("Go on"), request.path, "button") if cross else None, tag("div.soft", call.id), menu=False)
 
 
 Minutes = tuple[int, int, str]  #: calls, errors, and for `quantile` the latency buckets of each minute
