@@ -706,16 +706,16 @@ def parse_options(value: str) -> tuple[str, dict[str, str]]:
     return main.strip().lower(), options
 
 
+def _unquoted(value: str) -> str:
+    if len(value) < 2 or not value[0] == value[-1] == '"':
+        return value
+    return re.sub(r"\\(?:([0-3][0-7]{2})|(.))", lambda m: chr(int(m[1], 8)) if m[1] else m[2], value[1:-1])
+
+
 def parse_cookies(header: str) -> MultiDict:
     """Read a Cookie header (RFC 6265 4.2.1), with the octal escapes that http.cookies and Werkzeug write."""
-    cookies = MultiDict()
-    for part in header.split(";"):
-        key, value = (text.strip() for text in part.partition("=")[::2])
-        if len(value) > 1 and value[0] == value[-1] == '"':
-            value = re.sub(r"\\(?:([0-3][0-7]{2})|(.))", lambda m: chr(int(m[1], 8)) if m[1] else m[2], value[1:-1])
-        if key:
-            cookies.add(key, decode_wsgi(value))
-    return cookies
+    pairs = (map(str.strip, part.partition("=")[::2]) for part in header.split(";"))
+    return MultiDict([(key, decode_wsgi(_unquoted(value))) for key, value in pairs if key])
 
 
 def _cookie_attribute(name: str, item: Any) -> str:
@@ -2940,13 +2940,7 @@ def send_file(path_or_file: Any, mimetype: Optional[str] = None, as_attachment: 
     response.headers["Cache-Control"] = ("public" if age else "no-cache") + ("" if age is None else f", max-age={int(age)}")
     if isinstance(etag, str):
         response.set_etag(etag)
-    if conditional and has_request_context():
-        try:
-            response.make_conditional(serving().request, True, length)
-        except HTTPException:
-            file.close()
-            raise
-    return response
+    return response.make_conditional(serving().request, True, length) if conditional and has_request_context() else response
 
 
 class FileBody:
