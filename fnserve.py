@@ -6228,7 +6228,7 @@ def view_restore(app: Any, call: Call) -> Response:
     except HTTPException as error:
         if wants_json(call) or "can_force" not in error.body:
             raise
-        return ask(call, t("Save anyway"), f"{error_text(t, error)} {title}", module_name=name, version=number, force="1")
+        return ask(call, t("Save anyway"), f"{error.description} {title}", module_name=name, version=number, force="1")
     return done(call, url=f"/admin/versions?module_name={quote(name)}&done=restored", **saved)
 
 
