@@ -3843,6 +3843,7 @@ class Runner:
             log.error("queue: %s: %s", row["function"], user_traceback(error))
         finally:
             self.running.remove(row["function"])
+            self.poke()  # for what waited until fewer calls of this function run
 
 # == 12 SCHEDULE ==========================================================
 # Jobs and when they fire. Uses 01, 03, 05 to 11. Only the leader calls `step`: a run goes into the queue in the transaction
