@@ -4878,18 +4878,18 @@ class ErrorLog(logging.Handler):
         self._seen: dict[tuple[str, str], int] = {}  #: what was logged -> how often
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append one record; a log that can't be written never fails a call. More of the same in a minute are counted, and
-        summed up before the first record after it."""
+        """Append one record; a log that can't be written never fails a call. More of the same in a minute are counted."""
         call, key = current_call.get(None), (record.msg, record.getMessage().rpartition("\n")[2][-200:])
         record.request_id = getattr(record, "call", None) or (call.id if call is not None else "-")
-        if not 0 <= record.created - self._began < 60:
-            self._sum_up(record.created)
+        if not 0 <= record.created - self._began < 120:  # in a supervisor, where nobody sums up once a minute
+            self.sum_up(record.created)
         self._seen[key] = count = self._seen.get(key, 0) + 1
         if count <= FLOOD_COUNT:
             self._append(self.format(record))
 
-    def _sum_up(self, now: float) -> None:
-        seen, self._seen, self._began = self._seen, {}, now
+    def sum_up(self, now: float) -> None:
+        """Write how often what was left out came, and begin anew; called once a minute."""
+        seen, self._seen, self._began = self._seen, {}, time()
         for text, more in [(key[1], count - FLOOD_COUNT) for key, count in seen.items() if count > FLOOD_COUNT]:
             self._append(f"{strftime('%Y-%m-%d %H:%M:%S', localtime(now))} {more} more: {text}")
 
@@ -7048,8 +7048,8 @@ class Background:
         self._app.config.current()  # os.environ follows .env within a second; `config` does with the next call
         if self._app.journal.handle >= 0:
             self._app.journal.refresh()
-        if self._is_due("lost", now, 60):
-            self._add_lost()
+        if self._is_due("sum up", now, 60):
+            self._sum_up(now)
         if not self._lead():
             return False
         self._app.queue.reclaim(self._app.functions.retries)
@@ -7081,8 +7081,11 @@ class Background:
         self._app.folder.prune(now, self._app.loki.position() if self._app.settings.LOKI_URL else None)
         self._app.queue.prune(now, self._app.settings.KEEP_DAYS)
 
-    def _add_lost(self) -> None:
-        """Add this process's lost records to those of all."""
+    def _sum_up(self, now: float) -> None:
+        """Sum up floods in the error log, and add this process's lost records to those of all."""
+        for handler in log.handlers:
+            if isinstance(handler, ErrorLog):
+                handler.sum_up(now)
         lost, self._lost = self._app.journal.lost - self._lost, self._app.journal.lost
         if lost:
             with self._app.store.write() as connection:
