@@ -4122,17 +4122,17 @@ def gate(app: Any, call: Call, target: Union[Route, Function]) -> None:
     call.deadline, call.until = call.started + limit, call.clock + limit
     if settings is not PLAIN or "HTTP_PREFER" in request.environ:
         call.settings = settings
-        gate_function(app, call)
+        gate_function(app, call, target)
         call.queued = code is not None and wants_queue(call)
     # most calls are spared the call of is_protected
     protected = target.name in app.protected or "/" in target.name and is_protected(target.name, app.protected)
     if protected and call.trigger not in ("async", "schedule", "cli"):
         if not app.settings.ADMIN:
             raise not_found(call.function)
-        require_admin(app, call)
+        require_admin_of(app, call, target)
     if "CONTENT_LENGTH" in request.environ:
         check_size(request.content_length or 0, request.max_content_length)
-    if not call.queued:
+    if not call.queued and call.holds is None:
         app.watch.enter(call, target.share, settings.concurrency)
 
 
@@ -4147,7 +4147,14 @@ def gate_route(app: Any, call: Call, route: Route) -> None:
     check_size(call.request.content_length or 0, call.request.max_content_length)
 
 
-def gate_function(app: Any, call: Call) -> None:
+def require_admin_of(app: Any, call: Call, function: Function, purpose: str = "") -> None:
+    """Let the admin pass to a function, in a place of its share where that is asked of the database, which may be slow."""
+    if "HTTP_AUTHORIZATION" in call.request.environ and call.holds is None:
+        app.watch.enter(call, function.share, call.settings.concurrency)
+    require_admin(app, call, purpose=purpose)
+
+
+def gate_function(app: Any, call: Call, function: Function) -> None:
     """Refuse what a function's SETTINGS refuse; answer a preflight."""
     request, settings = call.request, call.settings
     if settings.auth == "internal" and call.trigger == "http":
@@ -4160,7 +4167,7 @@ def gate_function(app: Any, call: Call) -> None:
     if allowed and request.method not in allowed:
         raise HTTPException(405, headers=[("Allow", ", ".join(dict.fromkeys(allowed)))])
     if call.trigger != "cli" and (settings.auth == "login" or settings.auth == "token" and not has_api_token(app, request)):
-        require_admin(app, call, purpose=" " + settings.auth)
+        require_admin_of(app, call, function, " " + settings.auth)
     if settings.max_body:
         request.max_content_length = settings.max_body
     waiting = waiting_request(call)
