@@ -2298,6 +2298,20 @@ class QueueCase(Case):
         return app
 
 
+class RunnerTest(Case):
+    def test_calls_of_one_function_follow_each_other(self):
+        """Who could not run a call, since its function has its share, is not asked again; who has run one looks for the next."""
+        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        app = self.make_app(THREADS=4)  # two threads of the queue, of which one function has one
+        app.runner.poke = lambda: None
+        for _ in range(30):
+            self.assertEqual(self.call(app, "POST", "/function/f").status_code, 202)
+        app.background.stopping.set()  # nobody pokes them later
+        del app.runner.poke
+        app.runner.poke()
+        wait_until(lambda: {row["state"] for row in self.admin(app).get("/admin/queue").json["calls"]} == {"done"})
+
+
 class QueueTest(QueueCase):
     def test_charts_count_a_queued_call_once(self):
         self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
@@ -5509,7 +5523,7 @@ class WireTest(ServerCase):
                 self.assertIn(status, expected, answer[:300])
                 self.assertNotIn(b"Traceback", answer)
                 self.assertNotIn(b"smuggled", answer)
-                if status >= 400 and what != "proxy headers":  # waitress's own answer
+                if status >= 400:
                     self.assertEqual(set(json.loads(body[:body.find(b"\n")])), {"error", "request_id"}, body)
         self.assertEqual((server.get("/function/hello")[2], server.workers()), (b"x", first))
         self.assertNotIn("Traceback", (self.dir / "stderr.txt").read_text() + (self.dir / "serverless_error.log").read_text()
