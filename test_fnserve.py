@@ -2299,12 +2299,16 @@ class QueueCase(Case):
 
 
 class RunnerTest(Case):
+    looked = threading.Event()  #: somebody found no call that may run
+
     def test_calls_of_one_function_follow_each_other(self):
-        """Who could not run a call, since its function has its share, is not asked again; who has run one looks for the next."""
-        self.write("f", "SETTINGS = {'async': True}\ndef main(request): return 'x'")
+        """A thread that finds nothing, since a function has its share, is not asked again: who has run a call looks for the next."""
+        self.write("f", "import __main__\nSETTINGS = {'async': True}\ndef main(request):\n    __main__.RunnerTest.looked.wait(10)")
         app = self.make_app(THREADS=4)  # two threads of the queue, of which one function has one
+        claim = app.queue.claim
+        app.queue.claim = lambda *args: claim(*args) or self.looked.set()
         app.runner.poke = lambda: None
-        for _ in range(30):
+        for _ in range(5):
             self.assertEqual(self.call(app, "POST", "/function/f").status_code, 202)
         app.background.stopping.set()  # nobody pokes them later
         del app.runner.poke
