@@ -5518,7 +5518,7 @@ TEXTS: dict[str, Any] = {  # the English, or a name for what is long: Chinese, o
 }
 TEXTS = {key: text if isinstance(text, tuple) else (text, key) for key, text in TEXTS.items()}
 
-HELLO = '''"""Say hello: to ?name=Tony, or to what follows the function's name, /Tony."""
+HELLO = '''"""Say hello, to the name in the path (/Tony) or in the query (?name=Tony)."""
 from flask import escape
 
 

@@ -1,4 +1,4 @@
-"""Say hello: to ?name=Tony, or to what follows the function's name, /Tony."""
+"""Say hello, to the name in the path (/Tony) or in the query (?name=Tony)."""
 from flask import escape
 
 
