@@ -2672,7 +2672,7 @@ class Call:
         if self.run is not _HTTP:
             self.run.call = self
         self.request = Request(environ, app.settings.MAX_BODY)
-        self.id, self.started, self.clock = next(app.ids), app.clock(), perf_counter()
+        self.id, self.started, self.clock = app.new_id(), app.clock(), perf_counter()
         self.after: list[Callable[[Response], Any]] = []
         self.hooks: list[types.ModuleType] = []
         self.output: list[str] = []
@@ -6909,7 +6909,7 @@ class App:
         self.queues = True  #: whether calls may be put into the queue
         self.templates: Any = None  #: Jinja2's environment, once it is used
         self._starting, self._started = threading.Lock(), 0
-        self.ids: Iterator[str] = iter(())  #: of requests
+        self._ids: list[str] = []
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Serve one request (PEP 3333)."""
@@ -6940,7 +6940,7 @@ class App:
         with self._starting:
             if self._started == os.getpid():
                 return
-            self.ids = map("{}{:06x}".format, itertools.repeat(os.urandom(5).hex()), itertools.count())
+            self._ids = []  # none that another process of the same origin has too
             self.functions.install()
             self.config.current()
             capture_output(self.settings)
@@ -6977,6 +6977,14 @@ class App:
         request = {"method": "POST", "path": "/function/" + name, "query": urlencode(query or {}, doseq=True),
                    "headers": [[key, str(value)] for key, value in {**fields, **(headers or {})}.items()]}
         return self.put(Queued(function.name, dump_json(request), body, self.clock() + max(0.0, float(delay))))
+
+    def new_id(self) -> str:
+        """Return a request id: 64 random bits, taken from a store of them since each system call costs the GIL."""
+        try:
+            return self._ids.pop()
+        except IndexError:
+            self._ids.extend(re.findall(".{16}", os.urandom(4096).hex()))
+            return self._ids.pop()
 
     @property
     def runs_schedule(self) -> bool:
