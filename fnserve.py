@@ -1872,9 +1872,13 @@ def sql_value(value: Any) -> Any:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def quantile(texts: str, q: float) -> float:
-    """Estimate a quantile in seconds from bucket counts, lists in JSON with commas between, as histogram_quantile() does."""
-    buckets = [sum(column) for column in zip(*json.loads(f"[{texts}]"))]
+def sum_buckets(texts: Optional[str]) -> list[int]:
+    """Add up bucket counts, lists in JSON with commas between."""
+    return [sum(column) for column in zip(*json.loads(f"[{texts or '[0]'}]"))]
+
+
+def quantile(buckets: Sequence[int], q: float) -> float:
+    """Estimate a quantile in seconds from bucket counts, as histogram_quantile() does."""
     rank, below = q * sum(buckets), 0.0
     for index, count in enumerate(buckets[:len(BUCKETS)]):
         if count and below + count >= rank:
@@ -2518,8 +2522,10 @@ def read_source(path: str) -> bytes:
 
 
 def encode_source(code: str) -> bytes:
-    """Turn a file's text into what is saved; what can't be told in UTF-8 does not compile either."""
-    return code.lstrip("\ufeff").encode("utf-8", "surrogatepass")
+    """Turn a file's text into what is saved; HTTPException 400 where UTF-8 lacks a character."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return code.lstrip("\ufeff").encode()
+    raise HTTPException(400, "the code holds half of a character, which UTF-8 can't")
 
 
 def decode_source(source: bytes) -> str:
@@ -3900,7 +3906,7 @@ class Schedule:
         row = self._read(sent, source)
         with self._store.write() as connection:
             if connection.execute("SELECT 1 FROM fn_jobs WHERE id = ?", (row["id"],)).fetchone():
-                raise HTTPException(409, f"Job {row['id']} already exists")
+                raise HTTPException(409, f"Job {row['id']} already exists", field="id")
             insert_row(connection, "fn_jobs", row)
         return self.get(row["id"])
 
@@ -5227,7 +5233,7 @@ margin:.4rem 0}
 .gutter{margin:0;padding:8px .4rem;text-align:right;color:var(--soft);background:none;overflow:visible;user-select:none;
 min-width:3rem;border-radius:0;white-space:pre}
 textarea.code{border:0;border-radius:0;flex:1;resize:none;white-space:pre;overflow:auto;tab-size:4;padding:8px .6rem;
-background:linear-gradient(var(--mark),var(--mark)) no-repeat local 0 calc(8px + (var(--wrong,-9) - 1)*1lh)/100% 1lh,
+background:linear-gradient(var(--mark),var(--mark)) no-repeat local 0 calc(8px + (var(--error-line,-9) - 1)*1lh)/100% 1lh,
 var(--paper)}
 textarea.code:focus{outline:0} .editor:focus-within{outline:2px solid var(--main)}
 .beside{display:grid;grid-template-columns:minmax(0,1fr);gap:1rem;align-items:start}
@@ -5247,7 +5253,8 @@ main{padding:.6rem} th,td{padding:.4rem} .wide,thead{display:none}
 header{flex-wrap:nowrap;overflow-x:auto;white-space:nowrap;scrollbar-width:none}
 tr{display:block;padding:.4rem 0;border-bottom:1px solid var(--line)} tr:last-child,td{border:0}
 td{display:block;padding:.15rem 0;overflow-wrap:anywhere} td.n{display:inline-block;padding-right:1.2rem}
-td.wide,td:empty{display:none} td+td::before{content:attr(data-label);color:var(--soft);font-size:.85rem;margin-right:.5rem}}
+td.wide,td:empty{display:none}
+td+td:not([data-label=""])::before{content:attr(data-label);color:var(--soft);font-size:.85rem;margin-right:.5rem}}
 """
 
 JS = r"""
@@ -5277,7 +5284,7 @@ if (code) {
     draw();
   };
   const mark = line => {
-    code.style.setProperty("--wrong", line || -9);
+    code.style.setProperty("--error-line", line || -9);
     if (!line) return;
     const at = code.value.split("\n").slice(0, line - 1).join("\n").length + (line > 1 ? 1 : 0);
     code.focus();
@@ -5300,6 +5307,7 @@ if (code) {
   };
   const store = () => {
     timer = clearTimeout(timer);
+    if (code.value === saved) draft.hidden = true;
     keep(name, code.value !== saved && {code: code.value, version: fields.version.value});
   };
   const send = async () => {
@@ -5355,9 +5363,8 @@ if (code) {
     event.preventDefault();
     sending = sending.then(send);  // one after another: each needs the version before
   });
-  theirs.addEventListener("click", () => {  // who has seen it may replace it
-    fields.version.value = new URLSearchParams(theirs.search).get("version");
-  });
+  const seen = () => { fields.version.value = new URLSearchParams(theirs.search).get("version"); };
+  for (const kind of ["click", "auxclick", "contextmenu"]) theirs.addEventListener(kind, seen);  // and may replace it
   addEventListener("resize", draw);
   addEventListener("pagehide", store);
   addEventListener("beforeunload", event => {
@@ -5620,7 +5627,7 @@ def chart_card(label: str, values: Sequence[Any], spans: Iterable[range], shape:
                tag("div.ends.soft", tag("span", names[0]), tag("span", names[-1])))
 
 
-def spark(history: list[dict[str, Minutes]], name: str, label: str) -> Markup:
+def spark(history: list[dict[str, Counts]], name: str, label: str) -> Markup:
     """Draw a function's calls, and errors over them, of some spans of minutes."""
     calls, errors, _ = zip(*(found.get("/function/" + name, NOTHING) for found in history))
     return bars(calls, 120, 24, f"{label}: {sum(calls)}", errors)
@@ -5740,22 +5747,23 @@ def error_page(call: Call, error: HTTPException) -> Response:
                 link(t("Go on"), request.path, "button") if cross else None, tag("div.soft", call.id), menu=False)
 
 
-Minutes = tuple[int, int, str]  #: calls, errors, and for `quantile` the latency buckets of each minute
-NOTHING: Minutes = (0, 0, "")
+Counts = tuple[int, int, list[int]]  #: calls, errors, latency buckets for `quantile`
+NOTHING: Counts = (0, 0, [0])
 
 
-def read_minutes(app: Any, minutes: range, functions: str = "*", by: str = "endpoint") -> dict[Any, Minutes]:
+def read_minutes(app: Any, minutes: range, functions: str = "*", by: str = "endpoint",
+                 buckets: str = "group_concat(buckets)") -> dict[Any, Counts]:
     """Return what was called within some minutes `by` endpoint, of functions by a pattern (GLOB); * is all there is, but for
     streams, which last as long as somebody looks."""
-    return {key: (calls, errors, texts) for key, calls, errors, texts in app.store.read(
-        f"SELECT {by}, sum(calls), sum(errors), group_concat(buckets) FROM fn_minutes WHERE minute >= ?1 AND minute < ?2"
+    return {key: (calls, errors, sum_buckets(texts)) for key, calls, errors, texts in app.store.read(
+        f"SELECT {by}, sum(calls), sum(errors), {buckets} FROM fn_minutes WHERE minute >= ?1 AND minute < ?2"
         " AND endpoint <> '/monitoring/stream' AND endpoint GLOB ?3 AND (?3 = '*' OR endpoint IN (SELECT '/function/' ||"
         " func_name FROM fn_functions)) GROUP BY 1", minutes.start, minutes.stop, functions)}
 
 
-def sum_minutes(app: Any, minutes: range, functions: str = "*") -> Minutes:
+def sum_minutes(app: Any, minutes: range, functions: str = "*", buckets: str = "group_concat(buckets)") -> Counts:
     """Return what was called within some minutes, all in all."""
-    return read_minutes(app, minutes, functions, "'all'").get("all", NOTHING)
+    return read_minutes(app, minutes, functions, "'all'", buckets).get("all", NOTHING)
 
 
 def function_rows(app: Any) -> list[dict[str, Any]]:
@@ -5782,7 +5790,7 @@ LIST_ORDERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "name": ("Name", lambda row: 0), "calls": ("Calls", lambda row: -row["calls"]),
     "errors": ("Errors", lambda row: -row["errors"]), "last": ("Last call", lambda row: -(row["last_call"] or 0)),
     "broken": ("broken", lambda row: not row["reason"])}
-LIST_ROWS = 300  # of one page, the others are found by searching: 10,000 functions are a page of 250 kB
+LIST_ROWS = 300  # of one page; the others are found by sorting and searching
 
 
 def view_list(app: Any, call: Call) -> Response:
@@ -5794,14 +5802,15 @@ def view_list(app: Any, call: Call) -> Response:
     if wants_json(call):
         return as_json({"functions": rows})
     _, rank = LIST_ORDERS.get(order, LIST_ORDERS["name"])
-    rows.sort(key=lambda row: (row["name"].rpartition("/")[0], rank(row), row["name"]))
-    history = [read_minutes(app, range(at, at + 3), "/function/*") for at in range(minute - 59, minute, 3)]
-    for name, found in itertools.groupby(rows[:LIST_ROWS], lambda row: row["name"].rpartition("/")[0]):
+    rows.sort(key=lambda row: (rank(row), row["name"]))
+    first = sorted(rows[:LIST_ROWS], key=lambda row: row["name"].rpartition("/")[0])
+    history = [read_minutes(app, range(at, at + 3), "/function/*", buckets="NULL") for at in range(minute - 59, minute, 3)]
+    for name, found in itertools.groupby(first, lambda row: row["name"].rpartition("/")[0]):
         shown = [describe_row(app, row) for row in found]
         head, wrong = tag("summary", f"{name}/ ", tag("span.soft", len(shown))), any(row["reason"] for row in shown)
         part = list_table(t, shown, history)
         parts.append(tag("details", head, part, open=wrong or text != "") if name else part)
-    search = tag("input", type="search", name="q", value=text, aria_label=t("Search"), placeholder=t("Search"))
+    search = tag("input", type="search", name="q", value=args.get("q", ""), aria_label=t("Search"), placeholder=t("Search"))
     orders = (tag("option", t(label), value=key, selected=key == order) for key, (label, _) in LIST_ORDERS.items())
     asked = tag("form.row", link(t("Add function"), MENU["Add function"], "button"), search, tag("label", t("Sort by"), tag(
         "select", *orders, name="sort")), tag("button.plain", t("Filter")), method="get", action=LIST)
@@ -5809,7 +5818,7 @@ def view_list(app: Any, call: Call) -> Response:
                 note(t("first_rows", LIST_ROWS)) if len(rows) > LIST_ROWS else None)
 
 
-def list_table(t: Texts, rows: list[dict[str, Any]], history: list[dict[str, Minutes]]) -> Markup:
+def list_table(t: Texts, rows: list[dict[str, Any]], history: list[dict[str, Counts]]) -> Markup:
     """Show functions: what is said and was counted of each, and what can be done with it."""
     columns = {"Name": None, "Calls": "n", "Errors": "n", "Last call": "n soft wide", "Last hour": "wide", "Status": None}
     cells = []
@@ -5818,7 +5827,7 @@ def list_table(t: Texts, rows: list[dict[str, Any]], history: list[dict[str, Min
         last = link((failed or "")[:200], "/admin/logs", "bad", function=name, status="5xx")
         about = join(link(name, "/function/edit_function", module_name=name), tag("div.soft", row["summary"]),
                      tag("div.soft", last) if failed and failed != row["reason"] else None, function_links(t, name))
-        status = tag("div.bad" if row["reason"] else "div.good", t(row["status"]), tag("div.soft", row["reason"]))
+        status = tag("span.bad" if row["reason"] else "span.good", t(row["status"]), tag("div.soft", row["reason"]))
         cells.append((about, f"{row['calls']:,}", tag("span.bad" if row["errors"] else "span", f"{row['errors']:,}"),
                       local_time(row["last_call"]), spark(history, name, t("Last hour")), status))
     return table(t, columns, cells)
@@ -5901,12 +5910,15 @@ def read_trial(t: Texts, path: str, status: int, answer: bytes, output: bytes) -
     with contextlib.suppress(ValueError):  # nothing, or something that the code itself wrote there
         found = json.loads(answer)
     if not isinstance(found, dict):
-        late, place = "\nTimeout (" in "\n" + text, re.search(rf'File "{re.escape(path)}", line (\d+)', text)  # by faulthandler
+        crash = re.search(r"^(Timeout \(|Fatal Python error)", text, re.M)  # what faulthandler writes, at the end
+        trace = text[crash.start():] if crash else ""
+        late, place = trace.startswith("Timeout"), re.search(rf'File "{re.escape(path)}", line (\d+)', trace)
         end = signal.Signals(-status).name if status < 0 else f"status {status}"
         why = t("too_long" if late else "too_much" if len(output) >= MOST_PRINTED else "ended", end)
         found = {"error": why, "line": int(place[1]) if place else 0, "status": 504 if late else None}
-    dropped = len(text) - OUTPUT_BYTES
-    return {**found, "output": text[:OUTPUT_BYTES] + (f"\n... {dropped} more characters" if dropped > 0 else "")}
+    dropped, half = len(text) - OUTPUT_BYTES, OUTPUT_BYTES // 2
+    shown = f"{text[:half]}\n... {dropped} more characters\n{text[-half:]}" if dropped > 0 else text
+    return {**found, "output": shown}
 
 
 def swap_in(app: Any, t: Texts, name: str, source: bytes, fresh: bool, seen: str = "") -> int:
@@ -5984,6 +5996,12 @@ def editor_buttons(t: Texts, name: str, wrong: Mapping[str, Any]) -> Markup:
     return tag("p.row", tag("button", t("Save")), anyway, see, *steps, link(t("Cancel"), LIST, "button plain"))
 
 
+def error_text(t: Texts, error: HTTPException) -> str:
+    """Say what kept code from being saved, and where."""
+    line = error.body.get("line")
+    return (t("line", line) + ": " if line else "") + str(error.description)
+
+
 def try_panel(t: Texts) -> Markup:
     """Make the form beside the editor that calls the function; the script sends it to /admin/try."""
     def select(label: str, name: str, **values: str) -> Markup:
@@ -6023,10 +6041,8 @@ def view_save(app: Any, call: Call) -> Response:
             read_current(app, name)
         saved = save_code(app, t, name, encode_source(code.replace("\r\n", "\n")), fresh, sent.get("force"), seen)
     except HTTPException as error:
-        line = error.body.get("line")
-        message = (t("line", line) + ": " if line else "") + str(error.description)
-        wrong = {"line": 0, "column": 0, **error.body, "message": message, "request_id": call.id}
-        return editor_page(call, name, code, original, seen, wrong, error.code)
+        wrong = {"line": 0, "column": 0, **error.body, "message": error_text(t, error), "request_id": call.id}
+        return editor_page(call, name, code, original, error.body.get("version", seen), wrong, error.code)
     url = f"/function/edit_function?module_name={quote(name)}&done=saved"
     return done(call, url=url, status=201 if fresh else 200, **saved)
 
@@ -6099,7 +6115,7 @@ def view_stats(app: Any, call: Call) -> Response:
     edges = [int(mktime((year, month, today - back, 0, 0, 0, 0, 0, -1))) // 60
              for back in range(min(app.settings.KEEP_DAYS, 31), -2, -1)]
     days = [range(*pair) for pair in zip(edges, edges[1:])]
-    history = [read_minutes(app, day, "/function/*") for day in days]
+    history = [read_minutes(app, day, "/function/*", buckets="NULL") for day in days]
     shown = table(t, {"Function": None, "Calls": "n", "Errors": "n", "p50": "n", "p95": "n", "by_day": "wide"}, (
         (link(row["name"], "/function/show_stats", function=row["name"]), f"{row['calls']:,}", f"{row['errors']:,}",
          *(milliseconds(row[key]) for key in ("p50", "p95")), spark(history, row["name"], t("by_day")))
@@ -6113,8 +6129,8 @@ def view_stats(app: Any, call: Call) -> Response:
 def stats_charts(app: Any, t: Texts, hour: int, functions: str, days: list[range]) -> Markup:
     """Draw calls by day and by hour with errors over them, and p95 with p50 over it, of functions by a pattern."""
     hours = [range(at * 60, at * 60 + 60) for at in range(hour - 23, hour + 1)]
-    (calls, errors, _), (hourly, hourly_errors, texts) = (
-        zip(*(sum_minutes(app, span, functions) for span in spans)) for spans in (days, hours))
+    calls, errors, _ = zip(*(sum_minutes(app, day, functions, "NULL") for day in days))
+    hourly, hourly_errors, texts = zip(*(sum_minutes(app, span, functions) for span in hours))
     high, low = ([round(quantile(text, q) * 1000, 1) for text in texts] for q in (.95, .5))
     return tag("div.charts", chart_card(t("by_day"), calls, days, "%m-%d", errors),
                chart_card(t("Calls by hour, one day"), hourly, hours, "%H:%M", hourly_errors),
@@ -6236,7 +6252,7 @@ def view_restore(app: Any, call: Call) -> Response:
     except HTTPException as error:
         if wants_json(call) or "can_force" not in error.body:
             raise
-        return ask(call, t("Save anyway"), f"{error.description} {title}", module_name=name, version=number, force="1")
+        return ask(call, t("Save anyway"), f"{error_text(t, error)} {title}", module_name=name, version=number, force="1")
     return done(call, url=f"/admin/versions?module_name={quote(name)}&done=restored", **saved)
 
 
@@ -6571,7 +6587,9 @@ class Table:
             f"SELECT {keys}, * FROM {self._quoted} {where} ORDER BY {keys} LIMIT ?", (*begin, limit))]
 
     def find(self, key: list[Any]) -> dict[str, Any]:
-        """Return one row by its key; 404 where there is none."""
+        """Return one row by its key; 404 where there is none, 400 where the key is of another table."""
+        if len(key) != len(self._key):
+            raise HTTPException(400, f"key must hold {', '.join(self._key)}")
         for row in self._run(f"SELECT * FROM {self._quoted} WHERE {self._where}", key):
             return {column["name"]: value for column, value in zip(self.columns, row)}
         raise HTTPException(404, "There is no such row")
@@ -6583,8 +6601,11 @@ class Table:
 
     def update(self, key: list[Any], given: Any) -> None:
         """Write what differs of one row: an object of its columns, or the text of one; 404 where there is no such row."""
-        with contextlib.suppress(ValueError):
-            given, row = json.loads(given) if isinstance(given, str) else given, self.find(key)
+        row = self.find(key)
+        try:
+            given = json.loads(given) if isinstance(given, str) else given
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(400, f"values: {error}") from None
         if not isinstance(given, dict) or not given.keys() <= row.keys():
             raise HTTPException(400, "values must be a JSON object of the table's columns")
         if new := {name: value for name, value in given.items() if value != row[name]}:
@@ -6631,7 +6652,7 @@ def view_rows(app: Any, call: Call) -> Response:
     with user_data(app) as connection:
         found = Table(connection, name)
         if "key" in args:
-            return row_page(call, found, found.find(read_key(args["key"])))
+            return row_page(call, found.name, args["key"], row_text(found.find(read_key(args["key"]))))
         rows = found.rows(args.get("after"), limit, shown_value)
     if args.get("format") == "csv":
         headers = {**PAGE_HEADERS, "Content-Disposition": content_disposition(True, name + ".csv")}
@@ -6677,15 +6698,19 @@ def rows_page(call: Call, found: Table, rows: list[dict[str, Any]], following: O
         "table": found.name, "columns": found.columns, "read_only": ours, "rows": rows, "next": following})
 
 
-def row_page(call: Call, found: Table, row: Mapping[str, Any]) -> Response:
-    """Show one row as JSON, to change or delete it; a blob isn't shown, and so stays as it is."""
-    t, which = Texts(call), {"table": found.name, "key": call.request.args["key"]}
+def row_text(row: Mapping[str, Any]) -> str:
+    """Return a row as JSON; a blob isn't shown, and so stays as it is."""
     shown = {name: value for name, value in row.items() if not isinstance(value, bytes)}
-    text = json.dumps(shown, indent=2, ensure_ascii=False)
-    box = tag("textarea.mono", "\n" + text, name="values", aria_label=t("Edit"), spellcheck="false", rows=len(row) + 2)
-    return page(call, f"{found.name}: {t('Edit')}", tag(
+    return json.dumps(shown, indent=2, ensure_ascii=False)
+
+
+def row_page(call: Call, name: str, key: str, text: str, error: Optional[HTTPException] = None) -> Response:
+    """Show one row, to change or delete it, and what is wrong with its text."""
+    t, which = Texts(call), {"table": name, "key": key}
+    box = tag("textarea.mono", "\n" + text, name="values", aria_label=t("Edit"), spellcheck="false", rows=text.count("\n") + 2)
+    return page(call, f"{name}: {t('Edit')}", note(error.description, BAD) if error else None, tag(
         "div.card", form("/admin/data", box, tag("p", tag("button", t("Save"))), action="update", **which),
-        form("/admin/data", tag("button.danger", t("Delete")), action="delete", **which)))
+        form("/admin/data", tag("button.danger", t("Delete")), action="delete", **which)), status=error.code if error else 200)
 
 
 def change_data(app: Any, call: Call) -> Response:
@@ -6704,7 +6729,12 @@ def change_data(app: Any, call: Call) -> Response:
         elif action == "delete":
             Table(connection, name).delete(read_key(sent.get("key") or []))
         else:
-            Table(connection, name).update(read_key(sent.get("key") or []), sent.get("values"))
+            try:
+                Table(connection, name).update(read_key(sent.get("key") or []), sent.get("values"))
+            except HTTPException as error:
+                if wants_json(call):
+                    raise
+                return row_page(call, name, text_field(sent, "key"), text_field(sent, "values"), error)
     return done(call, action, "/admin/data" + ("/" + quote(name, safe="") if action not in ("create", "drop") else ""))
 
 

@@ -4213,7 +4213,7 @@ class BrowserTest(Case):
             self.browser.save_screenshot(os.path.join(where, f"{self.browser.execute_script('return innerWidth')}-{name}.png"))
 
     def marked_line(self) -> str:
-        return self.browser.execute_script("return document.querySelector('textarea.code').style.getPropertyValue('--wrong')")
+        return self.browser.execute_script("return document.querySelector('textarea.code').style.getPropertyValue('--error-line')")
 
     def type_code(self, code: str) -> None:
         self.browser.execute_script("const c = document.querySelector('textarea.code'); c.value = arguments[0];"
