@@ -7977,22 +7977,35 @@ def cmd_restore(arguments: Any, options: dict[str, Any]) -> None:
 
 def bring_back(found: sqlite3.Connection, fresh: str, settings: Settings) -> None:
     """Put the functions and the database of a backup in place: both or, where the database can't be written, neither."""
-    path, functions, suffix = settings.DB_PATH, settings.FUNCTIONS_DIR, strftime(".%Y%m%d-%H%M%S")
-    os.makedirs(functions, exist_ok=True)
-    for file in (path, path + suffix):
-        make_private(file)
-    with contextlib.ExitStack() as undo, contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
-        undo.callback(os.unlink, path + suffix)
-        try:
-            with contextlib.closing(sqlite3.connect(path + suffix)) as copy:
-                database.backup(copy)
-        except sqlite3.Error as error:
-            raise OSError(f"{path}: {error} (a damaged one must be moved away first)") from None
-        for old, new in ((functions, functions + suffix), (fresh, functions)):  # first: the database may be locked for long
-            os.rename(old, new)
-            undo.callback(os.rename, new, old)
-        found.backup(database)
+    suffix = strftime(".%Y%m%d-%H%M%S")
+    with contextlib.ExitStack() as undo:
+        if os.path.exists(settings.DB_PATH):
+            keep_database(settings.DB_PATH, settings.DB_PATH + suffix, undo)
+        make_private(settings.DB_PATH)
+        if os.path.isdir(settings.FUNCTIONS_DIR):
+            os.rename(settings.FUNCTIONS_DIR, settings.FUNCTIONS_DIR + suffix)
+            undo.callback(os.rename, settings.FUNCTIONS_DIR + suffix, settings.FUNCTIONS_DIR)
+        os.rename(fresh, settings.FUNCTIONS_DIR)  # first: the database may be locked for long
+        undo.callback(os.rename, settings.FUNCTIONS_DIR, fresh)
+        with contextlib.closing(sqlite3.connect(settings.DB_PATH, timeout=30)) as database:
+            found.backup(database)
         undo.pop_all()
+
+
+def keep_database(path: str, aside: str, undo: contextlib.ExitStack) -> None:
+    """Copy the database beside itself; one that can't be read, which may be why a backup is brought back, is moved there."""
+    os.close(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as old, contextlib.closing(sqlite3.connect(aside)) as copy:
+            old.backup(copy)
+    except sqlite3.DatabaseError as error:
+        if not re.search("not a database|malformed", str(error)):  # it is locked, or the disk is full; 3.9 tells by the text
+            os.unlink(aside)
+            raise
+        for end in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path + end, aside + end)
+                undo.callback(os.replace, aside + end, path + end)
 
 
 def serve_exported(name: str, settings: dict[str, Any]) -> Callable[..., Any]:
