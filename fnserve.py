@@ -3531,7 +3531,7 @@ class Trigger:
         elif self.kind == "interval" and after >= self._start:
             found = self._anchor + ((after - self._anchor) // self._every + 1) * self._every
         end = min(self._end, LAST_MOMENT)
-        if self._jitter and found < end:  # only ever later, or it would fire twice; who moves the job on is alone to draw
+        if self._jitter and found < end:  # only ever later, or it would fire twice; only the process that moves the job on draws
             found = min(end, found + int.from_bytes(os.urandom(4), "big") / 2 ** 32 * self._jitter)
         return found if found <= end else None
 
@@ -4908,11 +4908,15 @@ class ErrorLog(logging.Handler):
 
     def _append(self, text: str) -> None:
         line = f"{text}\n".encode("utf-8", "backslashreplace")
-        make_private(self._path)
-        with contextlib.suppress(OSError), open(self._path, "ab") as file:
-            file.write(line)
-            if file.tell() > self._max_bytes:
-                self._rotate(file.fileno())
+        with contextlib.suppress(OSError):
+            with self._open() as file:
+                if os.fstat(file.fileno()).st_size + len(line) > self._max_bytes:
+                    self._rotate(file.fileno())
+            with self._open() as file:
+                file.write(line)
+
+    def _open(self) -> Any:
+        return open(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
 
     def _rotate(self, handle: int) -> None:
         flock(handle, LOCK_EX)
@@ -4923,7 +4927,7 @@ class ErrorLog(logging.Handler):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(older, f"{self._path}.{number}")
         if not self._backups:
-            os.truncate(handle, 0)
+            os.unlink(self._path)
 
 # == 14 MONITORING ========================================================
 # Health, process figures from /proc, the metrics text, Loki. Uses 02, 06 and 11; `Loki` owns its thread, the position
