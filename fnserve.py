@@ -4752,8 +4752,9 @@ def respond(app: Any, call: Call, response: Response, start_response: Callable[.
         start_response(response._status, headers)
         return [b"" if call.request.method == "HEAD" else body]
     try:
-        made = () if bare or call.request.method == "HEAD" else [body] if whole else response.response
-        chunks = itertools.chain.from_iterable([made])  # its __iter__ is a part of making the first chunk
+        call.until = call.until or perf_counter() + app.settings.TIMEOUT  # a page of ours has none yet
+        empty = bare or call.request.method == "HEAD"
+        chunks = app.watch.run(call, iter, () if empty else [body] if whole else response.response)
         chunk = next_chunk(app, call, chunks)  # before the headers go out, so that what fails at once is a proper 500
     except BaseException as error:
         with contextlib.suppress(Exception):
@@ -4809,9 +4810,10 @@ def stream(app: Any, call: Call, response: Response, chunks: Iterator[Any], chun
         raise ConnectionAbortedError("the function failed in the middle of its answer") from None
     finally:
         token = current_call.set(call)
-        for part in (response, call.request):
+        for part in (chunks, response, call.request):
             try:
-                run_last(app, call, part.close)
+                if hasattr(part, "close"):
+                    run_last(app, call, part.close)
             except BaseException as error:  # the function's own code; the other parts must be closed all the same
                 complain(call, user_traceback(error))
         current_call.reset(token)
