@@ -7371,9 +7371,11 @@ def end_stalled(server: Any, maintenance: Callable[[float], Any], now: float) ->
 
 
 def channel_class(app: Any, adj: Any) -> Any:
-    """Make the class of waitress's connections. What never reaches the app (malformed or too large) is answered and recorded
-    as the app does it. A body in pieces is sent piece by piece under `adj`; any other goes out with its headers, by the thread
-    that does the input and output."""
+    """Make the class of waitress's connections.
+
+    What never reaches the app (malformed or too large) is answered and recorded as the app does it. A body in pieces is sent
+    piece by piece under `adj`; any other goes out with its headers, by the thread that does the input and output.
+    """
     from waitress.channel import HTTPChannel
     from waitress.task import ErrorTask, WSGITask
 
@@ -7547,8 +7549,10 @@ class Worker:
 
 
 class Supervisor:
-    """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT. It keeps its signals blocked and takes
-    them one by one, so that they wait while it turns into a new fnserve.py."""
+    """Forks the workers, replaces those that die, drains them on SIGTERM and SIGINT.
+
+    It keeps its signals blocked and takes them one by one, so that they wait while it turns into a new fnserve.py.
+    """
 
     def __init__(self, app: App, opened: Any, former: Iterable[int]) -> None:
         self._app, self._socket = app, opened
@@ -7670,7 +7674,7 @@ def send_signal(number: int, pids: Iterable[int]) -> None:
             os.kill(pid, number)
 
 
-def serve_first_look(app: App, opened: Any) -> int:
+def serve_first_look(app: App, opened: Any) -> None:
     """Serve with wsgiref where waitress is missing: good enough to look at, not to run."""
     print("waitress is missing, so this is for a first look only: sudo apt-get install python3-waitress"
           "  (or: pip install waitress)", file=sys.stderr, flush=True)
@@ -7692,17 +7696,15 @@ def serve_first_look(app: App, opened: Any) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    return 0
 
 
-def serve_alone(app: App, opened: Any) -> int:
+def serve_alone(app: App, opened: Any) -> None:
     """Serve in this process, without a supervisor."""
     worker = Worker(app, opened)
     for number in ENDS:
         signal.signal(number, worker.stop)
     notify("READY=1")
     worker.run()
-    return 0
 
 
 def give_back_memory() -> None:
@@ -7725,20 +7727,22 @@ def serve(app: App) -> int:
         return 0
     opened, former = open_socket(app.settings), [int(pid) for pid in os.environ.pop("FNSERVE_FORMER", "").split()]
     announce(app.functions.names(), *opened.getsockname()[:2])
+    serve_here = serve_alone
     try:
         import waitress.server  # noqa: F401  # before the fork, so that the workers share its pages
     except ImportError:
-        return serve_first_look(app, opened)
+        serve_here = serve_first_look
     gc.collect()
     give_back_memory()
-    if app.settings.WORKERS and hasattr(signal, "sigtimedwait"):
+    if serve_here is serve_alone and app.settings.WORKERS and hasattr(signal, "sigtimedwait"):
         capture_output(app.settings)
         gc.freeze()  # what is there now is never looked at again, so its pages stay shared
         return Supervisor(app, opened, former).run()
     if hasattr(signal, "pthread_sigmask"):
         release_signals()
     send_signal(signal.SIGTERM, former)
-    return serve_alone(app, opened)
+    serve_here(app, opened)
+    return 0
 
 # == 19 COMMAND LINE ======================================================
 # `main` and one function per command, which returns the exit status, None for 0. Uses all of the above.
@@ -8043,9 +8047,10 @@ main = functions_framework.http(fnserve.serve_exported({name!r}, {settings!r}))
 
 
 def exported_requirements() -> str:
+    needed = ["functions-framework\n"]  # serves in place of waitress
     with contextlib.suppress(FileNotFoundError), open("requirements.txt", encoding="utf-8") as file:
-        return "functions-framework\n" + file.read()
-    return "functions-framework\n"
+        needed += [line for line in file if not line.startswith(("waitress", "functions-framework"))]
+    return "".join(needed)
 
 
 def exported_env(config: Mapping[str, Optional[str]]) -> str:
