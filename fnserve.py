@@ -4372,7 +4372,7 @@ class Watch:
     def __init__(self, app: Any) -> None:
         self._app, self._most = app, max(1, app.settings.THREADS - 1)
         self._places: list[None] = [None] * app.settings.THREADS
-        self._lock = threading.Lock()
+        self._lock, self._ending = threading.Lock(), False
         self._late: dict[int, Call] = {}  #: thread -> the call whose function it runs
         self._lines: dict[Share, list[tuple[float, Any]]] = {}  #: (until when, connection or Event) in line
         self.resume: Callable[[Any], Any] = lambda connection: None
@@ -4408,7 +4408,7 @@ class Watch:
         waited = getattr(request, "waits_until", None)
         until = waited or call.until
         place = (until, threading.Event() if connection is None else connection)
-        while until > perf_counter():
+        while until > perf_counter() and not self._ending:
             with self._lock:
                 line = self._lines.setdefault(share, [])
                 if len(line) >= MOST_WAITING:
@@ -4476,6 +4476,14 @@ class Watch:
                         pass
                 raise DeadlineExceeded  # also where the function has swallowed it
 
+    def cut_off(self) -> None:
+        """Answer 503 for the calls of clients that are still running, or in line, when the process ends."""
+        self._ending = True
+        self.release(lambda share, until: True)
+        for call in list(self._late.values()):
+            if call.trigger == "http" and not call.recorded:
+                give_up(self._app, call, "cut off by the end of the server", HTTPException(503, "The server is stopping"))
+
     def step(self) -> float:
         """Interrupt what is late, answer for what can't be, retire the process where that lasts; return the seconds to wait."""
         now = perf_counter()
@@ -4486,7 +4494,8 @@ class Watch:
                 if self._late.get(ident) is call:  # it arrives with the thread's next bytecode
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(DeadlineExceeded))
             if call.interrupted > 4 and not call.recorded:  # a second: it is blocked in C
-                give_up(self._app, call)
+                why = "blocked beyond its deadline, in code that can't be interrupted"
+                give_up(self._app, call, why, HTTPException(*TOO_LATE))
             if call.until + self._app.settings.GRACE < now and self.retire is not None:
                 log.error("%s: can't be interrupted; this worker is replaced", call.function, extra={"call": call.id})
                 retire, self.retire = self.retire, None
@@ -4510,16 +4519,16 @@ def complain(call: Call, why: str) -> None:
     log.error("%s %s: %s", call.request.method, quote(call.request.path)[:500], call.error.rstrip(), extra={"call": call.id})
 
 
-def give_up(app: Any, call: Call) -> None:
-    """Answer 504 in place of a thread that is blocked in C; what it makes of it in the end is thrown away."""
-    complain(call, call.error or f"{call.function}: blocked beyond its deadline, in code that can't be interrupted")
-    record(app, call, 504, 0)
+def give_up(app: Any, call: Call, why: str, error: HTTPException) -> None:
+    """Answer in place of a thread that is blocked in C or cut off; what it makes of it in the end is thrown away."""
+    complain(call, call.error or f"{call.function}: {why}")
+    record(app, call, error.code, 0)
     connection = call.request.environ.get("fnserve.connection")
     if connection is not None:
-        body = json_error(call, HTTPException(*TOO_LATE)).get_data()
+        body = json_error(call, error).get_data()
         connection.give_up(b"" if call.responding else (
-            b"HTTP/1.1 504 Gateway Timeout\r\nConnection: close\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (call.id.encode(), len(body), body)))
+            b"HTTP/1.1 %d %b\r\nConnection: close\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (error.code, REASONS[error.code].encode(), call.id.encode(), len(body), body)))
 
 
 def run(app: Any, call: Call, target: Union[Route, Function]) -> Any:
@@ -7273,7 +7282,7 @@ BACKLOG, MOST_CONNECTIONS = 1024, 1000
 STALLED_SECONDS = 60.0
 SPARE_THREADS = 1 + MOST_VIEWERS  # for the platform itself, whatever functions do
 STARTED_IN = os.getcwd()  # where the command line's paths begin, for a SIGHUP
-BIRTH_SECONDS, MAX_BACKOFF, TRIAL_SECONDS = 1.0, 30.0, 20.0
+BIRTH_SECONDS, MAX_BACKOFF, TRIAL_SECONDS, CUT_SECONDS = 1.0, 30.0, 20.0, .5
 MOST_CHUNK_CONTROL = 8192  # waitress would copy it anew with each piece that comes: 20 s of CPU for 15 MB
 QUIET_SECONDS = 1.0  # that a draining worker leaves a connection open: a proxy may be sending its next request just now
 
@@ -7525,13 +7534,18 @@ class Worker:
         if parent is None:
             log.warning(STOP_TEXT, self._stopped_by.name)
         self._app.background.drain()
-        until = monotonic() + self._grace
-        while self._busy() and monotonic() < until:
-            turn(timeout=.05)
-        if self._server.active_channels:
+        if not self._finish(turn, self._grace):
+            self._app.watch.cut_off()
+            self._finish(turn, CUT_SECONDS)
             for channel in list(self._server.active_channels.values()):
                 channel.handle_close()
-            sleep(.5)  # for streams to notice, so that they are recorded
+            sleep(.1)  # for streams to notice, so that they are recorded
+
+    def _finish(self, turn: Callable[..., Any], seconds: float) -> bool:
+        until = monotonic() + seconds
+        while (busy := self._busy()) and monotonic() < until:
+            turn(timeout=.05)
+        return not busy
 
     def _retire(self, parent: int, seconds: float) -> None:
         self._grace = max(self._grace, seconds)

@@ -5419,22 +5419,24 @@ class MisbehavingTest(ServerCase):
         self.assertEqual(server.stop(), 0)
         self.assertTrue(self.refuses(server))
 
-    def test_streams_cut_off_at_the_end_are_recorded(self):
-        self.write("slow", "import time\ndef main(request):\n    time.sleep(9)\n    return 'x'")
-        self.write("drip", "import time\ndef main(request):\n    for _ in range(90):\n        yield 'x'\n        time.sleep(.1)\n"
-                           "        open('began', 'w').close()")
-        server = self.start("--workers", "1", "--grace", "1")
-        threads = [threading.Thread(target=self.quietly, args=(server, "/function/" + name)) for name in ("slow", "drip")]
-        for thread in threads:
-            thread.start()
+    def test_calls_cut_off_at_the_end_are_recorded(self):
+        self.write("slow", "import time\ndef main(request):\n    open('began', 'w').close()\n    time.sleep(9)\n    return 'x'")
+        self.write("drip", "import time\ndef main(request):\n    for _ in range(90):\n        yield 'x'\n        time.sleep(.1)")
+        self.write("hello", "def main(request): return 'x'")
+        server, answers = self.start("--workers", "1", "--grace", "1"), []
+        thread = threading.Thread(target=lambda: answers.append(server.get("/function/slow")))
+        thread.start()
+        drip = threading.Thread(target=self.quietly, args=(server, "/function/drip"))
+        drip.start()
         wait_until((self.dir / "began").exists)
         self.end(server)
-        for thread in threads:
-            thread.join()
+        for sender in (thread, drip):
+            sender.join()
+        self.assertEqual((answers[0][0], json.loads(answers[0][2])["error"]), (503, "The server is stopping"))
         self.assertIn("SIGTERM", (self.dir / "stderr.txt").read_text())
         server = self.start("--workers", "1")
         logs = json.loads(server.get("/admin/logs", Authorization="Bearer " + TOKEN, Accept="application/json")[2])
-        self.assertEqual({row["function"]: row["status"] for row in logs["invocations"]}, {"drip": 200})
+        self.assertEqual({row["function"]: row["status"] for row in logs["invocations"]}, {"slow": 503, "drip": 503})
         self.assertEqual(server.stop(), 0)
 
 
