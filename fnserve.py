@@ -4880,6 +4880,11 @@ class Capture:
             self._stream.write(text)
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several pieces."""
+        for line in lines:
+            self.write(line)
+
     def flush(self) -> None:
         """Flush the real stream."""
         with contextlib.suppress(OSError, ValueError):
