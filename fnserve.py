@@ -4894,6 +4894,12 @@ class Capture:
         return getattr(self._stream, name)
 
 
+class CallLog(logging.StreamHandler):
+    """Prints what is logged to stdout as it is now, so that it is captured with the call."""
+
+    stream = property(lambda self: sys.stdout, lambda self, stream: None)
+
+
 class ErrorLog(logging.Handler):
     """The error log: one file, appended to by every process, rotated by whoever finds it full."""
 
@@ -7052,11 +7058,12 @@ def capture_output(settings: Settings) -> None:
     """Let print() and logging be kept with the call, and fnserve's own log go to the error log."""
     if not isinstance(sys.stdout, Capture):
         sys.stdout, sys.stderr = Capture(sys.stdout), Capture(sys.stderr)
-    root, shown = logging.getLogger(), logging.StreamHandler(sys.stdout)
-    shown.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    others = [handler for handler in root.handlers if not isinstance(getattr(handler, "stream", None), Capture)]
-    root.handlers[:] = [*others, shown]
-    root.setLevel(min(root.level or logging.INFO, logging.INFO))
+    root = logging.getLogger()
+    if not any(isinstance(handler, CallLog) for handler in root.handlers):
+        shown = CallLog()
+        shown.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        root.addHandler(shown)
+        root.setLevel(min(root.level or logging.INFO, logging.INFO))
     log.propagate = False  # what fnserve itself has to say is not the call's output
     log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, ErrorLog)]
     log.addHandler(ErrorLog(settings.LOG_FILE, settings.LOG_MAX_BYTES, settings.LOG_BACKUPS))
