@@ -1433,8 +1433,15 @@ def iterate_async(values: Any) -> Iterator[Any]:
             while True:
                 yield loop.run_until_complete(values.__anext__())
     finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+        try:
+            tasks = asyncio.all_tasks(loop)  # what a deadline has left
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(values.aclose())
+        finally:
+            loop.close()
 
 
 def _other_response(value: Any) -> Response:
