@@ -3592,11 +3592,17 @@ def read_zone(name: str) -> Any:
 
 
 def read_moment(field: str, value: Any, zone: Any) -> float:
-    """Read an ISO date, with or without time and offset, as a Unix time; TriggerError."""
+    """Read an ISO date, with or without time and offset, or a Unix time."""
     try:
-        found = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", str(value).strip()))  # Python 3.10 knows no Z
-        return min((found if found.tzinfo else found.replace(tzinfo=zone)).timestamp(), LAST_MOMENT)
-    except (ValueError, OverflowError):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found = datetime.datetime.fromtimestamp(value, zone)
+        else:
+            found = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", str(value).strip()))  # Python 3.10 knows no Z
+        moment = (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
+        if abs(moment) > LAST_MOMENT:
+            raise OverflowError
+        return moment
+    except (ValueError, OverflowError, OSError):
         raise TriggerError(field, f"{value!r} is no date such as 2026-05-01 08:00:00") from None
 
 
