@@ -3536,10 +3536,11 @@ class Trigger:
             found = self._next_cron(max(after, self._start - .001))
         elif self.kind == "interval" and after >= self._start:
             found = self._anchor + ((after - self._anchor) // self._every + 1) * self._every
-        end = min(self._end, LAST_MOMENT)
-        if self._jitter and found < end:  # only ever later, or it would fire twice; only the process that moves the job on draws
-            found = min(end, found + int.from_bytes(os.urandom(4), "big") / 2 ** 32 * self._jitter)
-        return found if found <= end else None
+        if found > min(self._end, LAST_MOMENT):
+            return None
+        if self._jitter:  # only ever later, or it would fire twice; only the process that moves the job on draws
+            found += int.from_bytes(os.urandom(4), "big") / 2 ** 32 * self._jitter
+        return found
 
     def times(self, first: Optional[float], end: float) -> list[float]:
         """Return when this fires from `first` to `end`: MOST_RUNS times at most."""
@@ -3555,7 +3556,9 @@ class Trigger:
 
     def iso(self, moment: Optional[float]) -> Optional[str]:
         """Write a Unix time as ISO 8601 in the trigger's zone; None for None."""
-        return None if moment is None else datetime.datetime.fromtimestamp(moment, self.zone).isoformat()
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # a time that no calendar has
+            return datetime.datetime.fromtimestamp(moment, self.zone).isoformat() if moment is not None else None
+        return None
 
     def _next_cron(self, after: float) -> float:
         """Near a change of the clock local times are not in the order of real ones, but off by the change at most. One that
@@ -3597,13 +3600,27 @@ def read_moment(field: str, value: Any, zone: Any) -> float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found = datetime.datetime.fromtimestamp(value, zone)
         else:
-            found = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", str(value).strip()))  # Python 3.10 knows no Z
+            found = read_iso(str(value).strip())
         moment = (found if found.tzinfo else found.replace(tzinfo=zone)).timestamp()
         if abs(moment) > LAST_MOMENT:
             raise OverflowError
         return moment
     except (ValueError, OverflowError, OSError):
         raise TriggerError(field, f"{value!r} is no date such as 2026-05-01 08:00:00") from None
+
+
+_ISO = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})(?:[ T](\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:\.(\d{1,6}))?)?)?"
+                  r"\s*(Z|[+-]\d\d:?\d\d)?", re.A)
+
+
+def read_iso(text: str) -> datetime.datetime:
+    """Read an ISO 8601 date and time as APScheduler does, and in whatever other form this Python knows; ValueError."""
+    found = _ISO.fullmatch(text)
+    if not found:
+        return datetime.datetime.fromisoformat(text)
+    year, month, day, hour, minute, second = (int(number or 0) for number in found.groups()[:6])
+    made = datetime.datetime(year, month, day, hour, minute, second, int((found[7] or "0").ljust(6, "0")))
+    return made.replace(tzinfo=datetime.datetime.strptime(found[8].replace("Z", "+0000"), "%z").tzinfo) if found[8] else made
 
 
 def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
