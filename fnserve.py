@@ -827,8 +827,8 @@ class FileStorage:
             while chunk := self.stream.read(buffer_size):
                 out.write(chunk)
 
-    def __getattr__(self, name: str) -> Any:  # before 3.11 a spooled file lacks `seekable`; what it holds has it
-        return getattr(self.stream if hasattr(self.stream, name) else self.stream._file, name)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self.stream)
@@ -846,30 +846,38 @@ class _Parts:
     def __init__(self, stream: Any) -> None:
         self._stream, self._buffer = stream, b"\r\n"  # so that the first boundary looks like the others
 
-    def until(self, mark: bytes, limit: float = float("inf"), file: Any = None) -> Any:
+    def until(self, mark: bytes, limit: float = float("inf")) -> Any:
         """Return what stands before `mark` as an open file; 413 above `limit` bytes, 400 where the stream ends first."""
-        file = file or io.BytesIO()
+        file: Any = io.BytesIO()
         while (at := self._buffer.find(mark)) < 0:
-            self._write(file, max(0, len(self._buffer) - len(mark) + 1), limit)
+            sure = max(0, len(self._buffer) - len(mark) + 1)
+            file = _append(file, self._buffer[:sure], limit)
             chunk = self._stream.read(CHUNK)
             if not chunk:
                 raise HTTPException(400, "The multipart body ends without its closing boundary")
-            self._buffer += chunk
-        self._write(file, at, limit)
-        self._buffer = self._buffer[len(mark):]
+            self._buffer = self._buffer[sure:] + chunk
+        file = _append(file, self._buffer[:at], limit)
+        self._buffer = self._buffer[at + len(mark):]
         file.seek(0)
         return file
-
-    def _write(self, file: Any, size: int, limit: float) -> None:
-        file.write(self._buffer[:size])
-        self._buffer = self._buffer[size:]
-        check_size(file.tell(), limit)
 
     def at_end(self) -> bool:
         """Tell whether the last mark was the closing one."""
         while len(self._buffer) < 2 and (chunk := self._stream.read(CHUNK)):
             self._buffer += chunk
         return self._buffer[:2] == b"--"
+
+
+def _append(file: Any, data: bytes, limit: float) -> Any:
+    """Write to a file in memory, or to the real file on disk that stands in for it once it is large; return that."""
+    total = file.tell() + len(data)
+    check_size(total, limit)
+    if total > SPOOL and isinstance(file, io.BytesIO):
+        import tempfile  # only for large uploads: 900 kB
+        small, file = file, tempfile.TemporaryFile()
+        file.write(small.getvalue())
+    file.write(data)
+    return file
 
 
 def _part_headers(text: str) -> Headers:
@@ -890,9 +898,7 @@ def parse_multipart(stream: Any, boundary: bytes) -> tuple[MultiDict, MultiDict]
         options = parse_options(headers.get("Content-Disposition", ""))[1]
         name = options.get("name", "")
         if "filename" in options:
-            from tempfile import SpooledTemporaryFile  # only for uploads: 900 kB
-            file = parts.until(mark, file=SpooledTemporaryFile(SPOOL))
-            files.add(name, FileStorage(file, options["filename"], name, headers))
+            files.add(name, FileStorage(parts.until(mark), options["filename"], name, headers))
         else:
             field = parts.until(mark, memory).read()
             memory -= len(field)
