@@ -1972,17 +1972,19 @@ class Folder:
 
     def _add_metric(self, connection: sqlite3.Connection, name: str, labels: str, kind: str, text: str, value: float,
                     bounds: list[float], counts: list[int]) -> None:
-        """Add to a counter, or a histogram, which begins anew with other bounds; to MOST_SERIES, not to both by one name."""
-        row = connection.execute("SELECT value, buckets FROM fn_metrics WHERE name = ? AND labels = ? AND bounds = ?",
-                                 (name, labels, json.dumps(bounds))).fetchone()
+        """Add to a counter, or to a histogram with its first bounds; not to more than MOST_SERIES, nor to both by one name."""
+        row = connection.execute("SELECT value, bounds, buckets FROM fn_metrics WHERE name = ? AND labels = ?",
+                                 (name, labels)).fetchone()
         if row is None:
             known = connection.execute("SELECT count(*), min(kind) FROM fn_metrics WHERE name = ?", (name,)).fetchone()
             if known[0] >= MOST_SERIES or known[1] not in (None, kind):
                 return
-        total, before = row or (0.0, json.dumps([0] * (len(bounds) + 1)))
-        buckets = [old + new for old, new in itertools.zip_longest(json.loads(before), counts, fillvalue=0)]
+            row = (0.0, json.dumps(bounds), json.dumps([0] * (len(bounds) + 1)))
+        buckets, first = json.loads(row[2]), json.loads(row[1])
+        for bound, count in zip([*bounds, float("inf")], counts):
+            buckets[bisect_left(first, bound)] += count
         connection.execute("REPLACE INTO fn_metrics VALUES (?, ?, ?, ?, ?, ?, ?)",
-                           (name, labels, kind, text, total + value, json.dumps(bounds), json.dumps(buckets)))
+                           (name, labels, kind, text, row[0] + value, row[1], json.dumps(buckets)))
 
     def _keep(self, connection: sqlite3.Connection, calls: list[dict[str, Any]]) -> None:
         """Store the last calls for the logs page, and drop those beyond KEEP_INVOCATIONS."""
