@@ -2565,15 +2565,17 @@ def user_traceback(error: BaseException) -> str:
 
 def find_entries(module: types.ModuleType, name: str) -> dict[str, Entry]:
     """Find the entry points: SETTINGS["entry"], several that functions_framework marked, main, or the one marked."""
-    marked = {value: called for called, value in reversed(vars(module).items()) if isinstance(value, types.FunctionType)
-              and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}  # main = hello is no second one
+    marked = {name: value for name, value in vars(module).items() if isinstance(value, types.FunctionType)
+              and getattr(value, "_fnserve_entry", ("",))[0] == module.__name__}
+    marked = {name: value for name, value in marked.items()
+              if name == value.__name__ or marked.get(value.__name__) is not value}  # main = hello is no second one
     if name:
         if not callable(getattr(module, name, None)):
             raise LoadError(f"SETTINGS['entry']: the file has no function {name!r}")
         return {"": make_entry(getattr(module, name))}
     if len(marked) > 1:
-        return {called: make_entry(value) for value, called in reversed(marked.items())}
-    main = [value for value in (getattr(module, "main", None), *marked) if callable(value)]
+        return {name: make_entry(value) for name, value in marked.items()}
+    main = [value for value in (getattr(module, "main", None), *marked.values()) if callable(value)]
     return {"": make_entry(main[0])} if main else {}
 
 
