@@ -3651,6 +3651,8 @@ def parse_schedule(value: Any, zone: str, now: float) -> Trigger:
         raise TriggerError("schedule", f"{value!r} is neither five crontab fields, nor @hourly and such, nor 'every 30s'")
     names = ("minute", "hour", "day", "month", "day_of_week")
     fields = dict(zip(names, parts))
+    if re.search("[a-z]", fields["day"]):
+        raise TriggerError("day", f"{fields['day']!r} is no day of a month")
     days = re.sub(r"-(sun|0)\b", "-7", re.sub(r"(^|,)(\w+)/", r"\1\2-6/", parts[4]))  # 1/2 ends with Saturday
     weekdays = (_values("day_of_week", part, CRONTAB_WEEKDAYS) for part in days.split(","))
     fields["day_of_week"] = ",".join(str((day + 6) % 7) for day in set().union(*weekdays))  # APScheduler's, 0 is Monday
