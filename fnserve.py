@@ -1493,13 +1493,11 @@ class Signer:
     def unsign(self, text: str, now: float) -> Optional[str]:
         """Return the payload; None for what is forged, cut, too old or from the future."""
         signed, _, signature = text.rpartition(".")
-        payload = signed.partition(".")[0].translate({45: "+", 95: "/"})
-        return a2b_base64(payload + "==").decode() if self._is_signed(signed, signature, now) else None
-
-    def _is_signed(self, signed: str, signature: str, now: float) -> bool:
-        if not self._key or not signed or not same_secret(signature, self.signature("session", signed)):
-            return False
-        return now - SESSION_SECONDS <= int(signed.partition(".")[2]) <= now + 60  # one's own signature, so it is a number
+        payload, _, moment = signed.partition(".")
+        if not self._key or not signed or not same_secret(signature, self.signature("session", signed)) \
+                or not now - SESSION_SECONDS <= int(moment) <= now + 60:  # one's own signature, so it is a number
+            return None
+        return a2b_base64(payload.translate({45: "+", 95: "/"}) + "==").decode()
 
     def login_mark(self, expires: int) -> list[Any]:
         """Return what a session holds while its owner is logged in; a function can't make it up."""
