@@ -173,7 +173,8 @@ def choice(*allowed: str) -> Callable[[Any], str]:
 
 seconds = must(lambda value: re.fullmatch(r"\d+(\.\d+)?", str(value)) and 0 < float(value) <= 31_536_000,
                "a number of seconds above 0", float)
-_ADDRESS = must(re.compile(r"[\d.]*|[\da-fA-F:]*:[\da-fA-F:.]*|\*").fullmatch, "one IP address such as 127.0.0.1, or * for any")
+ip_address = must(re.compile(r"[\d.]*|[\da-fA-F:]*:[\da-fA-F:.]*|\*").fullmatch,
+                  "one IP address such as 127.0.0.1, or * for any")
 _ON, _OFF = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
 switch = must(lambda text: text.lower() in _ON + _OFF, "on or off", lambda text: text.lower() in _ON)
 
@@ -226,7 +227,7 @@ SETTINGS_TABLE = (
     Setting("TIMEOUT", seconds, "60", "seconds after which a call is interrupted and gets 504; in context.deadline"),
     Setting("GRACE", seconds, "30", "seconds that calls get to finish at a stop"),
     Setting("SESSION_HOURS", seconds, "12", "hours that a login lasts"),
-    Setting("TRUSTED_PROXY", _ADDRESS, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
+    Setting("TRUSTED_PROXY", ip_address, "127.0.0.1", "address whose X-Forwarded headers are believed; blank: nobody's"),
     Setting("API_TOKENS", words, "", "tokens that callers of functions with auth 'token' hold, separated by commas", True),
     Setting("PROTECTED_FUNCTIONS", words, "", "further functions, or groups, that only the admin may call"),
     Setting("METRICS_TOKEN", str, "", "Bearer token that /metrics asks for; blank: everybody may read them", True),
@@ -2068,12 +2069,14 @@ def describe_source(source: bytes, path: str) -> Description:
     docstrings = [(ast.get_docstring(node, clean=False) or "").strip() for node in [tree, *mains]]
     hint = getattr(getattr(mains[-1], "returns", None), "id", "") if mains else ""
     settings: dict[Any, Any] = {}
-    for node in ast.walk(tree) if b"SETTINGS" in source else ():
+    nodes: list[Any] = list(tree.body) if b"SETTINGS" in source else []
+    for node in nodes:  # of the file's own level, within if and try too
+        nodes += [] if hasattr(node, "name") and hasattr(node, "body") else ast.iter_child_nodes(node)
         target, value = (getattr(node, "targets", None) or [getattr(node, "target", None)])[0], getattr(node, "value", None)
         if isinstance(value, ast.Dict) and getattr(target, "id", "") == "SETTINGS":
-            for key, item in zip(value.keys, value.values):
-                with contextlib.suppress(ValueError, TypeError, RecursionError):
-                    settings[getattr(key, "value", None)] = ast.literal_eval(item)
+            for key, item in zip(value.keys, value.values):  # type: Any, Any
+                with contextlib.suppress(ValueError, TypeError, RecursionError):  # what only running it would tell
+                    settings[ast.literal_eval(key)] = ast.literal_eval(item)
     serves = re.search(rb"\bmain\b|functions_framework|\bentry\b", source) is not None
     return Description(next(filter(None, docstrings), ""), hint, settings, serves)
 
@@ -2143,7 +2146,7 @@ class Versions:
         with contextlib.suppress(sqlite3.Error):
             if error is not None:
                 self._store.run("REPLACE INTO fn_broken VALUES (?, ?, ?)", name, self._clock(), str(error))
-            elif name in self.broken():
+            elif self._store.read("SELECT 1 FROM fn_broken WHERE func_name = ?", name):
                 self._store.run("DELETE FROM fn_broken WHERE func_name = ?", name)
 
     def broken(self) -> dict[str, str]:
@@ -2236,7 +2239,7 @@ class Functions:
         self._watched: dict[str, Any] = {}  #: helper file -> its stamp when it was imported
         self._looked, self._warned = 0.0, set()  # type: float, set[str]
         self._generation = 0  #: how often helpers have changed
-        self._describe = functools.lru_cache(KEEP_READ)(self._read)
+        self._describe = functools.lru_cache(KEEP_READ)(self._read_description)
         self._hooked: dict[str, bool] = {}  #: group -> whether it has hooks, as of the last look
 
     def install(self) -> None:
@@ -2338,8 +2341,9 @@ class Functions:
         for name in filter(self.exists, self._reserved - self._warned):
             log.warning("%s: this name is the platform's own, so the file is not served", self.path(name))
             self._warned.add(name)
-        for directory, groups, files in os.walk(self.root, followlinks=True):
-            group = directory[len(self.root) + 1:].replace(os.sep, "/") + "/"
+        top = os.path.join(self.root, "")
+        for directory, groups, files in os.walk(top, followlinks=True):
+            group = directory[len(top):].replace(os.sep, "/") + "/"
             groups[:] = filter(valid_name, groups) if group.count("/") < GROUP_DEPTH else ()
             names = ((group + file[:-3]).lstrip("/") for file in files if file.endswith(".py"))
             found += [name for name in names if valid_name(name) and name not in self._reserved]
@@ -2351,13 +2355,16 @@ class Functions:
         stamp = file_stamp(path)
         return self._describe(path, stamp), stamp[0] / 1e9 if stamp else 0.0
 
-    def _read(self, path: str, stamp: Any) -> Description:
+    def _read_description(self, path: str, stamp: Any) -> Description:
         said = Description()
         try:
             said = describe_source(read_source(path), path)
-            return said._replace(methods=read_settings(said.settings, self._casts).methods)
+            with contextlib.suppress(ValueError, KeyError):
+                said = said._replace(methods=self._casts["methods"](said.settings["methods"]))
+            read_settings(said.settings, self._casts)
         except LoadError as error:
             return said._replace(error=error)
+        return said
 
     def retries(self, name: str) -> int:
         """Return how often a function's failed calls are run again, as its file says; nothing of it is run."""
@@ -2534,10 +2541,16 @@ def read_source(path: str) -> bytes:
 
 
 def encode_source(code: str) -> bytes:
-    """Turn a file's text into what is saved; HTTPException 400 where UTF-8 lacks a character."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return code.lstrip("\ufeff").encode()
-    raise HTTPException(400, "the code holds half of a character, which UTF-8 can't")
+    """Turn a file's text into what is saved, in UTF-8; HTTPException 400 where that isn't what it would be read as."""
+    import tokenize  # only where source is saved
+    try:
+        source = code.lstrip("\ufeff").encode()
+        with contextlib.suppress(SyntaxError):  # which compiling it tells
+            if source.isascii() or tokenize.detect_encoding(io.BytesIO(source).readline)[0].startswith("utf-8"):
+                return source
+    except UnicodeEncodeError:
+        pass
+    raise HTTPException(400, "files are saved as UTF-8: take out the line that names another encoding (or half a character)")
 
 
 def decode_source(source: bytes) -> str:
@@ -3712,6 +3725,7 @@ class Queue:
         self._store, self._directory, self._limit, self.clock = store, directory, limit, clock
         self._waiting: list[tuple[Queued, list[Any]]] = []  #: for a commit, which adds to each its id, or the error
         self._lock, self._owner, self._handle = threading.Lock(), "", -1
+        self._room, self._counted = 0, 0.0  #: how many more calls may wait, as of when
         in_children(self._disown)
 
     def put(self, call: Queued) -> str:
@@ -3732,14 +3746,21 @@ class Queue:
             batch = list(self._waiting)
             del self._waiting[:len(batch)]  # who comes meanwhile is added behind these
             with self._store.write(durable=True) as connection:
-                waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
-                room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
-                for place, (call, outcome) in enumerate(batch):
-                    outcome.append(self.insert(connection, call) if place < room else HTTPException(*QUEUE_FULL))
+                if self._room < len(batch) or not 0 <= monotonic() - self._counted < 1:
+                    self._count(connection)
+                for call, outcome in batch:
+                    outcome.append(self.insert(connection, call) if self._room > 0 else HTTPException(*QUEUE_FULL))
+                    self._room -= 1
         except BaseException as error:  # one caller's deadline may end it; the others must not hear of that
             shown = error if isinstance(error, sqlite3.Error) else sqlite3.OperationalError(str(error))
             for _, outcome in batch:
                 outcome.append(shown)
+
+    def _count(self, connection: sqlite3.Connection) -> None:
+        """See how many calls may still wait; once a second will do, since it takes 8 ms where 100,000 wait."""
+        waiting = connection.execute("SELECT count(*) FROM fn_queue WHERE state = 'waiting'").fetchone()[0]
+        self._room = self._limit - waiting if free_bytes(self._directory) >= FREE_BYTES else 0
+        self._counted = monotonic()
 
     def insert(self, connection: sqlite3.Connection, call: Queued) -> str:
         """Add a call within somebody's transaction; return its id, or the first one's where the key is known."""
@@ -3851,17 +3872,17 @@ class Queue:
 class Runner:
     """Runs what is due in threads of this process; one more is started when those there are all have something to run."""
 
-    def __init__(self, calls: Queue, run: Callable[[Any], None], threads: int) -> None:
-        self._calls, self._run, self._most = calls, run, threads
+    def __init__(self, call_queue: Queue, run: Callable[[Any], None], threads: int) -> None:
+        self._queue, self._run, self._most = call_queue, run, threads
         self._lock, self._threads = threading.Lock(), 0
-        self._pokes: queue.Queue[None] = queue.Queue(1)  #: holds one where a thread is to look for a call
+        self._pokes: queue.SimpleQueue[None] = queue.SimpleQueue()  #: holds one where a thread is to look for a call
         self.running: list[str] = []  #: the functions whose calls run here
         self.stopping = False  #: whether no more calls are to be claimed
 
     def poke(self) -> None:
         """Let an idle thread look for a call, or a new one."""
-        with contextlib.suppress(queue.Full):
-            self._pokes.put_nowait(None)
+        if self._pokes.empty():  # two at once do no harm; a Queue's lock would stay taken where a deadline comes within it
+            self._pokes.put(None)
         with self._lock, contextlib.suppress(RuntimeError):  # there can be no more threads now: somebody pokes again
             if len(self.running) >= self._threads < self._most:
                 threading.Thread(target=self._loop, name="fnserve queue", daemon=True).start()
@@ -3872,7 +3893,7 @@ class Runner:
             self._pokes.get()
             sleep(YIELD_SECONDS)
             try:
-                row = None if self.stopping else self._calls.claim(self._calls.clock(), max(1, self._most - 1))
+                row = None if self.stopping else self._queue.claim(self._queue.clock(), max(1, self._most - 1))
             except (sqlite3.Error, OSError) as error:  # locked for long, or the disk is full: the background loop pokes again
                 log.warning("queue: %s", error)
                 row = None
@@ -4361,21 +4382,24 @@ def guard(app: Any, call: Call, name: str, code: Code) -> None:
     """Take a function whose call has failed back to its last good version where the newest fails its first calls: more than
     half of FIRST_CALLS or more, as not of the version before (SETTINGS["guard"]).
 
-    Only failed calls pay for it: the journal knows how the others went, in every process.
+    Only failed calls pay for it, until the version is proven: the journal knows how the others went, in every process.
     """
+    if app.proven.get(name) is code:
+        return
     try:
         app.folder.fold()
         rows = app.store.read(_NEWEST_AND_GOOD, name)
         if len(rows) < 2 or rows[0]["source"] != code.source or rows[1]["source"] == code.source:
             return
         (version, since, _), (good, since_good, source) = rows
-        (calls, errors), (calls_before, errors_before) = (app.store.read(_FAILED_OF_CALLS, name, *span, PROVEN_CALLS)[0]
-                                                          for span in ((since, 1e12), (since_good, since)))
-        all_there = app.store.read("SELECT ifnull(min(time), 0) FROM fn_calls")[0][0] <= since
-        if all_there and FIRST_CALLS <= calls < PROVEN_CALLS and errors > calls / 2 and errors_before <= calls_before / 2 \
-                and roll_back(app, name, code, version, source):
-            log.error("%s: version %d failed %d of its first %d calls; version %d serves again", name, version, errors, calls,
-                      good, extra={"call": call.id})
+        calls, errors = app.store.read(_FAILED_OF_CALLS, name, since, 1e12, PROVEN_CALLS)[0]
+        if calls >= PROVEN_CALLS or app.store.read("SELECT ifnull(min(time), 0) FROM fn_calls")[0][0] > since:
+            app.proven[name] = code  # its first calls are over, or may not all be there any more
+        elif calls >= FIRST_CALLS and errors > calls / 2:
+            calls_before, errors_before = app.store.read(_FAILED_OF_CALLS, name, since_good, since, PROVEN_CALLS)[0]
+            if errors_before <= calls_before / 2 and roll_back(app, name, code, version, source):
+                log.error("%s: version %d failed %d of its first %d calls; version %d serves again", name, version, errors,
+                          calls, good, extra={"call": call.id})
     except (sqlite3.Error, OSError, LoadError) as error:  # a locked database or a full disk; it will try again
         log.warning("%s: its guard can't act: %s", name, error)
 
@@ -4506,8 +4530,9 @@ class Watch:
         try:
             return function(*args)
         finally:
-            if self._late.pop(ident, None) is None:
+            if ident not in self._late:
                 end_child()
+            del self._late[ident]  # no call here: Python 3.13 would throw in it what was thrown late, before `outer` is back
             if outer is not None:
                 self._late[ident] = outer
             if call.interrupted:  # what was thrown may be still on its way: let it arrive here, not in fnserve's own code
@@ -6286,12 +6311,13 @@ def view_version(app: Any, call: Call) -> Response:
     """Show one version, its difference to the one before and to what is current."""
     t, name, number = Texts(call), call.request.args["module_name"], call.request.args["version"]
     code, before, newest = (source.decode("utf-8", "replace") for source in read_version(app, name, number))
+    if wants_json(call):
+        return as_json({"module_name": name, "version": int(number), "code": code})
     every = link(t("Versions"), "/admin/versions", "button plain", module_name=name)
     restore = link(t("Restore"), "/admin/restore", "button", module_name=name, version=number)
     return page(call, f"{name} #{number}", tag("p.row", every, restore if newest != code else None),
                 show_diff(t("diff"), before, code), show_diff(t("changes"), code, newest) if newest != code else None,
-                tag("div.card", tag("h2", t("Code")), tag("pre", code, tabindex="0")),
-                data={"module_name": name, "version": int(number), "code": code})
+                tag("div.card", tag("h2", t("Code")), tag("pre", code, tabindex="0")))
 
 
 def show_diff(title: str, old: str, new: str) -> Markup:
@@ -6492,6 +6518,8 @@ def answer_job(app: Any, call: Call, number: str) -> Response:
 def view_admin_jobs(app: Any, call: Call) -> Response:
     """/admin/jobs : the jobs, when they fire next, and what became of their runs."""
     t, jobs = Texts(call), [app.schedule.show(row) for row in app.schedule.jobs()]
+    if wants_json(call):
+        return as_json(jobs)
     last = {job: f"{t(state)} {status or ''}" for job, state, status, _ in app.store.read(
         "SELECT job, state, status, max(created) FROM fn_queue WHERE job IS NOT NULL GROUP BY job")}
     columns = {"Name": None, "Schedule": "soft", "Next run": None, "Last run": None,
@@ -6504,7 +6532,7 @@ def view_admin_jobs(app: Any, call: Call) -> Response:
         *(job[name] for name in JOB_COUNTS),
         tag("div.row", *(form(f"/scheduler/jobs/{quote(job['id'])}/{action}", tag("button.plain", t(action.capitalize())))
                          for action in ("resume" if job["paused"] else "pause", "run")))) for job in jobs))
-    return page(call, t("Jobs"), shown, data=jobs)
+    return page(call, t("Jobs"), shown)
 
 
 QUEUE_COLUMNS = "id function state attempts due status error trigger job planned created started finished".split()
@@ -7001,6 +7029,7 @@ class App:
         self.runner = Runner(self.queue, functools.partial(run_queued, self), max(1, settings.THREADS // 2))
         self.folder = Folder(self.journal, self.store, settings, lambda name: is_protected(name, self.protected))
         self.background, self.rates, self.watch, self.trials = Background(self), Rates(), Watch(self), threading.Semaphore(2)
+        self.proven: dict[str, Code] = {}  #: code of guarded functions whose first calls are over
         self.queues = True  #: whether calls may be put into the queue
         self.templates: Any = None  #: Jinja2's environment, once it is used
         self._starting, self._started = threading.Lock(), 0
@@ -7272,7 +7301,7 @@ def call_on_trial(app: App, name: str, request: Mapping[str, Any]) -> dict[str, 
     response = run_alone(app, run, {"method": request["method"].upper(), "path": path, "query": query, "headers": headers,
                                     "client": "127.0.0.1"}, a2b_base64(request["body"]))
     taken, call = (perf_counter() - began) * 1e3, run.call  # type: float, Any
-    wrong = call.failed and not isinstance(call.failed, HTTPException)  # an abort() is meant
+    wrong = call.failed is not None and not isinstance(call.failed, HTTPException)  # an abort() is meant
     return {"status": response.code, "headers": list(response.headers), "ms": round(taken, 1), "error": call.error,
             "line": describe_failure(call.failed, app.functions.path(name)).line if wrong else 0,
             **shown_body("body", response.get_data()[:ANSWER_BYTES])}
@@ -7346,13 +7375,16 @@ def open_socket(settings: Settings) -> Any:
         return socket.socket(fileno=int(kept))
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
         return socket.socket(fileno=3)
-    family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
     try:
-        return socket.create_server((settings.HOST, settings.PORT), family=family, backlog=BACKLOG,
-                                    dualstack_ipv6=settings.HOST == "::" and socket.has_dualstack_ipv6())
+        found = socket.getaddrinfo(settings.HOST, settings.PORT, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.socket(*found[:2])
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(found[4])
     except OSError as error:
-        kind = SettingError if (error.errno or 0) < 0 else OSError  # of getaddrinfo(3): there is no such name
+        kind = SettingError if isinstance(error, socket.gaierror) else OSError
         raise kind(f"HOST={settings.HOST} PORT={settings.PORT}: can't listen there: {error.strerror}") from None
+    opened.listen(BACKLOG)
+    return opened
 
 
 class Pin:
@@ -7409,13 +7441,15 @@ def refuse(app: App, environ: dict[str, Any], status: int, start_response: Calla
     return respond(app, call, json_error(call, HTTPException(status)), start_response)
 
 
-def believe_proxy(app: App, translate: Callable[..., Any]) -> Callable[..., Iterable[bytes]]:
-    """Wrap an app in waitress's reading of a proxy's headers, which answers by itself only what it can't read."""
+def believe_proxy(app: App, middleware: Callable[..., Any]) -> Callable[..., Iterable[bytes]]:
+    """Wrap an app in waitress's reading of a proxy's headers, made around an app that returns None: an answer is a refusal."""
     from waitress.proxy_headers import PROXY_HEADERS
     names = frozenset("HTTP_" + name for name in PROXY_HEADERS)  # a request without any is spared 4 us
 
     def serve_request(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if not names.isdisjoint(environ) and translate(environ, lambda *_: None) is not None:
+        if not names.isdisjoint(environ) and middleware(environ, lambda *_: None) is not None:
+            sent = {name: environ[name] for name in sorted(names & environ.keys())}
+            log.warning("the proxy's headers can't be read: %s", sent)
             return refuse(app, environ, 400, start_response)
         return app(environ, start_response)
     return serve_request
