@@ -3507,7 +3507,7 @@ class Cron:
         years = sorted(year for year in self._sets["year"] if year >= start.year)[:YEARS_AHEAD]
         for day in self._days_of(years, start):
             least = (start.hour, start.minute) if day.date() == start.date() else (0, 0)
-            for hour, minute in itertools.product(hours, minutes) if day.date() >= start.date() and self._is_day(day) else ():
+            for hour, minute in itertools.product(hours, minutes) if self._is_day(day) else ():
                 if (hour, minute) >= least:
                     times = (day.replace(hour=hour, minute=minute, second=second) for second in seconds)
                     yield from (found for found in times if found >= start)
