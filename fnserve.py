@@ -3514,8 +3514,10 @@ class Cron:
 
     def _days_of(self, years: list[int], start: datetime.datetime) -> Iterator[datetime.datetime]:
         for month in itertools.product(years, sorted(self._sets["month"])):
-            for day in range(1, calendar.monthrange(*month)[1] + 1) if month >= (start.year, start.month) else ():
-                yield datetime.datetime(*month, day)
+            if month >= (start.year, start.month):
+                first = start.day if month == (start.year, start.month) else 1
+                for day in range(first, calendar.monthrange(*month)[1] + 1):
+                    yield datetime.datetime(*month, day)
 
     def _is_day(self, day: datetime.datetime) -> bool:
         weekday, length = day.weekday(), calendar.monthrange(day.year, day.month)[1]
