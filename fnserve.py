@@ -823,10 +823,9 @@ class FileStorage:
 
     def save(self, destination: Any, buffer_size: int = CHUNK) -> None:
         """Write the file to a path or an open file."""
-        with contextlib.ExitStack() as stack:
-            out = destination if hasattr(destination, "write") else stack.enter_context(open(destination, "wb"))
-            while chunk := self.stream.read(buffer_size):
-                out.write(chunk)
+        from shutil import copyfileobj  # here already where an upload went to disk
+        with contextlib.nullcontext(destination) if hasattr(destination, "write") else open(destination, "wb") as out:
+            copyfileobj(self.stream, out, buffer_size)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -2074,9 +2073,9 @@ def describe_source(source: bytes, path: str) -> Description:
         nodes += [] if hasattr(node, "name") and hasattr(node, "body") else ast.iter_child_nodes(node)
         target, value = (getattr(node, "targets", None) or [getattr(node, "target", None)])[0], getattr(node, "value", None)
         if isinstance(value, ast.Dict) and getattr(target, "id", "") == "SETTINGS":
-            for key, item in zip(value.keys, value.values):  # type: Any, Any
+            for key, item in zip(value.keys, value.values):
                 with contextlib.suppress(ValueError, TypeError, RecursionError):  # what only running it would tell
-                    settings[ast.literal_eval(key)] = ast.literal_eval(item)
+                    settings[ast.literal_eval(key or "")] = ast.literal_eval(item)
     serves = re.search(rb"\bmain\b|functions_framework|\bentry\b", source) is not None
     return Description(next(filter(None, docstrings), ""), hint, settings, serves)
 
@@ -6164,9 +6163,8 @@ def view_try(app: Any, call: Call) -> Response:
 def view_edit(app: Any, call: Call) -> Response:
     """/function/edit_function?module_name= : the code and its version."""
     name = call.request.args.get("module_name", "")
-    source, version = read_current(app, name)
-    code, reason = decode_source(source), app.functions.versions.broken().get(name)
-    return editor_page(call, name, code, name, version, {"message": reason} if reason else {})
+    (source, version), reason = read_current(app, name), app.functions.versions.broken().get(name)
+    return editor_page(call, name, decode_source(source), name, version, {"message": reason} if reason else {})
 
 
 def ask(call: Call, title: str, text: str, **hidden: Any) -> Response:
@@ -6809,28 +6807,35 @@ def row_page(call: Call, name: str, key: str, text: str, error: Optional[HTTPExc
 
 
 def change_data(app: Any, call: Call) -> Response:
-    """Create or drop a table, update or delete one row, run SQL."""
+    """Create or drop a table, update or delete one row, run SQL. A row's text that is refused comes back with its page."""
     sent = fields(call)
     action, name = text_field(sent, "action"), text_field(sent, "table")
     if action == "sql":
         return run_sql(app, call, text_field(sent, "sql"))
+    try:
+        with user_data(app, writes=True) as connection:
+            change_table(connection, action, name, sent)
+    except HTTPException as error:
+        if wants_json(call) or action != "update":
+            raise
+        return row_page(call, name, text_field(sent, "key"), text_field(sent, "values"), error)
+    return done(call, action, "/admin/data" + ("/" + quote(name, safe="") if action not in ("create", "drop") else ""))
+
+
+def change_table(connection: sqlite3.Connection, action: str, name: str, sent: Mapping[str, Any]) -> None:
+    """Do what was sent to a table, or to one row of it."""
     if action not in ("create", "drop", "update", "delete") or not name:
         raise HTTPException(400, "action must be create, drop, update, delete or sql, table the name of one")
-    with user_data(app, writes=True) as connection:
-        if action == "create":
-            connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
-        elif action == "drop":
-            connection.execute(f"DROP TABLE {quote_name(Table(connection, name).name)}")
-        elif action == "delete":
-            Table(connection, name).delete(read_key(sent.get("key") or []))
-        else:
-            try:
-                Table(connection, name).update(read_key(sent.get("key") or []), sent.get("values"))
-            except HTTPException as error:
-                if wants_json(call):
-                    raise
-                return row_page(call, name, text_field(sent, "key"), text_field(sent, "values"), error)
-    return done(call, action, "/admin/data" + ("/" + quote(name, safe="") if action not in ("create", "drop") else ""))
+    if action == "create":
+        connection.execute(f"CREATE TABLE {quote_name(name)} ({text_field(sent, 'columns')})")
+        return
+    found = Table(connection, name)
+    if action == "drop":
+        connection.execute(f"DROP TABLE {quote_name(found.name)}")
+    elif action == "delete":
+        found.delete(read_key(sent.get("key") or []))
+    else:
+        found.update(read_key(sent.get("key") or []), sent.get("values"))
 
 
 def run_sql(app: Any, call: Call, text: str) -> Response:
@@ -7450,8 +7455,7 @@ def believe_proxy(app: App, middleware: Callable[..., Any]) -> Callable[..., Ite
 
     def serve_request(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if not names.isdisjoint(environ) and middleware(environ, lambda *_: None) is not None:
-            sent = {name: environ[name] for name in sorted(names & environ.keys())}
-            log.warning("the proxy's headers can't be read: %s", sent)
+            log.warning("the proxy's headers can't be read: %s", {name: environ.get(name) for name in sorted(names)})
             return refuse(app, environ, 400, start_response)
         return app(environ, start_response)
     return serve_request

@@ -319,7 +319,7 @@ class SettingsTest(Case):
         english, chinese = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-TW.md"))
         self.assertEqual(("(README.zh-TW.md)" in english, "(README.md)" in chinese), (True, True))
         for row in fnserve.SETTINGS_TABLE:
-            self.assertIn(f"| {row.name} | {row.default} | ", chinese)
+            self.assertRegex(chinese, rf"\| {row.name} \| {re.escape(row.default)} \| [^|\n]*[\u4e00-\u9fff][^|\n]* \|")
         blocks = re.findall(r"(?s)```\w+\n.*?```", chinese)
         self.assertGreater(len(blocks), 6)
         for block in blocks:
@@ -1742,6 +1742,35 @@ class FunctionsTest(Case):
         app = self.make_app()
         self.assertEqual([self.call(app, "GET", "/function/" + name).data for name in ("tokens", "made")], [b"abc", b"xy"])
 
+    def test_an_async_generator_whose_client_leaves(self):
+        self.write("tokens", "import asyncio\nENDED = []\nasync def wait():\n    try:\n        await asyncio.sleep(60)\n    finally:\n        ENDED.append('task')\n"
+                             "async def main(request):\n    task = asyncio.ensure_future(wait())\n    try:\n        while True:\n            await asyncio.sleep(0)\n"
+                             "            yield 'x'\n    finally:\n        await asyncio.sleep(0)\n        ENDED.append('generator')\n        task.cancel()")
+        self.write("ended", "import functions.tokens as tokens\ndef main(request): return [*__import__('sys').modules['functions.tokens'].ENDED]")
+        app = self.make_app()
+        parts = iter(app({**fnserve.make_environ("GET", b"/function/tokens", "", b"", [])}, lambda *_: None))
+        self.assertEqual(next(parts), b"x")
+        parts.close()
+        self.assertEqual(sorted(app.functions.get("tokens").code.module.ENDED), ["generator", "task"])
+
+    def test_a_client_leaves_a_body_that_is_an_iterable(self):
+        self.write("f", "ENDED = []\nfrom flask import request, Response\nclass Body:\n    def __iter__(self):\n        try:\n            while True: yield 'x'\n"
+                        "        finally: ENDED.append(request.path)\ndef main(request): return Response(Body())")
+        app = self.make_app()
+        parts = iter(app(fnserve.make_environ("GET", b"/function/f", "", b"", []), lambda *_: None))
+        next(parts)
+        parts.close()
+        self.assertEqual(app.functions.get("f").code.module.ENDED, ["/function/f"])  # within its call
+
+    def test_a_late_call_in_a_call(self):
+        """The deadline comes within the inner one, in C; neither ends the process, which a child that a function forks does."""
+        self.write("inner", "import time\nSETTINGS = {'timeout': .3}\ndef main(request): time.sleep(.8)")
+        self.write("outer", "def main(request, config):\n    from fnserve import Client, current_app\n"
+                            "    return [APP[0].get('/function/inner').status_code for _ in range(2)]\nAPP = []")
+        app = self.make_app()
+        app.functions.get("outer").code.module.APP.append(fnserve.Client(app))
+        self.assertEqual(self.call(app, "GET", "/function/outer").json, [504, 504])
+
     def test_groups_and_subpaths(self):
         self.write("v1/users", "def main(request): return dict(request.view_args)")
         self.write("a", "def main(request): return dict(request.view_args)")
@@ -1752,6 +1781,7 @@ class FunctionsTest(Case):
             answer = self.call(app, "GET", "/function/" + path).json
             self.assertEqual([answer["func_name"], answer["subpath"]], expected)
         self.assertEqual(self.call(app, "GET", "/function/%E6%BC%A2%E5%AD%97").data, b"han")
+        self.assertEqual(self.make_app(FUNCTIONS_DIR="functions/").functions.names(), ["a", "a/b", "v1/users", "漢字"])
 
     def test_names_that_reach_no_file(self):
         (self.dir / "secret.py").write_text("def main(request): return 'leak'")
@@ -2299,14 +2329,12 @@ class QueueCase(Case):
 
 
 class RunnerTest(Case):
-    looked = threading.Event()  #: somebody found no call that may run
-
     def test_calls_of_one_function_follow_each_other(self):
         """A thread that finds nothing, since a function has its share, is not asked again: who has run a call looks for the next."""
-        self.write("f", "import __main__\nSETTINGS = {'async': True}\ndef main(request):\n    __main__.RunnerTest.looked.wait(10)")
+        self.write("f", "import os, time\nSETTINGS = {'async': True}\ndef main(request):\n    while not os.path.exists('looked'): time.sleep(.01)")
         app = self.make_app(THREADS=4)  # two threads of the queue, of which one function has one
         claim = app.queue.claim
-        app.queue.claim = lambda *args: claim(*args) or self.looked.set()
+        app.queue.claim = lambda *args: claim(*args) or (self.dir / "looked").touch()
         app.runner.poke = lambda: None
         for _ in range(5):
             self.assertEqual(self.call(app, "POST", "/function/f").status_code, 202)
@@ -3670,7 +3698,9 @@ class AdminTest(Case):
         self.assertEqual((len(seen), looked), (300, seen))  # no other file was read
         self.assertIn("Only the first 300 rows are shown.", page)
         self.assertIn("c/f447", self.html(app, "/function/list_functions?q=f447").text)
-        self.assertEqual(len(self.admin(app).get("/function/list_functions").json["functions"]), 450)
+        self.write("zz", "def main(")
+        self.assertIn(">zz<", self.html(app, "/function/list_functions?sort=broken").text)
+        self.assertEqual(len(self.admin(app).get("/function/list_functions").json["functions"]), 451)
 
     def test_stats_page(self):
         self.write("hello", "def main(request): return 'x'")
@@ -3783,8 +3813,11 @@ class AdminTest(Case):
             sent = {"action": "update", "table": "t", "key": "[1]", "values": json.dumps(shown)}
             self.assertEqual(self.html(app, "/admin/data", "POST", data=sent).status_code, 303)
             self.assertEqual(row("SELECT *, typeof(any), typeof(data) FROM t"), after)
-        for bad in ("{", "[]", '{"nope": 1}', '{"n": [1]}'):
-            self.assertEqual(self.html(app, "/admin/data", "POST", data={**sent, "values": bad}).status_code, 400, bad)
+        for bad in ("{", "[]", '{"nope": 1}', '{"n": [1]}', "[" * 100_000):
+            refused = self.html(app, "/admin/data", "POST", data={**sent, "values": bad})
+            self.assertEqual((refused.status_code, html.escape(bad) in html.unescape(refused.text) or bad in html.unescape(refused.text)), (400, True), bad[:9])
+        odd = {"action": "update", "table": "t", "key": ["\ud800"], "values": {}}
+        self.assertEqual(self.admin(app).post("/admin/data", json=odd).status_code, 400)
         for bad in ("[2, 3]", "5", "[[1]]", '["x"]', "{", "[99999999999999999999]", '[{"a": 1}]', ""):
             self.assertIn(self.html(app, "/admin/data/t", query={"key": bad}).status_code, (400, 404), bad)
             self.assertIn(self.html(app, "/admin/data/t", query={"after": bad}).status_code, (200, 400), bad)
@@ -3905,6 +3938,20 @@ class AdminTest(Case):
         refused = self.admin(app).get("/function/edit_function?module_name=old")
         self.assertEqual((refused.status_code, "UTF-8" in refused.json["error"]), (400, True))
         self.assertIn("def main", self.admin(app).get("/admin/versions?module_name=old&version=1").json["code"])
+        for code, status in (("# -*- coding: latin-1 -*-\ndef main(request): return 'é'\n", 400), ("# coding: latin-1\ndef main(request): return 'e'\n", 201),
+                             ("# \ud800\ndef main(request): return 'x'\n", 400)):
+            sent = {"module_name": "new" if status == 201 else "bad", "code": code, "force": True}
+            self.assertEqual(self.admin(app).post("/function/save_function", json=sent).status_code, status, code)
+        self.assertEqual(self.call(app, "GET", "/function/new").text, "e")
+
+    def test_settings_are_those_of_the_file(self):
+        self.write("f", "import os\nREST = {}\nif os.name:\n    SETTINGS = {'methods': ['PUT'], os.name[:0] + 'timeout': 5, **REST}\ndef main(request):\n"
+                        "    SETTINGS = {'nonsense': 1}\n    return 'x'")
+        self.write("g", "SETTINGS = {'methods': ['PUT'], 'nonsense': 1}\ndef main(request): return 'x'")
+        app = self.make_app()
+        self.assertEqual(self.call(app, "PUT", "/function/f").data, b"x")
+        f, g = self.admin(app).get("/function/list_functions").json["functions"]
+        self.assertEqual([(row["methods"], row["status"]) for row in (f, g)], [(["PUT"], "fine"), (["PUT"], "broken")])
 
     def test_sql_that_would_write_to_our_tables(self):
         app = self.make_app()
@@ -4126,8 +4173,12 @@ class CheckTest(Case):
         self.assertEqual(found["body"], "hi")
         self.assertEqual(self.attempt(app, code="def main(").json["status"], 500)
         self.assertEqual(self.attempt(app, code="import os\ndef main(request):\n    print('bye')\n    os._exit(4)").json["output"], "bye\n")
-        found = self.attempt(app, code="SETTINGS = {'timeout': .5}\ndef main(request):\n    while True: pass").json
-        self.assertEqual((found["status"], found["line"]), (504, 3))
+        code = ("import os, traceback\nSETTINGS = {'timeout': .5}\ndef main(request):\n    try: 1/0\n    except ZeroDivisionError: traceback.print_exc()\n"
+                "    print('x' * 9000)\n    while True: pass")
+        found = self.attempt(app, code=code).json
+        self.assertEqual((found["status"], found["line"], "ZeroDivisionError" in found["output"]), (504, 7, True))
+        found = self.attempt(app, code=code.replace("while True: pass", "os.abort()")).json
+        self.assertEqual((found["line"], "Fatal Python error: Aborted" in found["output"]), (7, True))
         self.assertEqual([self.attempt(app, **sent).status_code for sent in (
             {"module_name": "../x"}, {"module_name": "nope"}, {"headers": [1]}, {"method": "BREW"}, {"code": 1}, {"body_base64": "x"})],
             [400, 404, 400, 400, 400, 400])
