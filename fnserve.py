@@ -3871,46 +3871,62 @@ class Queue:
 
 
 class Runner:
-    """Runs what is due in threads of this process; one more is started when those there are all have something to run."""
+    """Runs what is due in threads of this process; they start when there is something to run, and end when there isn't."""
 
-    def __init__(self, call_queue: Queue, run: Callable[[Any], None], threads: int) -> None:
-        self._queue, self._run, self._most = call_queue, run, threads
-        self._lock, self._threads = threading.Lock(), 0
-        self._pokes: queue.SimpleQueue[None] = queue.SimpleQueue()  #: holds one where a thread is to look for a call
-        self.running: list[str] = []  #: the functions whose calls run here
-        self.stopping = False  #: whether no more calls are to be claimed
+    def __init__(self, queue: Queue, run: Callable[[Any], None], threads: int) -> None:
+        self._queue, self._run, self._most = queue, run, threads
+        self._lock, self._threads, self._idle = threading.Lock(), 0, 0
+        self._wake = threading.Semaphore(0)
+        self.running, self.stopping = 0, False  #: how many calls run here; whether no more are to be claimed
 
     def poke(self) -> None:
         """Let an idle thread look for a call, or a new one."""
-        if self._pokes.empty():  # two at once do no harm; a Queue's lock would stay taken where a deadline comes within it
-            self._pokes.put(None)
-        with self._lock, contextlib.suppress(RuntimeError):  # there can be no more threads now: somebody pokes again
-            if len(self.running) >= self._threads < self._most:
-                threading.Thread(target=self._loop, name="fnserve queue", daemon=True).start()
-                self._threads += 1
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                self._wake.release()
+            elif self._threads < self._most:
+                with contextlib.suppress(RuntimeError):  # there can be no more threads now: the background loop pokes again
+                    threading.Thread(target=self._loop, name="fnserve queue", daemon=True).start()
+                    self._threads += 1
 
     def _loop(self) -> None:
         while not self.stopping:
-            self._pokes.get()
             sleep(YIELD_SECONDS)
             try:
-                row = None if self.stopping else self._queue.claim(self._queue.clock(), max(1, self._most - 1))
+                row = self._queue.claim(self._queue.clock(), max(1, self._most - 1))
             except (sqlite3.Error, OSError) as error:  # locked for long, or the disk is full: the background loop pokes again
                 log.warning("queue: %s", error)
                 row = None
             if row is not None:
+                self.poke()  # there may be more
                 self._run_one(row)
+            elif not self._rest():
+                return
 
     def _run_one(self, row: Any) -> None:
-        self.running.append(row["function"])
-        self.poke()  # there may be more
+        with self._lock:
+            self.running += 1
         try:
             self._run(row)
         except BaseException as error:  # a thread must outlive whatever a call does
             log.error("queue: %s: %s", row["function"], user_traceback(error))
         finally:
-            self.running.remove(row["function"])
-            self.poke()  # for what waited until fewer calls of this function run
+            with self._lock:
+                self.running -= 1
+
+    def _rest(self) -> bool:
+        """Wait to be poked; False after a while without, when the thread ends."""
+        with self._lock:
+            self._idle += 1
+        if self._wake.acquire(timeout=60):
+            return True
+        with self._lock:
+            if self._wake.acquire(blocking=False):  # poked at the last moment
+                return True
+            self._idle -= 1
+            self._threads -= 1
+        return False
 
 # == 12 SCHEDULE ==========================================================
 # Jobs and when they fire. Uses 01, 03, 05 to 11. Only the leader calls `step`: a run goes into the queue in the transaction

@@ -1,4 +1,4 @@
-"""What a durable call costs its sender: python3 bench/queue.py (needs waitress, and wrk: apt-get install wrk)
+"""What a durable call costs its sender: python3 bench/accept.py (needs waitress, and wrk: apt-get install wrk)
 
 An acknowledged call is one commit with fsync. Measured by turns on the same disk, each after a rest as webhooks come: a plain
 SQLite commit, accepting a call, a plain call, an acknowledged call; then calls of 16 clients at once, who share commits,
