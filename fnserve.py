@@ -5387,7 +5387,9 @@ if (code) {
     gutter.style.transform = `translateY(${first * height - code.scrollTop}px)`;
   };
   const count = () => {
-    lines = code.value.split("\n").length;
+    const found = code.value.split("\n").length;
+    if (found === lines) return;  // a letter within a line needs no layout of the whole text
+    lines = found;
     draw();
   };
   const mark = line => {

@@ -14,7 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.pop(0)  # queue.py beside this file isn't Python's
 HERE = Path(__file__).resolve().parent
 LINES, KEYS = 5000, 300
 WATCH = """
