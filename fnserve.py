@@ -173,8 +173,6 @@ def choice(*allowed: str) -> Callable[[Any], str]:
 
 seconds = must(lambda value: re.fullmatch(r"\d+(\.\d+)?", str(value)) and 0 < float(value) <= 31_536_000,
                "a number of seconds above 0", float)
-ip_address = must(re.compile(r"[\d.]*|[\da-fA-F:]*:[\da-fA-F:.]*|\*").fullmatch,
-                  "one IP address such as 127.0.0.1, or * for any")
 _ON, _OFF = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
 switch = must(lambda text: text.lower() in _ON + _OFF, "on or off", lambda text: text.lower() in _ON)
 
@@ -190,6 +188,16 @@ def size(value: Any) -> int:
 def words(text: str) -> tuple[str, ...]:
     """Cast a list separated by commas or spaces."""
     return tuple(text.replace(",", " ").split())
+
+
+def is_address(text: str) -> bool:
+    """Tell whether text is an IP address, * for any, or nothing."""
+    with contextlib.suppress(OSError):
+        return text in ("", "*") or bool(socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text))
+    return False
+
+
+ip_address = must(is_address, "one IP address, such as 127.0.0.1, or * for any")
 
 
 def workers(text: str) -> int:
@@ -2060,6 +2068,22 @@ class Description(NamedTuple):
         return self.docstring.partition("\n")[0].rstrip()
 
 
+def own_settings(tree: Any) -> dict[Any, Any]:
+    """Return what a file's SETTINGS say, as far as that is literal: of the file's own level, within if, with and try too."""
+    import ast
+    nodes, found = [tree], {}  # type: list[Any], dict[Any, Any]
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
+            nodes += reversed(list(ast.iter_child_nodes(node)))
+        target, value = (getattr(node, "targets", None) or [getattr(node, "target", None)])[0], getattr(node, "value", None)
+        if isinstance(value, ast.Dict) and getattr(target, "id", "") == "SETTINGS":
+            for key, item in zip(value.keys, value.values):
+                with contextlib.suppress(ValueError, TypeError, RecursionError):  # what only running it would tell
+                    found.update({ast.literal_eval(key): ast.literal_eval(item)} if key else {})  # no key: **another
+    return found
+
+
 def describe_source(source: bytes, path: str) -> Description:
     """Read what a file says of itself; LoadError where it does not compile."""
     import ast  # 500 kB, only for pages, queues and files that have SETTINGS
@@ -2067,15 +2091,7 @@ def describe_source(source: bytes, path: str) -> Description:
     mains = [node for node in tree.body if getattr(node, "name", "") == "main" and hasattr(node, "body")]
     docstrings = [(ast.get_docstring(node, clean=False) or "").strip() for node in [tree, *mains]]
     hint = getattr(getattr(mains[-1], "returns", None), "id", "") if mains else ""
-    settings: dict[Any, Any] = {}
-    nodes: list[Any] = list(tree.body) if b"SETTINGS" in source else []
-    for node in nodes:  # of the file's own level, within if and try too
-        nodes += [] if hasattr(node, "name") and hasattr(node, "body") else ast.iter_child_nodes(node)
-        target, value = (getattr(node, "targets", None) or [getattr(node, "target", None)])[0], getattr(node, "value", None)
-        if isinstance(value, ast.Dict) and getattr(target, "id", "") == "SETTINGS":
-            for key, item in zip(value.keys, value.values):
-                with contextlib.suppress(ValueError, TypeError, RecursionError):  # what only running it would tell
-                    settings[ast.literal_eval(key or "")] = ast.literal_eval(item)
+    settings = own_settings(tree) if b"SETTINGS" in source else {}
     serves = re.search(rb"\bmain\b|functions_framework|\bentry\b", source) is not None
     return Description(next(filter(None, docstrings), ""), hint, settings, serves)
 
@@ -2542,13 +2558,10 @@ def read_source(path: str) -> bytes:
 def encode_source(code: str) -> bytes:
     """Turn a file's text into what is saved, in UTF-8; HTTPException 400 where that isn't what it would be read as."""
     import tokenize  # only where source is saved
-    try:
+    with contextlib.suppress(UnicodeEncodeError, SyntaxError):  # half a character; an encoding that doesn't exist
         source = code.lstrip("\ufeff").encode()
-        with contextlib.suppress(SyntaxError):  # which compiling it tells
-            if source.isascii() or tokenize.detect_encoding(io.BytesIO(source).readline)[0].startswith("utf-8"):
-                return source
-    except UnicodeEncodeError:
-        pass
+        if source.isascii() or tokenize.detect_encoding(io.BytesIO(source).readline)[0].startswith("utf-8"):
+            return source
     raise HTTPException(400, "files are saved as UTF-8: take out the line that names another encoding (or half a character)")
 
 
@@ -4396,8 +4409,8 @@ _FAILED_OF_CALLS = "SELECT count(*), ifnull(sum(status >= 500), 0) FROM (SELECT 
 
 
 def guard(app: Any, call: Call, name: str, code: Code) -> None:
-    """Take a function whose call has failed back to its last good version where the newest fails its first calls: more than
-    half of FIRST_CALLS or more, as not of the version before (SETTINGS["guard"]).
+    """Take a function whose call has failed back to its last good version, where the newest fails its first calls: of
+    FIRST_CALLS or more more than half are 5xx, while of the version before at most half were (SETTINGS["guard"]).
 
     Only failed calls pay for it, until the version is proven: the journal knows how the others went, in every process.
     """
@@ -4985,13 +4998,12 @@ class CallLog(logging.StreamHandler):
 class ErrorLog(logging.Handler):
     """The error log: one file, appended to by every process, rotated by whoever finds it full."""
 
-    _began = 0.0  #: to count, in Unix time
-
     def __init__(self, path: str, max_bytes: int, backups: int) -> None:
         super().__init__(logging.WARNING)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s"))
         self._path, self._max_bytes, self._backups = path, max_bytes, backups
         self._seen: dict[tuple[str, str], int] = {}  #: what was logged -> how often
+        self._began = 0.0  #: to count, in Unix time
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append one record; a log that can't be written never fails a call. More of the same in a minute are counted."""
@@ -5300,7 +5312,7 @@ def loki_streams(lines: list[bytes]) -> list[dict[str, Any]]:
 
 # == 15 ASSETS ============================================================
 # What the browser gets that isn't made per request, served from URLs of its own so that the pages' policy can forbid
-# everything inline. Strings.
+# everything inline. Plain strings, nothing else.
 
 CSS = """\
 :root{color-scheme:light dark;--ink:#1b2733;--soft:#5b6b7a;--line:#d9e0e6;--paper:#fff;--back:#f4f6f8;--main:#0b6b57;
@@ -5472,8 +5484,8 @@ if (code) {
     event.preventDefault();
     sending = sending.then(send);  // one after another: each needs the version before
   });
-  const seen = () => { fields.version.value = new URLSearchParams(theirs.search).get("version"); };
-  for (const kind of ["click", "auxclick", "contextmenu"]) theirs.addEventListener(kind, seen);  // and may replace it
+  const look = () => { fields.version.value = new URLSearchParams(theirs.search).get("version"); };
+  for (const kind of ["click", "auxclick", "contextmenu"]) theirs.addEventListener(kind, look);  // then saving replaces it
   addEventListener("resize", draw);
   addEventListener("pagehide", store);
   addEventListener("beforeunload", event => {
@@ -5862,8 +5874,8 @@ NOTHING: Counts = (0, 0, [0])
 
 def read_minutes(app: Any, minutes: range, functions: str = "*", by: str = "endpoint",
                  buckets: str = "group_concat(buckets)") -> dict[Any, Counts]:
-    """Return what was called within some minutes `by` endpoint, of functions by a pattern (GLOB); * is all there is, but for
-    streams, which last as long as somebody looks."""
+    """Return what was called within some minutes, of functions by a pattern (GLOB); * is all there is, but for streams, which
+    last as long as somebody looks. `by` and `buckets` are SQL: what to group by, and NULL where no latency is asked for."""
     return {key: (calls, errors, sum_buckets(texts)) for key, calls, errors, texts in app.store.read(
         f"SELECT {by}, sum(calls), sum(errors), {buckets} FROM fn_minutes WHERE minute >= ?1 AND minute < ?2"
         " AND endpoint <> '/monitoring/stream' AND endpoint GLOB ?3 AND (?3 = '*' OR endpoint IN (SELECT '/function/' ||"
@@ -6238,8 +6250,8 @@ def stats_charts(app: Any, t: Texts, hour: int, functions: str, days: list[range
     """Draw calls by day and by hour with errors over them, and p95 with p50 over it, of functions by a pattern."""
     hours = [range(at * 60, at * 60 + 60) for at in range(hour - 23, hour + 1)]
     calls, errors, _ = zip(*(sum_minutes(app, day, functions, "NULL") for day in days))
-    hourly, hourly_errors, texts = zip(*(sum_minutes(app, span, functions) for span in hours))
-    high, low = ([round(quantile(text, q) * 1000, 1) for text in texts] for q in (.95, .5))
+    hourly, hourly_errors, latency = zip(*(sum_minutes(app, span, functions) for span in hours))
+    high, low = ([round(quantile(buckets, q) * 1000, 1) for buckets in latency] for q in (.95, .5))
     return tag("div.charts", chart_card(t("by_day"), calls, days, "%m-%d", errors),
                chart_card(t("Calls by hour, one day"), hourly, hours, "%H:%M", hourly_errors),
                chart_card(t("latency"), high, hours, "%H:%M", low, "div.card.calm"))
@@ -6394,7 +6406,7 @@ def recent_figures(app: Any, now: float) -> dict[str, Any]:
     minute = int(now) // 60
     calls, errors, buckets = sum_minutes(app, range(minute - 4, minute + 1))
     hour = read_minutes(app, range(minute - 59, minute + 1)).items()
-    slow = sorted(((quantile(texts, .95), name) for name, (_, _, texts) in hour), reverse=True)
+    slow = sorted(((quantile(found, .95), name) for name, (_, _, found) in hour), reverse=True)
     last = app.store.read("SELECT id, time, function, status, error FROM fn_calls WHERE status >= 500"
                           " AND function <> '/monitoring/stream' ORDER BY number DESC LIMIT 5")
     return {"requests_per_second": round(calls / (240 + now % 60), 2), "error_rate": round(errors / calls, 4) if calls else 0.0,
@@ -6432,10 +6444,10 @@ def dashboard_charts(app: Any, t: Texts, spans: list[range], title: str) -> Iter
     """Draw calls, errors, p95, memory and CPU of some spans of minutes."""
     rows = []
     for span in spans:
-        calls, errors, texts = sum_minutes(app, span)
+        calls, errors, buckets = sum_minutes(app, span)
         sample = app.store.read("SELECT ifnull(max(memory_rss_mb), 0), ifnull(max(cpu_percent), 0) FROM fn_samples"
                                 " WHERE minute >= ? AND minute < ?", span.start, span.stop)[0]
-        rows.append((calls, errors, round(quantile(texts, .95) * 1000, 1), *sample))
+        rows.append((calls, errors, round(quantile(buckets, .95) * 1000, 1), *sample))
     for name, values in zip(("Calls", "Errors", "p95 (ms)", "Memory", "CPU"), zip(*rows)):
         yield chart_card(f"{t(name)}, {title}", values, spans, "%H:%M")
 

@@ -235,7 +235,7 @@ class SettingsTest(Case):
 
     def test_values_that_would_do_nothing(self):
         for name, value in (("LOKI_URL", "foo"), ("LOKI_URL", "ftp://x"), ("TRUSTED_PROXY", "localhost"), ("TRUSTED_PROXY", "127.0.0.0/8"),
-                            ("TRUSTED_PROXY", "127.0.0.1, 10.0.0.1")):
+                            ("TRUSTED_PROXY", "127.0.0.1, 10.0.0.1"), ("TRUSTED_PROXY", "999.1.1.1")):
             with self.assertRaisesRegex(fnserve.SettingError, name):
                 fnserve.Settings({name: value}, str(self.dir))
         self.assertEqual([fnserve.Settings({"TRUSTED_PROXY": value}, str(self.dir)).TRUSTED_PROXY for value in ("", "::1", "10.0.0.1")],
@@ -1746,7 +1746,6 @@ class FunctionsTest(Case):
         self.write("tokens", "import asyncio\nENDED = []\nasync def wait():\n    try:\n        await asyncio.sleep(60)\n    finally:\n        ENDED.append('task')\n"
                              "async def main(request):\n    task = asyncio.ensure_future(wait())\n    try:\n        while True:\n            await asyncio.sleep(0)\n"
                              "            yield 'x'\n    finally:\n        await asyncio.sleep(0)\n        ENDED.append('generator')\n        task.cancel()")
-        self.write("ended", "import functions.tokens as tokens\ndef main(request): return [*__import__('sys').modules['functions.tokens'].ENDED]")
         app = self.make_app()
         parts = iter(app({**fnserve.make_environ("GET", b"/function/tokens", "", b"", [])}, lambda *_: None))
         self.assertEqual(next(parts), b"x")
@@ -3815,7 +3814,7 @@ class AdminTest(Case):
             self.assertEqual(row("SELECT *, typeof(any), typeof(data) FROM t"), after)
         for bad in ("{", "[]", '{"nope": 1}', '{"n": [1]}', "[" * 100_000):
             refused = self.html(app, "/admin/data", "POST", data={**sent, "values": bad})
-            self.assertEqual((refused.status_code, html.escape(bad) in html.unescape(refused.text) or bad in html.unescape(refused.text)), (400, True), bad[:9])
+            self.assertEqual((refused.status_code, bad in html.unescape(refused.text)), (400, True), bad[:9])
         odd = {"action": "update", "table": "t", "key": ["\ud800"], "values": {}}
         self.assertEqual(self.admin(app).post("/admin/data", json=odd).status_code, 400)
         for bad in ("[2, 3]", "5", "[[1]]", '["x"]', "{", "[99999999999999999999]", '[{"a": 1}]', ""):
@@ -3945,7 +3944,7 @@ class AdminTest(Case):
         self.assertEqual(self.call(app, "GET", "/function/new").text, "e")
 
     def test_settings_are_those_of_the_file(self):
-        self.write("f", "import os\nREST = {}\nif os.name:\n    SETTINGS = {'methods': ['PUT'], os.name[:0] + 'timeout': 5, **REST}\ndef main(request):\n"
+        self.write("f", "import os\nREST = {}\nif os.name:\n    SETTINGS = {'methods': ['PUT'], os.name[:0] + 'timeout': 5, **REST, **{'retries': 1}}\ndef main(request):\n"
                         "    SETTINGS = {'nonsense': 1}\n    return 'x'")
         self.write("g", "SETTINGS = {'methods': ['PUT'], 'nonsense': 1}\ndef main(request): return 'x'")
         app = self.make_app()
